@@ -1,0 +1,39 @@
+# make demo | test | check | train-sample; everything is installed into .venv on first use.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+SAMPLE_DATA ?= widerface/
+
+.PHONY: demo test check train-sample clean
+
+demo: $(VENV)/runtime-installed
+	$(RUN) inference.py --save_img
+	@echo "Open the pictures in inference_results/result_images"
+
+test: $(VENV)/dev-installed
+	$(RUN) -m pytest
+
+check: $(VENV)/dev-installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy .
+
+# A small training run on SAMPLE_DATA (a folder with train/ and val/, see data/README.md).
+train-sample: $(VENV)/runtime-installed
+	$(RUN) train.py --experiment_name=sample --dataset=$(SAMPLE_DATA) --backbone=mobilenet0.25 --im_size=320 --epochs=5
+
+clean:
+	rm -rf $(VENV) inference_results
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || { \
+		echo "error: Python 3.10, 3.11 or 3.12 is needed; choose one with make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/runtime-installed: requirements.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+$(VENV)/dev-installed: requirements-dev.txt $(VENV)/runtime-installed
+	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
+	@touch $@

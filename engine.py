@@ -1,0 +1,260 @@
+"""The training loop, the validation loop, and what keeps a run safe."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from config import ExperimentConfig, TrainConfig, UserError
+from layers.multibox_loss import MultiBoxLoss
+from models.detector import FaceDetector
+from models.retinaface import RetinaFace
+from utils.average_precision import average_precision
+from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from utils.datasets import FaceDataset, collate
+from utils.experiment import Experiment
+from utils.images import read_image
+from utils.labels import LabelledImage
+from utils.logger import RunLog
+from utils.sources import Picture
+from utils.structures import Detections, FaceTargets
+
+_LOG_EVERY_STEPS = 20
+_BATCH_SIZE = 8  # images of one size that share a pass at inference
+_NOTHING = Detections(torch.zeros(0, 4), torch.zeros(0), None)
+
+
+class TrainingError(UserError):
+    """Training cannot go on."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    epoch: int = 0  # epochs completed
+    best_ap: float = -1.0
+
+
+class Trainer:
+    """Trains one experiment, epoch by epoch, and can be stopped and continued between any two.
+
+    Order and augmentation of an epoch depend on the seed and the epoch's number alone, so a continued run sees what
+    an undisturbed one would have seen.
+    """
+
+    def __init__(
+        self,
+        network: RetinaFace,
+        config: ExperimentConfig,
+        experiment: Experiment,
+        train_images: Sequence[LabelledImage],
+        val_images: Sequence[LabelledImage],
+        log: RunLog,
+    ) -> None:
+        self.network = network.to(memory_format=torch.channels_last)
+        self.device = network.pixel_mean.device
+        self.config = config
+        self.experiment = experiment
+        self.val_images = val_images
+        self.log = log
+        self.loss = MultiBoxLoss(config.loss, config.model)
+        self.shuffle = torch.Generator()
+        self.loader = build_loader(train_images, config, self.shuffle, pin_memory=self.device.type == "cuda")
+        self.optimizer = SGD(
+            network.parameters(),
+            lr=config.train.learning_rate,
+            momentum=config.train.momentum,
+            weight_decay=config.train.weight_decay,
+        )
+        self.scheduler = build_scheduler(self.optimizer, config.train, steps_per_epoch=len(self.loader))
+        self.progress = Progress()
+
+    def resume(self) -> bool:
+        """Continue from `ckpt-last` if the experiment has one; say whether it does.
+
+        Raises:
+            CheckpointError: it cannot be read, or belongs to another architecture.
+        """
+        path = self.experiment.checkpoint(self.config.model.backbone, "last")
+        if not path.is_file():
+            return False
+        checkpoint = load_checkpoint(path)
+        if checkpoint.model != self.config.model:
+            raise CheckpointError(f"{path}: is of another architecture; use another --experiment_name")
+        self.network.load_state_dict(checkpoint.state)
+        self.optimizer.load_state_dict(checkpoint.training["optimizer"])
+        self.scheduler.load_state_dict(checkpoint.training["scheduler"])
+        self.progress = Progress(checkpoint.training["epoch"], checkpoint.training["best_ap"])
+        return True
+
+    def fit(self) -> None:
+        """Train the epochs that are left."""
+        train = self.config.train
+        for epoch in range(self.progress.epoch + 1, train.epochs + 1):
+            start = time.perf_counter()
+            metrics = self._train_epoch(epoch)
+            metrics["images_per_second"] = len(self.loader) * train.batch_size / (time.perf_counter() - start)
+            if epoch % train.eval_every == 0 or epoch == train.epochs:
+                metrics["val/ap50"] = self._validate()
+                if metrics["val/ap50"] > self.progress.best_ap:
+                    self.progress.best_ap = metrics["val/ap50"]
+                    self._save("best", epoch=epoch, val_ap50=self.progress.best_ap)
+            self.progress.epoch = epoch
+            self._save(
+                "last",
+                epoch=epoch,
+                best_ap=self.progress.best_ap,
+                optimizer=self.optimizer.state_dict(),
+                scheduler=self.scheduler.state_dict(),
+            )
+            self.log.epoch(epoch, metrics)
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        """One pass over the training images; returns the mean of every loss term and the last learning rate."""
+        seed = self.config.train.seed * 1_000_003 + epoch
+        torch.manual_seed(seed)
+        self.shuffle.manual_seed(seed)
+        self.network.train()
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        # No bar where nobody watches it: the log has a line every few steps instead.
+        bar = tqdm(self.loader, desc=f"epoch {epoch}/{self.config.train.epochs}", disable=None, leave=False)
+        for step, (images, targets) in enumerate(bar, start=1):
+            terms = self._step(images.to(self.device, non_blocking=True), [faces.to(self.device) for faces in targets])
+            for name, value in terms.items():
+                sums[name] += value
+            if step % _LOG_EVERY_STEPS == 0 or step == len(self.loader):
+                loss = float(sums["loss"]) / step
+                if not math.isfinite(loss):
+                    raise TrainingError(
+                        f"epoch {epoch}, step {step}: the loss is {loss}; "
+                        "the last checkpoint is kept; lower --learning_rate or look at the newest images"
+                    )
+                bar.set_postfix(loss=f"{loss:.3f}")
+                if bar.disable:
+                    self.log.line(f"epoch {epoch} step {step}/{len(self.loader)}: mean loss {loss:.4f}")
+        means = {name: float(value) / len(self.loader) for name, value in sums.items()}
+        return {**means, "learning_rate": float(self.scheduler.get_last_lr()[0])}
+
+    def _step(self, images: Tensor, targets: list[FaceTargets]) -> dict[str, Tensor]:
+        images = images.float().contiguous(memory_format=torch.channels_last)
+        outputs = self.network(images)
+        terms = self.loss(outputs, targets, (images.shape[2], images.shape[3]))
+        total = torch.stack(list(terms.values())).sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        if self.config.train.clip_gradient:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.train.clip_gradient)
+        self.optimizer.step()
+        self.scheduler.step()
+        return {"loss": total.detach()} | {name: value.detach() for name, value in terms.items()}
+
+    def _validate(self) -> float:
+        detector = FaceDetector(self.network, self.config.evaluation)
+        return evaluate(detector, self.val_images)
+
+    def _save(self, which: Literal["best", "last"], **training: Any) -> None:
+        path = self.experiment.checkpoint(self.config.model.backbone, which)
+        save_checkpoint(path, self.config, self.network.state_dict(), **training)
+
+
+def evaluate(detector: FaceDetector, images: Sequence[LabelledImage], iou_threshold: float = 0.5) -> float:
+    """Average precision over all labelled faces, each image at its own size; see `average_precision`."""
+    predictions: list[tuple[np.ndarray, np.ndarray]] = []
+    for labelled in tqdm(images, desc="validation", disable=None, leave=False):
+        found = detector.detect(read_image(labelled.path))
+        predictions.append((found.boxes.numpy(), found.scores.numpy()))
+    return average_precision(predictions, [labelled.boxes for labelled in images], iou_threshold)
+
+
+def detect_pictures(
+    detector: FaceDetector, pictures: Iterable[Picture], batch_same_sizes: bool
+) -> Iterator[tuple[Picture, Detections]]:
+    """Detect in a stream of pictures, in its order.
+
+    A picture that could not be read, or is too large for the memory, comes out with its `problem` and no detections.
+
+    Args:
+        batch_same_sizes: pass neighbours of one size through the network together.
+    """
+    limit = _BATCH_SIZE if batch_same_sizes else 1
+    waiting: list[Picture] = []
+    for picture in pictures:
+        shape = None if picture.image is None else picture.image.shape
+        if waiting and (shape is None or len(waiting) == limit or waiting[0].image.shape != shape):  # type: ignore[union-attr]
+            yield from _detect_batch(detector, waiting)
+            waiting = []
+        if shape is None:
+            yield picture, _NOTHING
+        else:
+            waiting.append(picture)
+    yield from _detect_batch(detector, waiting)
+
+
+def _detect_batch(detector: FaceDetector, pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Detections]]:
+    images = [picture.image for picture in pictures if picture.image is not None]
+    if not images:
+        return
+    try:
+        yield from zip(pictures, detector.detect_batch(images), strict=True)
+    except RuntimeError as error:
+        if "memory" not in str(error).lower():
+            raise
+        if len(pictures) > 1:
+            for picture in pictures:
+                yield from _detect_batch(detector, [picture])
+        else:
+            size = "x".join(map(str, images[0].shape[1::-1]))
+            yield replace(pictures[0], image=None, problem=f"{size} pixels are too many for the memory"), _NOTHING
+
+
+def build_loader(
+    images: Sequence[LabelledImage], config: ExperimentConfig, shuffle: torch.Generator, pin_memory: bool
+) -> DataLoader[Any]:
+    """Batches of augmented crops in an order that `shuffle` decides; a last incomplete batch is left out."""
+    batch_size = min(config.train.batch_size, len(images))
+    return DataLoader(
+        FaceDataset(images, config.data, fill=config.model.pixel_mean),
+        batch_size=batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=config.data.num_workers,
+        collate_fn=collate,
+        generator=shuffle,
+        pin_memory=pin_memory,
+        worker_init_fn=_use_one_thread,
+    )
+
+
+def _use_one_thread(_worker: int) -> None:
+    """Workers are parallel already; OpenCV's own threads would fight with the network's for the cores."""
+    import cv2
+
+    cv2.setNumThreads(0)
+
+
+def build_scheduler(optimizer: Optimizer, config: TrainConfig, steps_per_epoch: int) -> LRScheduler:
+    """Linear warm-up, then steps or a cosine; it advances once a step."""
+    total = config.epochs * steps_per_epoch
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
+    if config.schedule == "cosine":
+        main: LRScheduler = CosineAnnealingLR(optimizer, T_max=total - warmup)
+    else:
+        epochs = config.milestones or (round(0.7 * config.epochs), round(0.9 * config.epochs))
+        main = MultiStepLR(optimizer, [max(0, epoch * steps_per_epoch - warmup) for epoch in epochs], gamma=0.1)
+    if warmup == 0:
+        return main
+    rise = LinearLR(optimizer, start_factor=0.01, total_iters=warmup)
+    return SequentialLR(optimizer, [rise, main], milestones=[warmup])

@@ -1,0 +1,131 @@
+"""The detector as a whole: weights, network and post-processing behind one call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from config import DEFAULT_EXPERIMENT, ROOT, DetectionConfig, ExperimentConfig, Flags, RunOptions, WeightOptions
+from layers.postprocess import postprocess
+from models.retinaface import RetinaFace
+from utils.checkpoint import Checkpoint, CheckpointError, State, load_checkpoint, locate_checkpoint
+from utils.structures import Detections
+
+
+class FaceDetector:
+    """Finds faces in images held in memory.
+
+    >>> detector = FaceDetector.from_experiment()
+    >>> detections = detector.detect(cv2.imread("people.jpg"))
+    >>> detections.boxes, detections.scores, detections.landmarks
+    """
+
+    def __init__(self, network: RetinaFace, detection: DetectionConfig) -> None:
+        """Take a network on its device; it is put into evaluation mode."""
+        self.network = network.eval().to(memory_format=torch.channels_last)
+        self.detection = detection
+
+    @classmethod
+    def from_experiment(
+        cls,
+        name: str = DEFAULT_EXPERIMENT,
+        model_weight: str = "ckpt-best.pth",
+        device: torch.device | str = "cpu",
+        experiments: Path = ROOT / "experiments",
+        **detection: Any,
+    ) -> FaceDetector:
+        """The detector of `experiments/<name>/`; keywords such as `confidence_threshold=0.3` replace its thresholds.
+
+        Raises:
+            CheckpointError: there is no such experiment or checkpoint, or it cannot be read.
+        """
+        return cls.from_checkpoint(locate_checkpoint(experiments, name, model_weight), device, **detection)
+
+    @classmethod
+    def from_checkpoint(cls, path: Path | str, device: torch.device | str = "cpu", **detection: Any) -> FaceDetector:
+        """The detector of any supported checkpoint file: ours, the original's or biubug6's.
+
+        Raises:
+            CheckpointError: the file cannot be read or is of no kind that is known here.
+        """
+        checkpoint = load_checkpoint(Path(path), Flags({}))
+        thresholds = (checkpoint.experiment or ExperimentConfig()).inference
+        return cls(build_network(checkpoint).to(device), dataclasses.replace(thresholds, **detection))
+
+    def detect(self, image: np.ndarray) -> Detections:
+        """The faces of one image.
+
+        Args:
+            image: (H, W, 3) uint8 BGR, as OpenCV reads it, of any size.
+
+        Returns:
+            `Detections` in pixels of the image, on the CPU.
+        """
+        return self.detect_batch([image])[0]
+
+    @torch.inference_mode()
+    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        """The faces of images of one size, in one pass; see `detect`."""
+        stacked = torch.from_numpy(np.stack(images)).to(self.network.pixel_mean.device)
+        height, width = stacked.shape[1:3]
+        outputs = self.network(stacked.permute(0, 3, 1, 2))
+        detections = postprocess(outputs[-1], (height, width), self.network.config, self.detection)
+        return [found.cpu() for found in detections]
+
+
+def open_detector(
+    flags: Flags, device: torch.device, purpose: Literal["inference", "evaluation"], experiments: Path
+) -> tuple[FaceDetector, Checkpoint, str]:
+    """The detector that a command line asks for.
+
+    Args:
+        flags: of `RunOptions`, `WeightOptions`, `ModelConfig` and `DetectionConfig`.
+        purpose: whose saved thresholds hold where no flag is given.
+
+    Returns:
+        The detector, its checkpoint, and the name that outputs bear: the experiment's, or the stem of a checkpoint
+        that was given by its path.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it cannot be read, or a flag contradicts it.
+    """
+    asked_name = flags.apply(RunOptions()).experiment_name
+    path = locate_checkpoint(experiments, asked_name or DEFAULT_EXPERIMENT, flags.apply(WeightOptions()).model_weight)
+    checkpoint = load_checkpoint(path, flags)
+    thresholds = getattr(checkpoint.experiment or ExperimentConfig(), purpose)
+    detector = FaceDetector(build_network(checkpoint).to(device), flags.apply(thresholds))
+    is_in_experiment = path.parent.parent.parent == experiments
+    return detector, checkpoint, asked_name or (path.parent.parent.name if is_in_experiment else path.stem)
+
+
+def build_network(checkpoint: Checkpoint) -> RetinaFace:
+    """The network of a checkpoint with its weights, strictly: every tensor has its place and every place its tensor.
+
+    Raises:
+        CheckpointError: names the first tensor that is missing, left over or of another shape.
+    """
+    network = RetinaFace(checkpoint.model)
+    load_strictly(network, checkpoint.state, checkpoint.path)
+    return network
+
+
+def load_strictly(module: nn.Module, state: State, path: Path) -> None:
+    """Copy `state` into `module`; see `build_network`."""
+    expected = module.state_dict()
+    problems = [f"lacks {name}" for name in expected if name not in state]
+    problems += [f"has {name}, which the architecture does not" for name in state if name not in expected]
+    problems += [
+        f"has {name} of shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{path}: {problems[0]}{more}; the file is damaged or of another architecture")
+    module.load_state_dict(state)

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from config import DetectionConfig, ModelConfig
+from layers.postprocess import fuse_scores, postprocess
+from layers.prior_box import prior_boxes
+from utils.boxes import encode_boxes
+from utils.structures import StageOutput
+
+SIZE = (40, 64)
+MODEL = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, model_version="retina")
+PRIORS = prior_boxes(SIZE, MODEL.anchor_sizes, MODEL.strides)
+EVERYTHING = DetectionConfig(confidence_threshold=0.1, nms_threshold=0.3)
+
+
+def output_of(faces: dict[int, tuple[float, list[float]]], device: torch.device | None = None) -> StageOutput:
+    """Prior index to (score, xyxy in pixels); all other priors are background."""
+    logits = torch.zeros(1, len(PRIORS), 2)
+    logits[..., 0] = 20.0
+    deltas = torch.zeros(1, len(PRIORS), 4)
+    for index, (score, box) in faces.items():
+        logits[0, index] = torch.tensor([1 - score, score]).log()
+        normalised = torch.tensor(box) / torch.tensor([SIZE[1], SIZE[0]] * 2)
+        deltas[0, index] = encode_boxes(normalised, PRIORS[index], MODEL.variances)
+    return StageOutput(logits.to(device), deltas.to(device), torch.zeros(1, len(PRIORS), 10, device=device), None)
+
+
+def test_nothing_above_the_threshold_is_an_ordinary_result(device: torch.device) -> None:
+    (found,) = postprocess(output_of({}, device), SIZE, MODEL, EVERYTHING)
+    assert len(found) == 0
+    assert found.boxes.shape == (0, 4)
+    assert found.landmarks is not None
+    assert found.landmarks.shape == (0, 5, 2)
+
+
+def test_boxes_come_out_in_pixels_best_first(device: torch.device) -> None:
+    output = output_of({3: (0.6, [1, 2, 11, 12]), 20: (0.9, [30, 10, 50, 34])}, device)
+    (found,) = postprocess(output, SIZE, MODEL, EVERYTHING)
+    assert found.boxes.device.type == device.type
+    torch.testing.assert_close(found.boxes.cpu(), torch.tensor([[30.0, 10, 50, 34], [1, 2, 11, 12]]))
+    torch.testing.assert_close(found.scores.cpu(), torch.tensor([0.9, 0.6]))
+
+
+def test_landmarks_of_zero_deltas_lie_at_the_priors_centre() -> None:
+    (found,) = postprocess(output_of({0: (0.9, [0, 0, 16, 16])}), SIZE, MODEL, EVERYTHING)
+    assert found.landmarks is not None
+    assert found.landmarks.tolist() == [[[4.0, 4.0]] * 5]  # first cell of stride 8
+
+
+def test_the_weaker_of_two_overlapping_boxes_is_suppressed() -> None:
+    output = output_of({2: (0.8, [0, 0, 20, 20]), 3: (0.7, [1, 1, 21, 21]), 40: (0.6, [40, 10, 60, 30])})
+    (found,) = postprocess(output, SIZE, MODEL, EVERYTHING)
+    torch.testing.assert_close(found.scores, torch.tensor([0.8, 0.6]))
+
+
+def test_clipping_can_be_turned_off() -> None:
+    output = output_of({0: (0.9, [-5, -3, 70, 45])})
+    (clipped,) = postprocess(output, SIZE, MODEL, EVERYTHING)
+    assert clipped.boxes.tolist() == [[0, 0, 64, 40]]
+    (raw,) = postprocess(output, SIZE, MODEL, dataclasses.replace(EVERYTHING, clip_boxes=False))
+    torch.testing.assert_close(raw.boxes, torch.tensor([[-5.0, -3, 70, 45]]))
+
+
+def test_limits_keep_the_best() -> None:
+    faces = {index: (0.5 + index / 100, [8.0 * index, 0, 8 * index + 7, 8]) for index in range(6)}
+    (before,) = postprocess(output_of(faces), SIZE, MODEL, dataclasses.replace(EVERYTHING, top_k=2))
+    (after,) = postprocess(output_of(faces), SIZE, MODEL, dataclasses.replace(EVERYTHING, keep_top_k=3))
+    torch.testing.assert_close(before.scores, torch.tensor([0.55, 0.54]))
+    torch.testing.assert_close(after.scores, torch.tensor([0.55, 0.54, 0.53]))
+
+
+def test_images_of_a_batch_are_independent() -> None:
+    one, none = output_of({3: (0.6, [1, 2, 11, 12])}), output_of({})
+    batch = StageOutput(
+        torch.cat([none.class_logits, one.class_logits]),
+        torch.cat([none.box_deltas, one.box_deltas]),
+        None,
+        None,
+    )
+    found = postprocess(batch, SIZE, MODEL, EVERYTHING)
+    assert [len(image) for image in found] == [0, 1]
+    assert found[1].landmarks is None
+
+
+@pytest.mark.parametrize(("exponent", "expected"), [(1.0, 0.64), (0.5, 0.4), (0.0, 0.25)])
+def test_fused_score_by_hand(exponent: float, expected: float) -> None:
+    """p = 0.64 and an IoU of 0.25: their geometric mean is 0.4."""
+    logits = torch.tensor([[0.36, 0.64]]).log()
+    iou_logits = torch.tensor([0.25]).logit()
+    assert float(fuse_scores(logits, iou_logits, exponent)) == pytest.approx(expected)
+
+
+def test_score_is_the_probability_where_there_is_no_branch() -> None:
+    assert float(fuse_scores(torch.tensor([[0.36, 0.64]]).log(), None, 0.5)) == pytest.approx(0.64)

@@ -1,0 +1,111 @@
+"""The original's checkpoints: every tensor in its place, and the outputs of a literal restatement of its network."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from config import Flags
+from layers.prior_box import prior_boxes
+from models.detector import FaceDetector, build_network
+from utils.checkpoint import load_checkpoint
+from utils.nms import pixel_nms
+
+
+def _load_oracle() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("original", Path(__file__).with_name("original.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+oracle = _load_oracle()
+UNUSED = re.compile(r"fpn\.(output[04]|merge[03])\.")
+
+
+@pytest.fixture(scope="module", params=["resnet_anc2_casT_fpn3", "tina_iou_anc3_casT_fpn3"])
+def checkpoint(
+    request: pytest.FixtureRequest, shared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Tensor]]:
+    """A file as the original writes it, with noise for weights, and its tensors."""
+    shapes = json.loads((shared / "reference/upstream_state_shapes.json").read_text())[request.param]
+    state = oracle.noise_state(shapes)
+    path = tmp_path_factory.mktemp(request.param) / "resnet50_ckpt-best.pth"
+    torch.save({"epoch_idx": 7, "network": state}, path)
+    return path, state
+
+
+def test_architecture_is_recognised_from_the_tensors(checkpoint: tuple[Path, dict[str, Tensor]]) -> None:
+    path, _ = checkpoint
+    model = load_checkpoint(path).model
+    tina = "tina" in path.parent.name
+    assert (model.backbone, model.num_anchor, model.model_version) == (
+        "resnet50",
+        3 if tina else 2,
+        "tina" if tina else "retina",
+    )
+    assert len(model.stages) == 2
+    assert model.score_exponent == 1  # its IoU branch takes no part in the score
+
+
+def test_every_tensor_lands_once_except_those_of_unused_levels(checkpoint: tuple[Path, dict[str, Tensor]]) -> None:
+    path, state = checkpoint
+    network = build_network(load_checkpoint(path))
+    used = {name: tensor for name, tensor in state.items() if not UNUSED.match(name)}
+    assert len(network.state_dict()) == len(used)
+    assert fingerprints(network.state_dict()) == fingerprints(used)
+
+
+def fingerprints(state: dict[str, Tensor]) -> list[tuple[tuple[int, ...], float]]:
+    return sorted((tuple(tensor.shape), float(tensor.double().sum())) for tensor in state.values())
+
+
+@pytest.mark.parametrize("cascade", [True, False])
+def test_outputs_equal_the_restatement(
+    checkpoint: tuple[Path, dict[str, Tensor]], cascade: bool, device: torch.device
+) -> None:
+    path, state = checkpoint
+    network = build_network(load_checkpoint(path, Flags({"cascade": cascade}))).eval().to(device)
+    images = torch.rand(2, 3, 96, 129, generator=torch.Generator().manual_seed(1)) * 255
+    mean = torch.tensor([104.0, 117.0, 123.0]).view(1, 3, 1, 1)
+    with torch.inference_mode():
+        expected = oracle.original_forward(state, images - mean, cascade)
+        output = network(images.to(device))[-1]
+    torch.testing.assert_close(output.box_deltas.cpu(), expected["boxes"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output.class_logits.softmax(-1).cpu(), expected["scores"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output.landmark_deltas.cpu(), expected["landmarks"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cascade", [True, False])
+def test_detections_equal_the_restatement(checkpoint: tuple[Path, dict[str, Tensor]], cascade: bool) -> None:
+    """The whole way: mean, network, priors, decoding with 0.1 and 0.2, threshold 0.5, suppression at 0.3."""
+    path, state = checkpoint
+    image = cv2.resize(np.random.default_rng(3).integers(0, 255, (13, 17, 3), np.uint8), (170, 130))
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() - torch.tensor([104.0, 117, 123]).view(1, 3, 1, 1)
+    with torch.inference_mode():
+        raw = oracle.original_forward(state, pixels, cascade)
+    scores, deltas = raw["scores"][0, :, 1], raw["boxes"][0]
+    sizes = {2: ((16, 32), (64, 128), (256, 512)), 3: ((8, 16, 32), (32, 64, 128), (128, 256, 512))}
+    priors = prior_boxes((130, 170), sizes[3 if "tina" in path.parent.name else 2], (8, 16, 32))
+    centres = priors[:, :2] + deltas[:, :2] * 0.1 * priors[:, 2:]
+    halves = priors[:, 2:] * torch.exp(deltas[:, 2:] * 0.2) / 2
+    boxes = torch.cat([centres - halves, centres + halves], dim=1) * torch.tensor([170, 130, 170, 130])
+    chosen = torch.nonzero(scores > 0.5)[:, 0]
+    chosen = chosen[pixel_nms(boxes[chosen], scores[chosen], 0.3)]
+    assert len(chosen) > 3
+
+    checkpointed = load_checkpoint(path, Flags({"cascade": cascade}))
+    settings = FaceDetector.from_checkpoint(path, clip_boxes=False).detection
+    found = FaceDetector(build_network(checkpointed), settings).detect(image)
+    assert len(found) == len(chosen)
+    torch.testing.assert_close(found.boxes, boxes[chosen], atol=0.05, rtol=1e-4)

@@ -1,0 +1,171 @@
+"""Flags, their contradictions, and the JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from config import (
+    BACKBONES,
+    ConfigError,
+    DataConfig,
+    DetectionConfig,
+    ExperimentConfig,
+    Flags,
+    InferenceOptions,
+    ModelConfig,
+    RunOptions,
+    StageConfig,
+    TrainConfig,
+    from_dict,
+    model_config_from_flags,
+    parse_flags,
+    to_dict,
+)
+
+GROUPS = (RunOptions(), InferenceOptions(), ModelConfig(), DataConfig(), TrainConfig(), DetectionConfig())
+
+
+def parse(*words: str) -> Flags:
+    return parse_flags("test", GROUPS, words)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--save_img"], True),
+        (["--save_img", "True"], True),
+        (["--save_img=False"], False),
+        (["--save_img", "no"], False),
+        ([], False),
+    ],
+)
+def test_booleans_take_every_usual_form(words: list[str], value: bool) -> None:
+    assert parse(*words).apply(InferenceOptions()).save_img is value
+
+
+def test_only_given_flags_change_a_configuration() -> None:
+    flags = parse("--epochs", "3", "--milestones", "1,2", "--batch_sixe=4")
+    assert flags.apply(TrainConfig(learning_rate=0.5)) == TrainConfig(
+        learning_rate=0.5, epochs=3, milestones=(1, 2), batch_size=4
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--unknown", "1"], "--unknown"),
+        (["--im", "320"], "--im"),
+        (["--epochs", "many"], "--epochs"),
+        (["--save_img=perhaps"], "expected True or False"),
+        (["--num_anchor", "4"], "--num_anchor"),
+        (["--backbone", "vgg"], "mobilenet0.25"),
+        (["--anchor_sizes", "a,b"], "16,32/64,128/256,512"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        parse(*words)
+    error = capsys.readouterr().err
+    assert exit_status.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_help_shows_where_defaults_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_flags("test", (TrainConfig(epochs=12), ModelConfig), ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "passes over the training images (default: 12)" in text
+    assert "feature extractor (default: the experiment's)" in text
+
+
+def test_architecture_flags_fill_in_what_belongs_together() -> None:
+    model = model_config_from_flags(parse("--backbone=mobilenet0.25", "--num_anchor=2", "--cascade=False"))
+    assert model == ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, cascade=False)
+    assert (model.fpn_channels, model.activation_slope) == BACKBONES["mobilenet0.25"]
+    assert model_config_from_flags(parse("--landmark_loss=False")).landmarks is False
+
+
+def test_flags_change_only_what_they_name_of_a_saved_architecture() -> None:
+    saved = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, score_exponent=0.3)
+    assert model_config_from_flags(parse("--cascade", "True"), saved) == saved
+    changed = model_config_from_flags(parse("--backbone=resnet18"), saved)
+    assert (changed.fpn_channels, changed.anchor_sizes) == (BACKBONES["resnet18"][0], saved.anchor_sizes)
+
+
+def test_anchors_that_contradict_their_number_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--num_anchor=3 contradicts --anchor_sizes with 2"):
+        model_config_from_flags(parse("--num_anchor=3", "--anchor_sizes=8,16/32,64/128,256"))
+
+
+def test_experiments_are_named_as_the_original_named_them() -> None:
+    assert ModelConfig().name == "resnet50_tina_iou_anc3_casT_fpn3"
+    single = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, cascade=False, model_version="retina")
+    assert single.name == "mobilenet0.25_anc2_casF_fpn3"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: ModelConfig(anchor_sizes=((16,), (32, 64), (128, 256))),
+        lambda: ModelConfig(anchor_sizes=((16, 32), (64, 128))),
+        lambda: ModelConfig(fpn_channels=30),
+        lambda: ModelConfig(stages=()),
+        lambda: StageConfig(match_iou=1.5),
+        lambda: DetectionConfig(confidence_threshold=2),
+        lambda: DataConfig(min_crop_scale=0.9, max_crop_scale=0.5),
+        lambda: TrainConfig(epochs=0),
+        lambda: InferenceOptions(save_mask=True),
+    ],
+)
+def test_impossible_values_are_refused(change: object) -> None:
+    with pytest.raises(ConfigError):
+        change()  # type: ignore[operator]
+
+
+def test_json_returns_the_same_configuration(tmp_path: Path) -> None:
+    config = ExperimentConfig(
+        model=ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, stages=(StageConfig(0.4), StageConfig(0.5, 2.0))),
+        train=TrainConfig(milestones=(3, 5)),
+    )
+    config.save(tmp_path / "config.json")
+    assert ExperimentConfig.load(tmp_path / "config.json") == config
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_absent_fields_take_their_defaults() -> None:
+    assert from_dict(ExperimentConfig, {"train": {"epochs": 2}}, "x") == ExperimentConfig(train=TrainConfig(epochs=2))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"modle": {}}, "here: unknown field 'modle'"),
+        ({"train": {"epochs": "ten"}}, "here: train: epochs: expected int, got 'ten'"),
+        ({"train": {"epochs": True}}, "expected int"),
+        ({"train": {"epochs": -1}}, "here: train: --epochs must be positive"),
+        ({"model": {"strides": 8}}, "here: model: strides: expected a list"),
+        ({"model": {"variances": [0.1]}}, "expected 2 values"),
+        ([], "expected an object"),
+    ],
+)
+def test_malformed_json_is_refused_with_its_place(values: object, message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        from_dict(ExperimentConfig, values, "here")
+    assert message in str(refusal.value)
+
+
+def test_a_file_that_is_no_json_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("not json")
+    with pytest.raises(ConfigError, match=r"config\.json: cannot be read"):
+        ExperimentConfig.load(tmp_path / "config.json")
+
+
+def test_json_holds_plain_values_only() -> None:
+    values = to_dict(ExperimentConfig())
+    assert json.loads(json.dumps(values)) == values
+    assert set(values) == {field.name for field in dataclasses.fields(ExperimentConfig)}

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from utils.nms import pixel_nms
+
+
+def reference_nms(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> list[int]:
+    """Greedy suppression with areas that count pixels, one box at a time."""
+    left = scores.argsort(descending=True).tolist()
+    areas = [(x2 - x1 + 1) * (y2 - y1 + 1) for x1, y1, x2, y2 in boxes.tolist()]
+    corners = boxes.tolist()
+    kept = []
+    while left:
+        best, *rest = left
+        kept.append(best)
+        left = []
+        for other in rest:
+            width = max(0.0, min(corners[best][2], corners[other][2]) - max(corners[best][0], corners[other][0]) + 1)
+            height = max(0.0, min(corners[best][3], corners[other][3]) - max(corners[best][1], corners[other][1]) + 1)
+            overlap = width * height
+            if overlap / (areas[best] + areas[other] - overlap) <= threshold:
+                left.append(other)
+    return kept
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.4])
+def test_keeps_what_the_reference_loop_keeps(threshold: float, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(300, 2, generator=generator) * 60
+    boxes = torch.cat([corners, corners + torch.rand(300, 2, generator=generator) * 20], dim=1)
+    scores = torch.rand(300, generator=generator)
+    kept = pixel_nms(boxes.to(device), scores.to(device), threshold)
+    assert kept.tolist() == reference_nms(boxes, scores, threshold)
+
+
+def test_the_added_pixel_decides_between_small_boxes() -> None:
+    """Boxes of 3 and 2 pixels width: their IoU is 1/2 as continuous boxes, but 2/3 if pixels are counted."""
+    boxes = torch.tensor([[0.0, 0, 2, 0], [0, 0, 1, 0]])
+    assert pixel_nms(boxes, torch.tensor([0.9, 0.8]), 0.6).tolist() == [0]
+
+
+def test_no_boxes() -> None:
+    assert pixel_nms(torch.zeros(0, 4), torch.zeros(0), 0.3).tolist() == []

@@ -1,0 +1,45 @@
+"""What the three commands share: choosing a device, and ending in one line instead of a traceback."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+
+import torch
+
+from config import ConfigError, UserError
+
+
+def choose_device(gpu_num: int) -> torch.device:
+    """`--gpu_num` as a device: an index of a CUDA device, or -1 for the CPU.
+
+    Without CUDA the CPU is used and a line on standard error says so.
+
+    Raises:
+        ConfigError: there is CUDA, but not this device.
+    """
+    if gpu_num == -1:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        print("warning: no CUDA device found, using the CPU (--gpu_num=-1 says so without this line)", file=sys.stderr)
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if not 0 <= gpu_num < count:
+        present = ", ".join(f"{index} ({torch.cuda.get_device_name(index)})" for index in range(count))
+        raise ConfigError(f"--gpu_num={gpu_num}: no such device; there are {present}, and -1 for the CPU")
+    return torch.device("cuda", gpu_num)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's `main`. What the user can mend ends it with one line and status 1; Ctrl-C with status 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be none that the terminal can show
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; what has been written is complete", file=sys.stderr)
+        sys.exit(130)

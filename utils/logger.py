@@ -1,0 +1,93 @@
+"""What a training run leaves to look at: log lines, a table, TensorBoard events and a picture of the curves."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class RunLog:
+    """Writes `logs.txt`, `metrics.csv`, `curves.png` and TensorBoard events into a folder, and lines to the terminal.
+
+    A resumed run appends; rows of epochs that are trained again are replaced.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a second to import, needed for training alone
+
+        self.folder = folder
+        self._tensorboard = SummaryWriter(str(folder))
+        self._logger = logging.getLogger(f"training.{folder}")
+        self._logger.setLevel(logging.INFO)
+        self._logger.propagate = False
+        for handler in (
+            logging.StreamHandler(sys.stdout),
+            logging.FileHandler(folder / "logs.txt", encoding="utf-8"),
+        ):
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+            self._logger.addHandler(handler)
+        self._rows: dict[int, dict[str, float]] = _read_table(folder / "metrics.csv")
+
+    def line(self, text: str) -> None:
+        self._logger.info(text)
+
+    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Record the means of an epoch, counted from 1."""
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, epoch)
+        self._tensorboard.flush()
+        self._rows = {number: row for number, row in self._rows.items() if number < epoch}
+        self._rows[epoch] = dict(metrics)
+        _write_table(self.folder / "metrics.csv", self._rows)
+        _draw_curves(self.folder / "curves.png", self._rows)
+        self.line(f"epoch {epoch}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+    def close(self) -> None:
+        self._tensorboard.close()
+        for handler in list(self._logger.handlers):
+            self._logger.removeHandler(handler)
+            handler.close()
+
+
+def _read_table(path: Path) -> dict[int, dict[str, float]]:
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {int(row.pop("epoch")): {name: float(value) for name, value in row.items() if value} for row in rows}
+
+
+def _write_table(path: Path, rows: Mapping[int, Mapping[str, float]]) -> None:
+    columns = ["epoch", *dict.fromkeys(name for row in rows.values() for name in row)]
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({"epoch": epoch, **row} for epoch, row in sorted(rows.items()))
+    temporary.replace(path)
+
+
+def _draw_curves(path: Path, rows: Mapping[int, Mapping[str, float]]) -> None:
+    """Losses above, validation below, over the epochs."""
+    from matplotlib.figure import Figure  # no pyplot, so no display is looked for
+
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    losses, validation = figure.subplots(2, 1, sharex=True)
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    for name in names:
+        axes = validation if name.startswith("val/") else losses
+        if name.startswith(("stage", "val/")) or name == "loss":
+            points = [(epoch, row[name]) for epoch, row in sorted(rows.items()) if name in row]
+            axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else "")
+    losses.set(ylabel="training loss", yscale="log")
+    validation.set(xlabel="epoch", ylabel="validation")
+    for axes in (losses, validation):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small")
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=100)
+    temporary.replace(path)

@@ -1,0 +1,168 @@
+"""Where pictures come from: a folder, one file, a video or a camera."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import cv2
+import numpy as np
+
+from config import UserError
+from utils.images import IMAGE_SUFFIXES, UnreadableImageError, read_image
+
+VIDEO_SUFFIXES = frozenset(".mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg .wmv .flv .ts .3gp".split())
+
+
+class SourceError(UserError):
+    """There is nothing to read where the user pointed."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a source, read or not.
+
+    Attributes:
+        name: path relative to the folder that is read, with forward slashes; of a frame, a name made from its number.
+        image: (H, W, 3) uint8 BGR, or None if it could not be read.
+        problem: why it could not be read.
+    """
+
+    name: str
+    image: np.ndarray | None
+    problem: str | None = None
+
+
+class Source(Protocol):
+    """Pictures in a fixed order.
+
+    Attributes:
+        description: for messages.
+        total: how many there are, or None where that is not known in advance.
+        names: of all pictures, where they are known in advance.
+        ignored: files that are not pictures by their names.
+        frames_per_second: of a video or camera, None of files.
+    """
+
+    description: str
+    total: int | None
+    names: list[str]
+    ignored: int
+    frames_per_second: float | None
+
+    def __iter__(self) -> Iterator[Picture]: ...
+
+
+def open_source(name: str, data_root: Path, exclude: Path, max_frames: int) -> Source:
+    """What `--inference_dir` means.
+
+    Args:
+        name: a folder or file below `data_root`, any other path, or a camera's index.
+        data_root: looked in first.
+        exclude: a folder whose content is never read: that of the results.
+        max_frames: of a video or camera; 0 is no limit.
+
+    Raises:
+        SourceError: it does not exist, holds no picture, or cannot be opened.
+    """
+    candidates = [data_root / name, Path(name).expanduser()]
+    found = next((path for path in candidates if path.exists()), None)
+    if found is None and name.isdecimal():
+        return Video(int(name), f"camera{name}", max_frames)
+    if found is None:
+        raise SourceError(f"--inference_dir {name}: neither {candidates[0]} nor {candidates[1]} exists")
+    if found.is_dir():
+        return ImageFolder(found, exclude)
+    if found.suffix.lower() in VIDEO_SUFFIXES:
+        return Video(found, found.stem, max_frames)
+    return ImageFile(found)
+
+
+class ImageFile:
+    """A single image file, whatever its suffix."""
+
+    total: int | None = 1
+    ignored = 0
+    frames_per_second: float | None = None
+
+    def __init__(self, path: Path) -> None:
+        self.description = str(path)
+        self.path = path
+        self.names = [path.name]
+
+    def __iter__(self) -> Iterator[Picture]:
+        yield _read_picture(self.path, self.path.name)
+
+
+class ImageFolder:
+    """All image files below a folder, sorted by their paths; hidden files and folders are left alone."""
+
+    frames_per_second: float | None = None
+
+    def __init__(self, folder: Path, exclude: Path) -> None:
+        self.description = str(folder)
+        self.folder = folder
+        paths = list(_walk(folder, exclude.resolve()))
+        pictures = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+        self.names = sorted(path.relative_to(folder).as_posix() for path in pictures)
+        self.total: int | None = len(self.names)
+        self.ignored = len(paths) - len(pictures)
+        if not pictures:
+            suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+            raise SourceError(f"{folder}: holds no image (looked for {suffixes}, in any case)")
+
+    def __iter__(self) -> Iterator[Picture]:
+        for name in self.names:
+            yield _read_picture(self.folder / name, name)
+
+
+class Video:
+    """The frames of a video file or a camera."""
+
+    ignored = 0
+
+    def __init__(self, source: Path | int, stem: str, max_frames: int) -> None:
+        self.names: list[str] = []  # not known in advance
+        self.description = stem if isinstance(source, int) else str(source)
+        self.stem = stem
+        self.max_frames = max_frames
+        self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
+        if not self._capture.isOpened():
+            remedy = "no such camera, or it is in use" if isinstance(source, int) else "not a video that OpenCV reads"
+            raise SourceError(f"{self.description}: cannot be opened; {remedy}")
+        self.frames_per_second: float | None = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
+        frames = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        known = max(frames, 0) if isinstance(source, Path) else 0
+        self.total: int | None = (min(known, max_frames) if known and max_frames else known or max_frames) or None
+
+    def __iter__(self) -> Iterator[Picture]:
+        number = 0
+        while not self.max_frames or number < self.max_frames:
+            more, frame = self._capture.read()
+            if not more:
+                break
+            number += 1
+            yield Picture(f"{self.stem}_{number:06d}.jpg", frame)
+        self._capture.release()
+        if number == 0:
+            raise SourceError(f"{self.description}: holds no frame that OpenCV reads")
+
+
+def _read_picture(path: Path, name: str) -> Picture:
+    try:
+        return Picture(name, read_image(path))
+    except UnreadableImageError as reason:
+        return Picture(name, None, str(reason))
+
+
+def _walk(folder: Path, exclude: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise SourceError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        visible = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in visible if (Path(parent) / name).resolve() != exclude]
+        yield from (Path(parent) / name for name in files if not name.startswith("."))

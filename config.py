@@ -228,6 +228,7 @@ class DataConfig:
     im_size: int = option(640, "side of the training crops in pixels")
     min_crop_scale: float = option(0.3, "smallest crop side as a part of the image's short side")
     max_crop_scale: float = option(1.0, "largest crop side likewise; above 1 the crop is padded and faces get smaller")
+    mosaic_probability: float = option(0.0, "part of the samples that are four crops of half the side, for small faces")
     flip_probability: float = option(0.5, "part of the crops that are mirrored")
     colour_probability: float = option(0.5, "probability of each colour change")
     num_workers: int = option(2, "processes that read and augment images; 0 reads in the main process")
@@ -240,7 +241,7 @@ class DataConfig:
             f"got {self.min_crop_scale} and {self.max_crop_scale}",
         )
         _check(self.num_workers >= 0, f"--num_workers must not be negative, got {self.num_workers}")
-        for name in ("flip_probability", "colour_probability"):
+        for name in ("mosaic_probability", "flip_probability", "colour_probability"):
             _check(0 <= getattr(self, name) <= 1, f"--{name} must lie in [0, 1], got {getattr(self, name)}")
 
 
@@ -332,6 +333,13 @@ class StartOptions:
     pretrained_detector: str | None = option(
         None, "start from any supported checkpoint with the same backbone; a missing second stage copies the first"
     )
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What test.py measures on."""
+
+    dataset: str = option("widerface/", "folder(s) with val/, under data/ or any path; separate several by commas")
 
 
 @dataclass(frozen=True)

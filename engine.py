@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ from utils.average_precision import average_precision
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.datasets import FaceDataset, collate
 from utils.experiment import Experiment
-from utils.images import read_image
+from utils.images import UnreadableImageError, read_image
 from utils.labels import LabelledImage
 from utils.logger import RunLog
 from utils.sources import Picture
@@ -50,6 +51,8 @@ class Progress:
 
 class Trainer:
     """Trains one experiment, epoch by epoch, and can be stopped and continued between any two.
+
+    `ckpt-best` is that of the best validation AP; without validation images it is that of the newest epoch.
 
     Order and augmentation of an epoch depend on the seed and the epoch's number alone, so a continued run sees what
     an undisturbed one would have seen.
@@ -107,7 +110,9 @@ class Trainer:
             start = time.perf_counter()
             metrics = self._train_epoch(epoch)
             metrics["images_per_second"] = len(self.loader) * train.batch_size / (time.perf_counter() - start)
-            if epoch % train.eval_every == 0 or epoch == train.epochs:
+            if not self.val_images:
+                self._save("best", epoch=epoch)
+            elif epoch % train.eval_every == 0 or epoch == train.epochs:
                 metrics["val/ap50"] = self._validate()
                 if metrics["val/ap50"] > self.progress.best_ap:
                     self.progress.best_ap = metrics["val/ap50"]
@@ -171,10 +176,17 @@ class Trainer:
 
 
 def evaluate(detector: FaceDetector, images: Sequence[LabelledImage], iou_threshold: float = 0.5) -> float:
-    """Average precision over all labelled faces, each image at its own size; see `average_precision`."""
+    """Average precision over all labelled faces, each image at its own size; see `average_precision`.
+
+    An image that cannot be read is named and counts as one in which nothing was found.
+    """
     predictions: list[tuple[np.ndarray, np.ndarray]] = []
     for labelled in tqdm(images, desc="validation", disable=None, leave=False):
-        found = detector.detect(read_image(labelled.path))
+        found = _NOTHING
+        try:
+            found = detector.detect(read_image(labelled.path))
+        except UnreadableImageError as reason:
+            tqdm.write(f"warning: {labelled.path}: {reason}", file=sys.stderr)
         predictions.append((found.boxes.numpy(), found.scores.numpy()))
     return average_precision(predictions, [labelled.boxes for labelled in images], iou_threshold)
 

@@ -26,7 +26,7 @@ from models.initialise import initialise_backbone, initialise_from_detector
 from models.retinaface import RetinaFace
 from utils.checkpoint import load_checkpoint
 from utils.cli import choose_device, run
-from utils.datasets import find_datasets, read_split
+from utils.datasets import find_datasets, has_split, read_split
 from utils.experiment import Experiment, make_folder
 from utils.logger import RunLog
 
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = choose_device(runtime.gpu_num)
 
     folders = find_datasets(config.data.dataset, ROOT / "data")
-    train_images, val_images = read_split(folders, "train"), read_split(folders, "val")
+    train_images = read_split(folders, "train")
+    val_images = read_split(folders, "val") if has_split(folders, "val") else []
 
     log = RunLog(make_folder(experiment.log_folder))
     torch.manual_seed(config.train.seed)
@@ -53,8 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         initialise(network, start, log)
     config.save(experiment.config_file)
     log.line(f"{experiment.folder}: {len(train_images)} training and {len(val_images)} validation images on {device}")
+    if not val_images:
+        log.line("no val/label.txt: ckpt-best will be the newest epoch, not the best one")
     trainer.fit()
-    log.line(f"done: best validation AP {trainer.progress.best_ap:.4f}; python test.py evaluates it")
+    best = experiment.checkpoint(config.model.backbone, "best")
+    log.line(f"done: {best}" + (f", validation AP {trainer.progress.best_ap:.4f}" if val_images else ""))
     log.close()
 
 

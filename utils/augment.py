@@ -38,17 +38,37 @@ class Sample:
         return Sample(self.image, self.boxes[faces], self.landmarks[faces], self.has_landmarks[faces])
 
 
-def augment(sample: Sample, config: DataConfig, fill: Sequence[float], rng: Generator) -> Sample:
-    """A square training crop of side `config.im_size`, mirrored and coloured at random.
+def augment(sample: Sample, side: int, config: DataConfig, fill: Sequence[float], rng: Generator) -> Sample:
+    """A square training crop of `side` pixels, mirrored and coloured at random.
 
     `fill` is the BGR colour of what lies outside the image.
     """
     region = _random_square(sample, (config.min_crop_scale, config.max_crop_scale), rng)
     sample = crop(sample, region, fill)
-    sample = resize_square(sample, config.im_size, int(rng.choice(_INTERPOLATIONS)))
+    sample = resize_square(sample, side, int(rng.choice(_INTERPOLATIONS)))
     if rng.random() < config.flip_probability:
         sample = mirror(sample)
     return replace(sample, image=change_colours(sample.image, config.colour_probability, rng))
+
+
+def mosaic(quarters: Sequence[Sample]) -> Sample:
+    """Four square samples of one size as the quarters of one: top left, top right, bottom left, bottom right.
+
+    Faces get smaller without the flat padding that a zoomed-out picture would bring, which shifts the statistics of
+    batch normalisation away from those of real pictures.
+    """
+    side = quarters[0].image.shape[0]
+    rows = [np.concatenate([left.image, right.image], axis=1) for left, right in (quarters[:2], quarters[2:])]
+    moved = [
+        (quarter, np.array([column * side, row * side], np.float32))
+        for quarter, (row, column) in zip(quarters, np.ndindex(2, 2), strict=True)
+    ]
+    return Sample(
+        image=np.concatenate(rows, axis=0),
+        boxes=np.concatenate([quarter.boxes + np.tile(offset, 2) for quarter, offset in moved]),
+        landmarks=np.concatenate([quarter.landmarks + offset for quarter, offset in moved]),
+        has_landmarks=np.concatenate([quarter.has_landmarks for quarter, _ in moved]),
+    )
 
 
 def crop(sample: Sample, region_xywh: tuple[int, int, int, int], fill: Sequence[float] = (0, 0, 0)) -> Sample:

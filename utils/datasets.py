@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from config import DataConfig
-from utils.augment import Sample, augment
+from utils.augment import Sample, augment, mosaic
 from utils.images import UnreadableImageError, read_image
 from utils.labels import DatasetError, LabelledImage, read_labels
 from utils.structures import FaceTargets
@@ -31,6 +32,11 @@ def find_datasets(names: str, data_root: Path) -> list[Path]:
             raise DatasetError(f"--dataset {name}: no folder {candidates[0]} nor {candidates[1]}")
         folders.append(found[0])
     return folders
+
+
+def has_split(folders: Sequence[Path], split: str) -> bool:
+    """Whether any of the folders has labels of `train` or `val`."""
+    return any((folder / split / "label.txt").is_file() for folder in folders)
 
 
 def read_split(folders: Sequence[Path], split: str) -> list[LabelledImage]:
@@ -71,14 +77,12 @@ class FaceDataset(Dataset[tuple[Tensor, FaceTargets]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, FaceTargets]:
-        labelled = self.images[index]
-        try:
-            image = read_image(labelled.path)
-        except UnreadableImageError as reason:
-            raise DatasetError(f"{labelled.path}: {reason}; mend it or take it out of label.txt") from None
         rng = np.random.default_rng(int(torch.randint(2**62, (1,))))
-        sample = Sample(image, labelled.boxes, labelled.landmarks, labelled.has_landmarks)
-        sample = augment(sample, self.config, self.fill, rng)
+        if rng.random() < self.config.mosaic_probability:
+            others = [int(other) for other in rng.integers(len(self.images), size=3)]
+            sample = mosaic([self._crop(each, self.config.im_size // 2, rng) for each in (index, *others)])
+        else:
+            sample = self._crop(index, self.config.im_size, rng)
         pixels = torch.from_numpy(sample.image).permute(2, 0, 1).contiguous()
         side = sample.image.shape[0]
         targets = FaceTargets(
@@ -87,6 +91,21 @@ class FaceDataset(Dataset[tuple[Tensor, FaceTargets]]):
             torch.from_numpy(sample.has_landmarks),
         )
         return pixels, targets
+
+    def _crop(self, index: int, side: int, rng: np.random.Generator) -> Sample:
+        labelled, image = self._read(index)
+        sample = Sample(image, labelled.boxes, labelled.landmarks, labelled.has_landmarks)
+        return augment(sample, side, self.config, self.fill, rng)
+
+    def _read(self, index: int) -> tuple[LabelledImage, np.ndarray]:
+        """The image at `index`, or the next one that can be read."""
+        for offset in range(len(self.images)):
+            labelled = self.images[(index + offset) % len(self.images)]
+            try:
+                return labelled, read_image(labelled.path)
+            except UnreadableImageError as reason:
+                print(f"warning: {labelled.path}: {reason}; taking another image", file=sys.stderr)
+        raise DatasetError(f"none of the {len(self.images)} training images can be read")
 
 
 def collate(items: Sequence[tuple[Tensor, FaceTargets]]) -> tuple[Tensor, list[FaceTargets]]:

@@ -46,7 +46,7 @@ def read_image(path: Path) -> np.ndarray:
     if not data.startswith(_OPENCV_BEGINNINGS):
         return _decode_with_pillow(data)
     if not data.rstrip(b"\0").endswith(_COMPLETE_ENDINGS):
-        _decode_with_pillow(data)  # OpenCV fills the missing part of a truncated JPEG with grey and says nothing
+        _decode_with_pillow(data)  # older OpenCVs fill the missing part of a JPEG with grey and say nothing
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +13,7 @@ import numpy as np
 
 from config import UserError
 from utils.images import IMAGE_SUFFIXES, UnreadableImageError, read_image
+from utils.writers import OUTPUT_FOLDERS
 
 VIDEO_SUFFIXES = frozenset(".mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg .wmv .flv .ts .3gp".split())
 
@@ -62,7 +63,7 @@ def open_source(name: str, data_root: Path, exclude: Path, max_frames: int) -> S
     Args:
         name: a folder or file below `data_root`, any other path, or a camera's index.
         data_root: looked in first.
-        exclude: a folder whose content is never read: that of the results.
+        exclude: the folder of the results. It is not read, and where it is the one to be read, what runs write there.
         max_frames: of a video or camera; 0 is no limit.
 
     Raises:
@@ -105,7 +106,7 @@ class ImageFolder:
     def __init__(self, folder: Path, exclude: Path) -> None:
         self.description = str(folder)
         self.folder = folder
-        paths = list(_walk(folder, exclude.resolve()))
+        paths = list(_walk(folder, {(exclude / name).resolve() for name in ("", *OUTPUT_FOLDERS)}))
         pictures = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
         self.names = sorted(path.relative_to(folder).as_posix() for path in pictures)
         self.total: int | None = len(self.names)
@@ -158,11 +159,11 @@ def _read_picture(path: Path, name: str) -> Picture:
         return Picture(name, None, str(reason))
 
 
-def _walk(folder: Path, exclude: Path) -> Iterator[Path]:
+def _walk(folder: Path, exclude: Set[Path]) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise SourceError(f"{error.filename}: cannot be read ({error.strerror})")
 
     for parent, folders, files in os.walk(folder, onerror=refuse):
         visible = [name for name in folders if not name.startswith(".")]
-        folders[:] = [name for name in visible if (Path(parent) / name).resolve() != exclude]
+        folders[:] = [name for name in visible if (Path(parent) / name).resolve() not in exclude]
         yield from (Path(parent) / name for name in files if not name.startswith("."))

@@ -21,8 +21,8 @@ from utils.images import WRITABLE_SUFFIXES, write_image
 from utils.masks import Head, cut
 from utils.structures import Detections
 
-# What `files` of an earlier results.json may name; anything else in it is not ours to remove.
-_OUTPUT_FOLDERS = ("result_images", "masks", "faces", "heads", "head_masks")
+# All pictures that a run writes lie here, so nothing else that a results.json lists is ours to remove.
+OUTPUT_FOLDERS = ("result_images/", "masks/", "faces/", "heads/", "head_masks/")
 
 
 @dataclass
@@ -201,11 +201,6 @@ def _files_of(results: Path) -> set[str]:
     """The files that an earlier run says it wrote; none if there was no such run or its list cannot be read."""
     try:
         files = [PurePosixPath(name) for name in json.loads(results.read_text(encoding="utf-8"))["files"]]
-        ours = (
-            file
-            for file in files
-            if len(file.parts) > 1 and file.parts[0] in _OUTPUT_FOLDERS and ".." not in file.parts
-        )
-        return {str(file) for file in ours}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
+    return {name for name in map(str, files) if name.startswith(OUTPUT_FOLDERS) and "/.." not in name}

@@ -31,11 +31,11 @@ def noise() -> np.ndarray:
 
 def encode(image: np.ndarray, kind: str, mode: str = "RGB", **options: object) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(image[:, :, ::-1]).convert(mode).save(buffer, kind, **options)  # type: ignore[arg-type]
+    Image.fromarray(image[:, :, ::-1]).convert(mode).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def assert_shows(image: np.ndarray, expected: np.ndarray, tolerance: float = 2.0) -> None:
+def assert_shows(image: np.ndarray, expected: np.ndarray, tolerance: float = 8.0) -> None:
     assert image.shape == expected.shape
     assert image.dtype == np.uint8
     assert np.abs(image.astype(int) - expected).mean() <= tolerance
@@ -99,7 +99,7 @@ def test_damage_inside_an_avif_is_refused(tmp_path: Path) -> None:
         read_image(path)
 
 
-@pytest.mark.parametrize("tail", [b"\0" * 100, b"\n", b"trailing bytes", b"\xff\xd8\xff"])
+@pytest.mark.parametrize("tail", [bytes(99), b"\n", b"more bytes", b"\xff\xd8"], ids=["zeros", "line", "text", "start"])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_bytes_after_the_end_do_no_harm(tmp_path: Path, kind: str, tail: bytes) -> None:
     path = tmp_path / "a.jpg"
@@ -150,7 +150,7 @@ def sample_folder() -> Path:
 def test_colours_survive_every_mode(tmp_path: Path, kind: str, mode: str) -> None:
     path = tmp_path / "a.b c.ümlaut.JPG"
     path.write_bytes(encode(four_colours(), kind, mode))
-    assert_shows(read_image(path), four_colours(), tolerance=8.0)
+    assert_shows(read_image(path), four_colours())
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("JPEG", "L"), ("PNG", "L"), ("PNG", "LA"), ("TIFF", "L"), ("PPM", "L")])

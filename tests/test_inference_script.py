@@ -1,0 +1,172 @@
+"""inference.py as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from config import ROOT, ExperimentConfig, ModelConfig
+from models.retinaface import RetinaFace
+from utils.checkpoint import save_checkpoint
+
+SAMPLES = ROOT / "data/sample_widerface/images"
+
+
+def infer(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "inference.py", "--gpu_num=-1", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def results_of(folder: Path) -> dict[str, list[dict[str, object]]]:
+    """Faces by image name."""
+    return {entry["name"]: entry["faces"] for entry in json.loads((folder / "results.json").read_text())["images"]}
+
+
+@pytest.fixture
+def mixed_folder(tmp_path: Path) -> Path:
+    """One good picture in many forms, and files that are no good."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    picture = Image.open(SAMPLES / "astronaut.jpg")
+    data = (SAMPLES / "astronaut.jpg").read_bytes()
+    picture.save(folder / "two. dots .and spaces.JPEG")
+    picture.save(folder / "얼굴 é.png")
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    picture.convert("L").save(folder / "grey.tif")
+    picture.convert("RGBA").save(folder / "alpha.webp")
+    cv2.imwrite(str(folder / "sixteen.PNG"), cv2.imread(str(SAMPLES / "astronaut.jpg")).astype(np.uint16) * 257)
+    Image.new("RGB", (1, 1)).save(folder / "one_pixel.png")
+    (folder / "truncated.jpg").write_bytes(data[: len(data) // 2])
+    (folder / "empty.jpg").touch()
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "notes.txt").write_text("not meant as a picture")
+    return folder
+
+
+def test_bad_images_are_named_and_good_ones_done(mixed_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = infer(f"--inference_dir={mixed_folder}", f"--inference_save_folder={out}", "--save_img")
+    assert result.returncode == 0, result.stderr
+    assert "7 images" in result.stdout
+    for name in ("truncated.jpg", "empty.jpg", "text.jpg"):
+        assert f"skipped {name}: " in result.stdout
+    assert "1 files without an image's suffix" in result.stdout
+    faces = results_of(out)
+    assert {name: len(found) for name, found in faces.items()} == {
+        "alpha.webp": 1,
+        "cmyk.jpg": 1,
+        "grey.tif": 1,
+        "one_pixel.png": 0,
+        "sixteen.PNG": 1,
+        "two. dots .and spaces.JPEG": 1,
+        "얼굴 é.png": 1,
+    }
+    assert {path.name for path in (out / "result_images").iterdir()} == set(faces)
+    skipped = json.loads((out / "results.json").read_text())["skipped"]
+    assert [entry["name"] for entry in skipped] == ["empty.jpg", "text.jpg", "truncated.jpg"]
+
+
+def test_text_file_is_the_originals(tmp_path: Path) -> None:
+    """An image's name, then `x1 y1 x2 y2 score` a face with whole pixels and six decimals."""
+    result = infer(f"--inference_dir={SAMPLES / 'astronaut.jpg'}", f"--inference_save_folder={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    (path,) = tmp_path.glob("*_inference_results.txt")
+    name, line = path.read_text().splitlines()
+    assert name == "astronaut.jpg"
+    *box, score = line.split()
+    (face,) = results_of(tmp_path)["astronaut.jpg"]
+    assert [int(value) for value in box] == [int(value) for value in face["box"]]  # type: ignore[attr-defined]
+    assert score == f"{face['score']:f}"
+
+
+def test_batching_never_changes_the_result(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    image = cv2.imread(str(SAMPLES / "astronaut.jpg"))
+    for number in range(11):
+        cv2.imwrite(str(folder / f"{number:02d}.png"), np.roll(image, 7 * number, axis=1))
+    cv2.imwrite(str(folder / "05b.png"), image[:300])
+    for flag in (True, False):
+        result = infer(
+            f"--inference_dir={folder}",
+            f"--inference_save_folder={tmp_path / str(flag)}",
+            f"--infer_imsize_same={flag}",
+        )
+        assert result.returncode == 0, result.stderr
+        assert "im_detect: 10/12" in result.stdout
+    batched, single = results_of(tmp_path / "True"), results_of(tmp_path / "False")
+    assert list(batched) == list(single)
+    for name, faces in batched.items():
+        np.testing.assert_allclose([f["box"] for f in faces], [f["box"] for f in single[name]], atol=0.02)
+
+
+def test_masks_are_written_for_every_face(tmp_path: Path) -> None:
+    pytest.importorskip("mediapipe")
+    result = infer("--inference_dir=sample_mask/images", f"--inference_save_folder={tmp_path}", "--mask", "--save_mask")
+    assert result.returncode == 0, result.stderr
+    faces = results_of(tmp_path)
+    names = {f"{Path(name).stem}_{index}.png" for name, found in faces.items() for index in range(len(found))}
+    assert len(names) >= 4
+    for folder in ("masks", "faces", "heads", "head_masks"):
+        assert {path.name for path in (tmp_path / folder).iterdir()} == names
+    for name in names:
+        face, mask = cv2.imread(str(tmp_path / "faces" / name)), cv2.imread(str(tmp_path / "masks" / name), -1)
+        assert mask.shape == face.shape[:2]
+        assert set(np.unique(mask)) <= {0, 255}
+        assert mask.mean() > 200  # a face is nearly all person
+
+
+def test_video_is_read_and_written(tmp_path: Path) -> None:
+    image = cv2.imread(str(SAMPLES / "astronaut.jpg"))
+    writer = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10, (512, 512))
+    for shift in range(5):
+        writer.write(np.roll(image, 4 * shift, axis=1))
+    writer.release()
+    flags = ("--save_img", "--max_frames=3")
+    result = infer(f"--inference_dir={tmp_path / 'clip.mp4'}", f"--inference_save_folder={tmp_path / 'out'}", *flags)
+    assert result.returncode == 0, result.stderr
+    assert [len(found) for found in results_of(tmp_path / "out").values()] == [1, 1, 1]
+    drawn = cv2.VideoCapture(str(tmp_path / "out/result_images/clip.mp4"))
+    assert int(drawn.get(cv2.CAP_PROP_FRAME_COUNT)) == 3
+
+
+def test_a_checkpoint_given_by_its_path_names_the_outputs(tmp_path: Path) -> None:
+    model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2)
+    weights = tmp_path / "my detector.pth"
+    save_checkpoint(weights, ExperimentConfig(model=model), RetinaFace(model).state_dict())
+    result = infer(
+        f"--model_weight={weights}",
+        f"--inference_dir={SAMPLES / 'astronaut.jpg'}",
+        f"--inference_save_folder={tmp_path / 'out'}",
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out/my detector_inference_results.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--experiment_name=nowhere"], "no such experiment"),
+        (["--model_weight=nowhere.pth"], "no checkpoint named nowhere.pth"),
+        (["--num_anchor=3"], "--num_anchor=3"),
+        (["--inference_dir=nowhere"], "nowhere"),
+        (["--inference_dir={empty}"], "holds no image"),
+        (["--inference_save_folder=/proc/results"], "/proc/results"),
+        (["--save_mask"], "--save_mask needs --mask"),
+        (["--confidence_threshold=1.5"], "--confidence_threshold"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(flags: list[str], message: str, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    result = infer(f"--inference_save_folder={tmp_path / 'out'}", *[flag.format(empty=empty) for flag in flags])
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1

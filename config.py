@@ -259,6 +259,7 @@ class TrainConfig:
         (), "epochs at which multistep divides the rate by ten; empty is 70%% and 90%% of the run", kind=parse_integers
     )
     warmup_epochs: float = option(1.0, "epochs over which the rate rises linearly from a hundredth of its peak")
+    freeze_bn: bool = option(False, "keep the running statistics of batch normalisation, for fine-tuning")
     clip_gradient: float = option(10.0, "largest gradient norm; 0 does not clip")
     eval_every: int = option(1, "validate every so many epochs (the last is always validated)")
     seed: int = option(0, "seed of weights, order and augmentation")
@@ -311,6 +312,9 @@ class RunOptions:
     experiment_name: str | None = option(
         None, f"folder under experiments/ (default: {DEFAULT_EXPERIMENT}; train.py names a new one by its architecture)"
     )
+
+    def __post_init__(self) -> None:
+        _check(self.gpu_num >= -1, f"--gpu_num is the index of a CUDA device or -1 for the CPU, got {self.gpu_num}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -133,6 +132,8 @@ class Trainer:
         torch.manual_seed(seed)
         self.shuffle.manual_seed(seed)
         self.network.train()
+        if self.config.train.freeze_bn:
+            freeze_batch_norm(self.network)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         # No bar where nobody watches it: the log has a line every few steps instead.
         bar = tqdm(self.loader, desc=f"epoch {epoch}/{self.config.train.epochs}", disable=None, leave=False)
@@ -168,27 +169,39 @@ class Trainer:
 
     def _validate(self) -> float:
         detector = FaceDetector(self.network, self.config.evaluation)
-        return evaluate(detector, self.val_images)
+        return ap_of_all_faces(detect_labelled(detector, self.val_images), self.val_images)
 
     def _save(self, which: Literal["best", "last"], **training: Any) -> None:
         path = self.experiment.checkpoint(self.config.model.backbone, which)
         save_checkpoint(path, self.config, self.network.state_dict(), **training)
 
 
-def evaluate(detector: FaceDetector, images: Sequence[LabelledImage], iou_threshold: float = 0.5) -> float:
-    """Average precision over all labelled faces, each image at its own size; see `average_precision`.
+def freeze_batch_norm(network: nn.Module) -> None:
+    """Let batch normalisation use and keep its running statistics; its scale and shift still learn."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
 
-    An image that cannot be read is named and counts as one in which nothing was found.
+
+def detect_labelled(detector: FaceDetector, images: Sequence[LabelledImage]) -> list[Detections]:
+    """Detections in each labelled image at its own size.
+
+    An image that cannot be read is named, and nothing is found in it.
     """
-    predictions: list[tuple[np.ndarray, np.ndarray]] = []
+    found = []
     for labelled in tqdm(images, desc="validation", disable=None, leave=False):
-        found = _NOTHING
         try:
-            found = detector.detect(read_image(labelled.path))
+            found.append(detector.detect(read_image(labelled.path)))
         except UnreadableImageError as reason:
             tqdm.write(f"warning: {labelled.path}: {reason}", file=sys.stderr)
-        predictions.append((found.boxes.numpy(), found.scores.numpy()))
-    return average_precision(predictions, [labelled.boxes for labelled in images], iou_threshold)
+            found.append(_NOTHING)
+    return found
+
+
+def ap_of_all_faces(found: Sequence[Detections], images: Sequence[LabelledImage]) -> float:
+    """Average precision over all labelled faces at an IoU of 0.5; see `average_precision`."""
+    predictions = [(detections.boxes.numpy(), detections.scores.numpy()) for detections in found]
+    return average_precision(predictions, [labelled.boxes for labelled in images])
 
 
 def detect_pictures(

@@ -26,6 +26,7 @@ from config import (
 from engine import detect_pictures
 from models.detector import open_detector
 from utils.cli import choose_device, run
+from utils.experiment import user_path
 from utils.masks import Head, HeadSegmenter
 from utils.sources import Picture, open_source
 from utils.structures import Detections
@@ -83,14 +84,14 @@ def _infer(flags: Flags, keep: Callable[[Detections, Sequence[Head]], None]) -> 
     detector, checkpoint, name = open_detector(flags, device, "inference", ROOT / "experiments")
     if checkpoint.note:
         print(f"note: {checkpoint.note}")
-    folder = Path(options.inference_save_folder).expanduser()
+    folder = user_path(options.inference_save_folder)
     source = open_source(options.inference_dir, ROOT / "data", exclude=folder, max_frames=options.max_frames)
     about = {"experiment": name, "checkpoint": checkpoint.path.name, "source": source.description}
     print(f"{source.description}: {source.total or 'unknown'} images; {name} ({checkpoint.kind}) on {device}")
 
     start = time.perf_counter()
     with ExitStack() as stack:
-        model = Path(options.segmenter_model).expanduser() if options.segmenter_model else None
+        model = user_path(options.segmenter_model) if options.segmenter_model else None
         segmenter = stack.enter_context(HeadSegmenter(model)) if options.mask else None
         writer = ResultWriter(
             folder,

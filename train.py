@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -27,7 +26,7 @@ from models.retinaface import RetinaFace
 from utils.checkpoint import load_checkpoint
 from utils.cli import choose_device, run
 from utils.datasets import find_datasets, has_split, read_split
-from utils.experiment import Experiment, make_folder
+from utils.experiment import Experiment, make_folder, user_path
 from utils.logger import RunLog
 
 OPTIONS = (RunOptions(), StartOptions(), ModelConfig(), DataConfig(), LossConfig(), TrainConfig())
@@ -83,7 +82,7 @@ def initialise(network: RetinaFace, start: StartOptions, log: RunLog) -> None:
     if start.pretrained_detector and start.pretrained_backbone != "none":
         raise ConfigError("--pretrained_detector brings its backbone: drop --pretrained_backbone")
     if start.pretrained_detector:
-        checkpoint = load_checkpoint(Path(start.pretrained_detector))
+        checkpoint = load_checkpoint(user_path(start.pretrained_detector))
         left = initialise_from_detector(network, checkpoint)
         log.line(f"started from {checkpoint.path.name} ({checkpoint.kind}); {len(left)} tensors start at random")
     else:

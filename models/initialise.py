@@ -11,6 +11,7 @@ from config import UserError
 from models.detector import load_strictly
 from models.retinaface import RetinaFace
 from utils.checkpoint import Checkpoint, CheckpointError, State, load_backbone
+from utils.experiment import user_path
 
 
 def initialise_backbone(network: RetinaFace, source: str) -> None:
@@ -26,7 +27,7 @@ def initialise_backbone(network: RetinaFace, source: str) -> None:
     if source == "imagenet":
         state, origin = _torchvision_weights(name), Path(f"torchvision-{name}")
     else:
-        origin = Path(source).expanduser()
+        origin = user_path(source)
         if not origin.is_file():
             raise CheckpointError(f"--pretrained_backbone {source}: no such file")
         state = load_backbone(origin, name)

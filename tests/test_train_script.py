@@ -27,11 +27,10 @@ FAST = ["--gpu_num=-1", "--backbone=mobilenet0.25", "--im_size=64", "--batch_siz
 def dataset(tmp_path: Path) -> Path:
     """Four pictures with a bright square for a face: with landmarks, without, two faces, and none."""
     squares: list[list[tuple[int, int, int]]] = [[(20, 10, 24)], [(50, 30, 40)], [(5, 5, 20), (60, 40, 30)], []]
-    lines = []
     for split in ("train", "val"):
         images = tmp_path / split / "images"
         images.mkdir(parents=True)
-        lines = []
+        lines: list[str] = []
         for number, faces in enumerate(squares):
             image = np.full((80, 100, 3), 60, np.uint8)
             lines.append(f"# {number}.png")

@@ -31,6 +31,7 @@ from config import (
     stages_for,
     to_dict,
 )
+from utils.experiment import user_path
 
 State = dict[str, Tensor]
 
@@ -81,7 +82,7 @@ def locate_checkpoint(experiments: Path, experiment_name: str, model_weight: str
     Raises:
         CheckpointError: there is no such file, or more than one.
     """
-    direct = Path(model_weight).expanduser()
+    direct = user_path(model_weight)
     if direct.is_file():
         return direct
     folder = experiments / experiment_name / "ckpt"

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from config import DataConfig
 from utils.augment import Sample, augment, mosaic
+from utils.experiment import user_path
 from utils.images import UnreadableImageError, read_image
 from utils.labels import DatasetError, LabelledImage, read_labels
 from utils.structures import FaceTargets
@@ -26,7 +27,7 @@ def find_datasets(names: str, data_root: Path) -> list[Path]:
     """
     folders = []
     for name in filter(None, (part.strip() for part in names.split(","))):
-        candidates = [data_root / name, Path(name).expanduser()]
+        candidates = [data_root / name, user_path(name)]
         found = [folder for folder in candidates if folder.is_dir()]
         if not found:
             raise DatasetError(f"--dataset {name}: no folder {candidates[0]} nor {candidates[1]}")

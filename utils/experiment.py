@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from config import UserError
 
@@ -31,6 +32,18 @@ class Experiment:
         return self.folder / "ckpt" / f"{backbone}_ckpt-{which}.pth"
 
 
+def user_path(text: str) -> Path:
+    """A path that the user typed, with `~` expanded.
+
+    Raises:
+        UserError: it names the home of a user who does not exist.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{text}: there is no such user") from None
+
+
 def make_folder(folder: Path) -> Path:
     """Create a folder and its parents, or find it there.
 
@@ -39,9 +52,8 @@ def make_folder(folder: Path) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.touch()
-        probe.unlink()
+        with TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another folder") from None
     return folder

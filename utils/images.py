@@ -80,6 +80,6 @@ def write_image(path: Path, image: np.ndarray) -> None:
         size = f"{image.shape[1]}x{image.shape[0]}"
         raise OSError(errno.EFBIG, f"{size} pixels cannot be encoded as {path.suffix}", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{os.getpid()}.tmp")  # short: the picture's own name may be as long as names can be
     temporary.write_bytes(encoded.tobytes())
     os.replace(temporary, path)

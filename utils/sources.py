@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from config import UserError
+from utils.experiment import user_path
 from utils.images import IMAGE_SUFFIXES, UnreadableImageError, read_image
 from utils.writers import OUTPUT_FOLDERS
 
@@ -69,7 +70,7 @@ def open_source(name: str, data_root: Path, exclude: Path, max_frames: int) -> S
     Raises:
         SourceError: it does not exist, holds no picture, or cannot be opened.
     """
-    candidates = [data_root / name, Path(name).expanduser()]
+    candidates = [data_root / name, user_path(name)]
     found = next((path for path in candidates if path.exists()), None)
     if found is None and name.isdecimal():
         return Video(int(name), f"camera{name}", max_frames)
@@ -107,7 +108,7 @@ class ImageFolder:
         self.description = str(folder)
         self.folder = folder
         paths = list(_walk(folder, {(exclude / name).resolve() for name in ("", *OUTPUT_FOLDERS)}))
-        pictures = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+        pictures = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_fifo()]
         self.names = sorted(path.relative_to(folder).as_posix() for path in pictures)
         self.total: int | None = len(self.names)
         self.ignored = len(paths) - len(pictures)

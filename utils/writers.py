@@ -112,6 +112,7 @@ class ResultWriter:
         self._json.write(f'\n],\n"skipped": {json.dumps(skipped, ensure_ascii=False)},\n')
         if self._video is not None:
             self._video.release()
+            os.replace(self._video_path.with_suffix(".tmp.mp4"), self._video_path)
         self._json.write(f'"files": {json.dumps(sorted(self._files), ensure_ascii=False)}\n}}\n')
         for file, path in ((self._text, self._text_path), (self._json, self._json_path)):
             file.close()
@@ -163,12 +164,14 @@ class ResultWriter:
     def _write_frame(self, name: str, drawing: np.ndarray) -> None:
         if self._video is None:
             relative = f"result_images/{name.rsplit('_', 1)[0]}.mp4"
-            make_folder((self.folder / relative).parent)
+            self._video_path = self.folder / relative
+            temporary = make_folder(self._video_path.parent) / self._video_path.with_suffix(".tmp.mp4").name
             size = (drawing.shape[1], drawing.shape[0])
             codec = cv2.VideoWriter.fourcc(*"mp4v")
-            self._video = cv2.VideoWriter(str(self.folder / relative), codec, self._frames_per_second or 25.0, size)
-            if not self._video.isOpened():
+            video = cv2.VideoWriter(str(temporary), codec, self._frames_per_second or 25.0, size)
+            if not video.isOpened():
                 raise OSError(errno.EIO, f"OpenCV cannot encode it at {self._frames_per_second} frames/s", relative)
+            self._video = video
             self._files.add(relative)
         self._video.write(drawing)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from config import DataConfig
-from utils.augment import Sample, augment, change_colours, crop, mirror, resize_square
+from utils.augment import Sample, augment, change_colours, crop, mirror, mosaic, resize_square
 
 LANDMARKS = [[12, 14], [18, 14], [15, 18], [13, 22], [17, 22]]  # left eye, right eye, nose, left and right corner
 
@@ -90,7 +90,7 @@ def test_resize_scales_everything_and_drops_what_gets_thinner_than_a_pixel() -> 
 
 def test_inputs_are_left_as_they_were() -> None:
     before = replace(ONE_FACE, image=ONE_FACE.image.copy(), boxes=ONE_FACE.boxes.copy())
-    augment(ONE_FACE, DataConfig(im_size=32, flip_probability=1, colour_probability=1), (0, 0, 0), rng(0))
+    augment(ONE_FACE, 32, DataConfig(flip_probability=1, colour_probability=1), (0, 0, 0), rng(0))
     assert np.array_equal(before.image, ONE_FACE.image)
     assert np.array_equal(before.boxes, ONE_FACE.boxes)
 
@@ -105,10 +105,10 @@ def test_augmented_boxes_lie_around_their_faces(max_scale: float) -> None:
     image = np.zeros((60, 90, 3), np.uint8)
     image[20:44, 30:50] = (0, 0, 255)
     red = replace(sample_of([[30, 20, 50, 44]]), image=image)
-    config = DataConfig(im_size=128, max_crop_scale=max_scale, colour_probability=0)
+    config = DataConfig(max_crop_scale=max_scale, colour_probability=0)
     kept = 0
     for seed in range(40):
-        sample = augment(red, config, (0, 0, 0), rng(seed))
+        sample = augment(red, 128, config, (0, 0, 0), rng(seed))
         assert sample.image.shape == (128, 128, 3)
         for x1, y1, x2, y2 in np.rint(sample.boxes).astype(int):
             kept += 1
@@ -124,7 +124,7 @@ def test_augmented_boxes_lie_around_their_faces(max_scale: float) -> None:
 @pytest.mark.parametrize("boxes", [[], [[0, 0, 1, 1]], [[-9, -9, -1, -1]], [[0, 0, 500, 500]]])
 def test_any_image_and_any_box_give_a_crop(size_hw: tuple[int, int], boxes: list[list[float]]) -> None:
     for seed in range(20):
-        sample = augment(sample_of(boxes, *size_hw), DataConfig(im_size=32), (104, 117, 123), rng(seed))
+        sample = augment(sample_of(boxes, *size_hw), 32, DataConfig(), (104, 117, 123), rng(seed))
         assert sample.image.shape == (32, 32, 3)
         assert sample.boxes.shape == (len(sample.has_landmarks), 4)
         assert ((sample.boxes >= 0) & (sample.boxes <= 32)).all()
@@ -132,7 +132,7 @@ def test_any_image_and_any_box_give_a_crop(size_hw: tuple[int, int], boxes: list
 
 def test_equal_seeds_give_equal_samples_and_others_differ() -> None:
     def image(seed: int) -> bytes:
-        return augment(ONE_FACE, DataConfig(im_size=32), (0, 0, 0), rng(seed)).image.tobytes()
+        return augment(ONE_FACE, 32, DataConfig(), (0, 0, 0), rng(seed)).image.tobytes()
 
     assert image(1) == image(1)
     assert image(1) != image(2)
@@ -154,3 +154,16 @@ def test_grey_stays_grey_and_hue_moves_by_36_degrees_at_most() -> None:
         assert np.ptp(change_colours(grey, 1.0, rng(seed))[0, 0]) == 0
         hue = int(cv2.cvtColor(change_colours(red, 1.0, rng(seed)), cv2.COLOR_BGR2HSV)[0, 0, 0])
         assert min(hue, 180 - hue) <= 18 + 1  # OpenCV counts hue in steps of two degrees
+
+
+def test_mosaic_puts_four_samples_side_by_side() -> None:
+    """Quarters of 10 pixels: the face at (1, 2) of the last one is at (11, 12) of the whole."""
+    face = replace(sample_of([[1, 2, 4, 8]]), image=np.full((10, 10, 3), 7, np.uint8))
+    none = replace(sample_of([]), image=np.zeros((10, 10, 3), np.uint8))
+    whole = mosaic([face, none, none, face])
+    assert whole.image.shape == (20, 20, 3)
+    assert whole.boxes.tolist() == [[1, 2, 4, 8], [11, 12, 14, 18]]
+    assert (whole.landmarks[1] - whole.landmarks[0]).tolist() == [[10, 10]] * 5
+    assert np.array_equal(whole.image[:10, :10], face.image)
+    assert np.array_equal(whole.image[10:, 10:], face.image)
+    assert not whole.image[10:, :10].any()

@@ -231,6 +231,7 @@ class DataConfig:
     mosaic_probability: float = option(0.0, "part of the samples that are four crops of half the side, for small faces")
     flip_probability: float = option(0.5, "part of the crops that are mirrored")
     colour_probability: float = option(0.5, "probability of each colour change")
+    grey_probability: float = option(0.05, "part of the crops that lose their colour")
     num_workers: int = option(2, "processes that read and augment images; 0 reads in the main process")
 
     def __post_init__(self) -> None:
@@ -241,7 +242,7 @@ class DataConfig:
             f"got {self.min_crop_scale} and {self.max_crop_scale}",
         )
         _check(self.num_workers >= 0, f"--num_workers must not be negative, got {self.num_workers}")
-        for name in ("mosaic_probability", "flip_probability", "colour_probability"):
+        for name in ("mosaic_probability", "flip_probability", "colour_probability", "grey_probability"):
             _check(0 <= getattr(self, name) <= 1, f"--{name} must lie in [0, 1], got {getattr(self, name)}")
 
 
@@ -251,7 +252,7 @@ class TrainConfig:
 
     epochs: int = option(8000, "passes over the training images")
     batch_size: int = option(16, "images per step", aliases=("batch_sixe",))
-    learning_rate: float = option(1e-3, "peak learning rate")
+    learning_rate: float = option(1e-2, "peak learning rate; a hundredth of it suits fine-tuning a trained detector")
     momentum: float = option(0.9, "momentum of SGD")
     weight_decay: float = option(5e-4, "weight decay")
     schedule: str = option("multistep", "how the rate falls after the warm-up", choices=("multistep", "cosine"))
@@ -260,7 +261,8 @@ class TrainConfig:
     )
     warmup_epochs: float = option(1.0, "epochs over which the rate rises linearly from a hundredth of its peak")
     freeze_bn: bool = option(False, "keep the running statistics of batch normalisation, for fine-tuning")
-    clip_gradient: float = option(10.0, "largest gradient norm; 0 does not clip")
+    ema_decay: float = option(0.0, "decay of the averaged weights that are validated and kept as best; 0 averages none")
+    clip_gradient: float = option(0.0, "largest gradient norm; 0 does not clip")
     eval_every: int = option(1, "validate every so many epochs (the last is always validated)")
     seed: int = option(0, "seed of weights, order and augmentation")
 
@@ -269,6 +271,7 @@ class TrainConfig:
             _check(getattr(self, name) > 0, f"--{name} must be positive, got {getattr(self, name)}")
         for name in ("momentum", "weight_decay", "warmup_epochs", "clip_gradient"):
             _check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
+        _check(0 <= self.ema_decay < 1, f"--ema_decay must lie in [0, 1), got {self.ema_decay}")
         _check(self.schedule in ("multistep", "cosine"), f"--schedule is multistep or cosine, got {self.schedule!r}")
 
 
@@ -335,7 +338,9 @@ class StartOptions:
         "none", "start the backbone from a file, from torchvision's ImageNet weights (imagenet), or at random (none)"
     )
     pretrained_detector: str | None = option(
-        None, "start from any supported checkpoint with the same backbone; a missing second stage copies the first"
+        None,
+        "start from any supported checkpoint; it brings its architecture, which flags change. A second stage that "
+        "it lacks copies the first",
     )
 
 
@@ -452,6 +457,8 @@ def model_config_from_flags(flags: Flags, base: ModelConfig | None = None) -> Mo
         given["anchor_sizes"] = anchor_sizes_for(given["num_anchor"])
     if "cascade" in given and given["cascade"] != base.cascade:
         given["stages"] = stages_for(given["cascade"])
+    if not base.iou_aware and given.get("model_version") == "tina":
+        given.setdefault("score_exponent", ModelConfig.score_exponent)  # a new branch takes part in the score
     if "landmark_loss" in given:
         given["landmarks"] = given["landmark_loss"]
     model = Flags(given).apply(base)

@@ -8,12 +8,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -81,26 +82,26 @@ class Trainer:
             momentum=config.train.momentum,
             weight_decay=config.train.weight_decay,
         )
+        self.averaged = build_average(network, config.train.ema_decay)
         self.scheduler = build_scheduler(self.optimizer, config.train, steps_per_epoch=len(self.loader))
         self.progress = Progress()
 
-    def resume(self) -> bool:
-        """Continue from `ckpt-last` if the experiment has one; say whether it does.
+    def resume(self) -> None:
+        """Continue from the experiment's `ckpt-last`.
 
         Raises:
             CheckpointError: it cannot be read, or belongs to another architecture.
         """
         path = self.experiment.checkpoint(self.config.model.backbone, "last")
-        if not path.is_file():
-            return False
         checkpoint = load_checkpoint(path)
         if checkpoint.model != self.config.model:
             raise CheckpointError(f"{path}: is of another architecture; use another --experiment_name")
         self.network.load_state_dict(checkpoint.state)
         self.optimizer.load_state_dict(checkpoint.training["optimizer"])
         self.scheduler.load_state_dict(checkpoint.training["scheduler"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(checkpoint.training["averaged"])
         self.progress = Progress(checkpoint.training["epoch"], checkpoint.training["best_ap"])
-        return True
 
     def fit(self) -> None:
         """Train the epochs that are left."""
@@ -110,21 +111,28 @@ class Trainer:
             metrics = self._train_epoch(epoch)
             metrics["images_per_second"] = len(self.loader) * train.batch_size / (time.perf_counter() - start)
             if not self.val_images:
-                self._save("best", epoch=epoch)
+                self._save("best", self.result, epoch=epoch)
             elif epoch % train.eval_every == 0 or epoch == train.epochs:
                 metrics["val/ap50"] = self._validate()
                 if metrics["val/ap50"] > self.progress.best_ap:
                     self.progress.best_ap = metrics["val/ap50"]
-                    self._save("best", epoch=epoch, val_ap50=self.progress.best_ap)
+                    self._save("best", self.result, epoch=epoch, val_ap50=self.progress.best_ap)
             self.progress.epoch = epoch
             self._save(
                 "last",
+                self.network,
+                averaged={} if self.averaged is None else self.averaged.state_dict(),
                 epoch=epoch,
                 best_ap=self.progress.best_ap,
                 optimizer=self.optimizer.state_dict(),
                 scheduler=self.scheduler.state_dict(),
             )
             self.log.epoch(epoch, metrics)
+
+    @property
+    def result(self) -> RetinaFace:
+        """The network that training is for: the averaged one, if there is an average."""
+        return self.network if self.averaged is None else cast(RetinaFace, self.averaged.module)
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training images; returns the mean of every loss term and the last learning rate."""
@@ -165,15 +173,17 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.train.clip_gradient)
         self.optimizer.step()
         self.scheduler.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.network)
         return {"loss": total.detach()} | {name: value.detach() for name, value in terms.items()}
 
     def _validate(self) -> float:
-        detector = FaceDetector(self.network, self.config.evaluation)
+        detector = FaceDetector(self.result, self.config.evaluation)
         return ap_of_all_faces(detect_labelled(detector, self.val_images), self.val_images)
 
-    def _save(self, which: Literal["best", "last"], **training: Any) -> None:
+    def _save(self, which: Literal["best", "last"], network: RetinaFace, **training: Any) -> None:
         path = self.experiment.checkpoint(self.config.model.backbone, which)
-        save_checkpoint(path, self.config, self.network.state_dict(), **training)
+        save_checkpoint(path, self.config, network.state_dict(), **training)
 
 
 def freeze_batch_norm(network: nn.Module) -> None:
@@ -268,6 +278,13 @@ def _use_one_thread(_worker: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)
+
+
+def build_average(network: RetinaFace, decay: float) -> AveragedModel | None:
+    """An exponential moving average of the weights, and of batch normalisation's statistics; None for a decay of 0."""
+    if decay == 0:
+        return None
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def build_scheduler(optimizer: Optimizer, config: TrainConfig, steps_per_epoch: int) -> LRScheduler:

@@ -23,7 +23,7 @@ from config import (
 from engine import Trainer
 from models.initialise import initialise_backbone, initialise_from_detector
 from models.retinaface import RetinaFace
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.cli import choose_device, run
 from utils.datasets import find_datasets, has_split, read_split
 from utils.experiment import Experiment, make_folder, user_path
@@ -36,21 +36,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse_flags(__doc__ or "", OPTIONS, argv)
     start = flags.apply(StartOptions())
     runtime = flags.apply(RunOptions())
-    experiment, config = open_experiment(flags, runtime, resume=start.resume)
+    experiment, config, checkpoint = open_experiment(flags, start, runtime)
     device = choose_device(runtime.gpu_num)
 
     folders = find_datasets(config.data.dataset, ROOT / "data")
     train_images = read_split(folders, "train")
     val_images = read_split(folders, "val") if has_split(folders, "val") else []
 
-    log = RunLog(make_folder(experiment.log_folder))
     torch.manual_seed(config.train.seed)
     network = RetinaFace(config.model)
+    resumes = start.resume and experiment.checkpoint(config.model.backbone, "last").is_file()
+    left = [] if resumes else initialise(network, start, checkpoint)
+    log = RunLog(make_folder(experiment.log_folder))
     trainer = Trainer(network.to(device), config, experiment, train_images, val_images, log)
-    if start.resume and trainer.resume():
+    if resumes:
+        trainer.resume()
         log.line(f"continuing after epoch {trainer.progress.epoch}")
-    else:
-        initialise(network, start, log)
+    elif checkpoint:
+        log.line(f"started from {checkpoint.path.name} ({checkpoint.kind}); {len(left)} tensors start at random")
     config.save(experiment.config_file)
     log.line(f"{experiment.folder}: {len(train_images)} training and {len(val_images)} validation images on {device}")
     if not val_images:
@@ -61,32 +64,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.close()
 
 
-def open_experiment(flags: Flags, runtime: RunOptions, resume: bool) -> tuple[Experiment, ExperimentConfig]:
-    """The experiment's folder, and its configuration: what is saved there, changed by the flags."""
-    name = runtime.experiment_name or model_config_from_flags(flags).name
-    experiment = Experiment(ROOT / "experiments" / name)
-    continued = resume and experiment.config_file.is_file()
-    saved = ExperimentConfig.load(experiment.config_file) if continued else ExperimentConfig()
-    return experiment, ExperimentConfig(
-        model=model_config_from_flags(flags, saved.model if continued else None),
+def open_experiment(
+    flags: Flags, start: StartOptions, runtime: RunOptions
+) -> tuple[Experiment, ExperimentConfig, Checkpoint | None]:
+    """The experiment's folder, its configuration, and the checkpoint that it starts from.
+
+    The configuration is the one saved in the folder, if training goes on there, changed by the flags. A new
+    experiment has the architecture of the checkpoint that it starts from, changed by the flags.
+    """
+    if start.pretrained_detector and start.pretrained_backbone != "none":
+        raise ConfigError("--pretrained_detector brings its backbone: drop --pretrained_backbone")
+    named = Experiment(ROOT / "experiments" / runtime.experiment_name) if runtime.experiment_name else None
+    saved, architecture, checkpoint = ExperimentConfig(), None, None
+    if start.resume and named and named.config_file.is_file():
+        saved = ExperimentConfig.load(named.config_file)
+        architecture = saved.model
+    elif start.pretrained_detector:
+        checkpoint = load_checkpoint(user_path(start.pretrained_detector))
+        architecture = checkpoint.model
+    model = model_config_from_flags(flags, architecture)
+    config = ExperimentConfig(
+        model=model,
         loss=flags.apply(saved.loss),
         data=flags.apply(saved.data),
         train=flags.apply(saved.train),
         inference=saved.inference,
         evaluation=saved.evaluation,
     )
+    return named or Experiment(ROOT / "experiments" / model.name), config, checkpoint
 
 
-def initialise(network: RetinaFace, start: StartOptions, log: RunLog) -> None:
-    """Give the network the weights that training starts from."""
-    if start.pretrained_detector and start.pretrained_backbone != "none":
-        raise ConfigError("--pretrained_detector brings its backbone: drop --pretrained_backbone")
-    if start.pretrained_detector:
-        checkpoint = load_checkpoint(user_path(start.pretrained_detector))
-        left = initialise_from_detector(network, checkpoint)
-        log.line(f"started from {checkpoint.path.name} ({checkpoint.kind}); {len(left)} tensors start at random")
-    else:
-        initialise_backbone(network, start.pretrained_backbone)
+def initialise(network: RetinaFace, start: StartOptions, checkpoint: Checkpoint | None) -> list[str]:
+    """Give the network the weights that training starts from; returns the tensors that start at random."""
+    if checkpoint:
+        return initialise_from_detector(network, checkpoint)
+    initialise_backbone(network, start.pretrained_backbone)
+    return []
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
-from config import ROOT, ExperimentConfig
+from config import ROOT, ExperimentConfig, ModelConfig
 from utils.checkpoint import load_checkpoint
 from utils.experiment import Experiment
 
@@ -82,7 +82,7 @@ def test_training_leaves_what_the_readme_says(dataset: Path, experiment: Experim
 def test_killed_run_continues_as_if_undisturbed(dataset: Path, experiment: Experiment) -> None:
     """Kill -9 somewhere in the run; the same command goes on and ends with the losses of a run left alone."""
     undisturbed = Experiment(experiment.folder / "undisturbed")
-    flags = ["--epochs=6", "--learning_rate=0.001", "--num_workers=1"]
+    flags = ["--epochs=6", "--learning_rate=0.001", "--num_workers=1", "--ema_decay=0.9", "--freeze_bn"]
     process = subprocess.Popen(command(dataset, experiment, *flags), cwd=ROOT, stdout=subprocess.DEVNULL)
     last = experiment.checkpoint("mobilenet0.25", "last")
     deadline = time.monotonic() + 120
@@ -105,9 +105,12 @@ def test_started_from_a_detector_it_begins_where_that_one_stood(
     dataset: Path, experiment: Experiment, shared: Path
 ) -> None:
     weights = shared / "weights/mobilenet0.25_Final.pth"
-    result = train(dataset, experiment, "--epochs=1", "--num_anchor=2", f"--pretrained_detector={weights}")
+    flags = ["--epochs=1", "--model_version=tina", "--cascade=True", f"--pretrained_detector={weights}"]
+    result = train(dataset, experiment, *flags)
     assert result.returncode == 0, result.stderr
     assert "12 tensors start at random" in result.stdout  # weight and bias of the IoU branch, two stages, three levels
+    model = ExperimentConfig.load(experiment.config_file).model
+    assert (model.num_anchor, model.cascade, model.score_exponent) == (2, True, ModelConfig.score_exponent)
 
 
 def test_without_validation_images_the_newest_epoch_is_the_best(dataset: Path, experiment: Experiment) -> None:

@@ -48,7 +48,10 @@ def augment(sample: Sample, side: int, config: DataConfig, fill: Sequence[float]
     sample = resize_square(sample, side, int(rng.choice(_INTERPOLATIONS)))
     if rng.random() < config.flip_probability:
         sample = mirror(sample)
-    return replace(sample, image=change_colours(sample.image, config.colour_probability, rng))
+    image = change_colours(sample.image, config.colour_probability, rng)
+    if rng.random() < config.grey_probability:
+        image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
+    return replace(sample, image=image)
 
 
 def mosaic(quarters: Sequence[Sample]) -> Sample:

@@ -105,7 +105,7 @@ def test_augmented_boxes_lie_around_their_faces(max_scale: float) -> None:
     image = np.zeros((60, 90, 3), np.uint8)
     image[20:44, 30:50] = (0, 0, 255)
     red = replace(sample_of([[30, 20, 50, 44]]), image=image)
-    config = DataConfig(max_crop_scale=max_scale, colour_probability=0)
+    config = DataConfig(max_crop_scale=max_scale, colour_probability=0, grey_probability=0)
     kept = 0
     for seed in range(40):
         sample = augment(red, 128, config, (0, 0, 0), rng(seed))
@@ -167,3 +167,10 @@ def test_mosaic_puts_four_samples_side_by_side() -> None:
     assert np.array_equal(whole.image[:10, :10], face.image)
     assert np.array_equal(whole.image[10:, 10:], face.image)
     assert not whole.image[10:, :10].any()
+
+
+@pytest.mark.parametrize(("probability", "grey"), [(1.0, True), (0.0, False)])
+def test_crops_lose_their_colour_when_asked(probability: float, grey: bool) -> None:
+    sample = augment(ONE_FACE, 32, DataConfig(grey_probability=probability), (0, 0, 0), rng(0))
+    blue, green, red = np.moveaxis(sample.image, 2, 0)
+    assert (np.array_equal(blue, green) and np.array_equal(green, red)) is grey

@@ -1,0 +1,60 @@
+"""The detector that comes with the repository, on the pictures that come with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.ops import box_iou
+
+from config import DEFAULT_EXPERIMENT, ROOT, ExperimentConfig
+from models.detector import FaceDetector
+from utils.images import IMAGE_SUFFIXES, read_image
+
+# Boxes of all faces, forehead to chin, in pixels of the upright pictures; of faces cut by the border, what is visible.
+FACES: dict[str, list[list[float]]] = json.loads(Path(__file__).with_name("sample_faces.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def detector() -> FaceDetector:
+    return FaceDetector.from_experiment()
+
+
+def test_every_sample_picture_is_labelled() -> None:
+    pictures = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.glob("data/sample_*/images/*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    }
+    assert pictures == set(FACES)
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_every_face_is_found_and_nothing_else(name: str, detector: FaceDetector) -> None:
+    found = detector.detect(read_image(ROOT / name))
+    overlap = box_iou(torch.tensor(FACES[name]), found.boxes)
+    assert overlap.max(dim=1).values.min() > 0.4
+    assert len(found) == len(FACES[name])
+
+
+def test_landmarks_lie_where_they_belong(detector: FaceDetector) -> None:
+    """Eyes above nose above mouth, left of right, all within the face."""
+    found = detector.detect(read_image(ROOT / "data/sample_widerface/images/astronaut.jpg"))
+    assert found.landmarks is not None
+    left_eye, right_eye, nose, left_mouth, right_mouth = found.landmarks[0].tolist()
+    assert left_eye[0] < nose[0] < right_eye[0]
+    assert left_mouth[0] < nose[0] < right_mouth[0]
+    assert max(left_eye[1], right_eye[1]) < nose[1] < min(left_mouth[1], right_mouth[1])
+    x1, y1, x2, y2 = found.boxes[0].tolist()
+    assert all(x1 < x < x2 and y1 < y < y2 for x, y in found.landmarks[0].tolist())
+
+
+def test_experiment_is_complete_and_small() -> None:
+    folder = ROOT / "experiments" / DEFAULT_EXPERIMENT
+    model = ExperimentConfig.load(folder / "config.json").model
+    assert (model.backbone, model.cascade, model.iou_aware) == ("mobilenet0.25", True, True)
+    (weights,) = (folder / "ckpt").glob("*best.pth")
+    assert weights.stat().st_size < 5e6
+    assert (folder / "README.md").is_file()

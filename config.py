@@ -34,6 +34,21 @@ def _check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        _check(getattr(config, name) > 0, f"--{name} must be positive, got {getattr(config, name)}")
+
+
+def _check_not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        _check(getattr(config, name) >= 0, f"--{name} must not be negative, got {getattr(config, name)}")
+
+
+def _check_fraction(config: Any, *names: str) -> None:
+    for name in names:
+        _check(0 <= getattr(config, name) <= 1, f"--{name} must lie in [0, 1], got {getattr(config, name)}")
+
+
 # What a backbone brings along unless the configuration says otherwise: (FPN channels, negative slope of LeakyReLU).
 # Both pairs are those of biubug6/Pytorch_Retinaface.
 BACKBONES: dict[str, tuple[int, float]] = {
@@ -135,7 +150,7 @@ class ModelConfig:
             self.fpn_channels > 0 and self.fpn_channels % 4 == 0,
             f"fpn_channels must be a multiple of 4, got {self.fpn_channels}",
         )
-        _check(0 <= self.score_exponent <= 1, f"score_exponent must lie in [0, 1], got {self.score_exponent}")
+        _check_fraction(self, "score_exponent")
         _check(len(self.stages) > 0, "a detector needs at least one stage")
 
     @classmethod
@@ -196,10 +211,8 @@ class DetectionConfig:
     clip_boxes: bool = option(True, "clip boxes to the image; False keeps what reaches outside, as the original did")
 
     def __post_init__(self) -> None:
-        for name in ("confidence_threshold", "nms_threshold"):
-            _check(0 <= getattr(self, name) <= 1, f"--{name} must lie in [0, 1], got {getattr(self, name)}")
-        for name in ("top_k", "keep_top_k"):
-            _check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
+        _check_fraction(self, "confidence_threshold", "nms_threshold")
+        _check_not_negative(self, "top_k", "keep_top_k")
 
 
 @dataclass(frozen=True)
@@ -213,9 +226,7 @@ class LossConfig:
     negative_ratio: int = option(7, "hard negatives mined per positive prior")
 
     def __post_init__(self) -> None:
-        _check(self.negative_ratio > 0, f"--negative_ratio must be positive, got {self.negative_ratio}")
-        for name in ("class_weight", "box_weight", "landmark_weight", "iou_weight"):
-            _check(getattr(self, name) > 0, f"--{name} must be positive, got {getattr(self, name)}")
+        _check_positive(self, "class_weight", "box_weight", "landmark_weight", "iou_weight", "negative_ratio")
 
 
 @dataclass(frozen=True)
@@ -241,9 +252,8 @@ class DataConfig:
             f"--min_crop_scale must be positive and at most --max_crop_scale, "
             f"got {self.min_crop_scale} and {self.max_crop_scale}",
         )
-        _check(self.num_workers >= 0, f"--num_workers must not be negative, got {self.num_workers}")
-        for name in ("mosaic_probability", "flip_probability", "colour_probability", "grey_probability"):
-            _check(0 <= getattr(self, name) <= 1, f"--{name} must lie in [0, 1], got {getattr(self, name)}")
+        _check_not_negative(self, "num_workers")
+        _check_fraction(self, "mosaic_probability", "flip_probability", "colour_probability", "grey_probability")
 
 
 @dataclass(frozen=True)
@@ -267,10 +277,8 @@ class TrainConfig:
     seed: int = option(0, "seed of weights, order and augmentation")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "learning_rate", "eval_every"):
-            _check(getattr(self, name) > 0, f"--{name} must be positive, got {getattr(self, name)}")
-        for name in ("momentum", "weight_decay", "warmup_epochs", "clip_gradient"):
-            _check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
+        _check_positive(self, "epochs", "batch_size", "learning_rate", "eval_every")
+        _check_not_negative(self, "momentum", "weight_decay", "warmup_epochs", "clip_gradient")
         _check(0 <= self.ema_decay < 1, f"--ema_decay must lie in [0, 1), got {self.ema_decay}")
         _check(self.schedule in ("multistep", "cosine"), f"--schedule is multistep or cosine, got {self.schedule!r}")
 
@@ -369,7 +377,7 @@ class InferenceOptions:
     def __post_init__(self) -> None:
         _check(self.mask or not self.save_mask, "--save_mask needs --mask: add it, or drop --save_mask")
         _check(self.mask or self.segmenter_model is None, "--segmenter_model needs --mask: add it, or drop the model")
-        _check(self.max_frames >= 0, f"--max_frames must not be negative, got {self.max_frames}")
+        _check_not_negative(self, "max_frames")
 
 
 # ---------------------------------------------------------------------------------------------------- flags

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from config import ROOT, ExperimentConfig, ModelConfig
+from inference import inference
 from models.retinaface import RetinaFace
 from utils.checkpoint import save_checkpoint
 
@@ -122,6 +124,25 @@ def test_masks_are_written_for_every_face(tmp_path: Path) -> None:
         assert mask.shape == face.shape[:2]
         assert set(np.unique(mask)) <= {0, 255}
         assert mask.mean() > 200  # a face is nearly all person
+
+
+def test_returned_lists_have_an_entry_for_every_image(tmp_path: Path) -> None:
+    """A picture without faces in the middle does not shift those behind it."""
+    pytest.importorskip("mediapipe")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.jpg", "c.jpg"):
+        shutil.copy(SAMPLES / "astronaut.jpg", folder / name)
+    Image.new("RGB", (90, 60)).save(folder / "b.png")
+    flags = ["--gpu_num=-1", f"--inference_dir={folder}", f"--inference_save_folder={tmp_path / 'out'}", "--mask"]
+    bboxes, face_bboxes, face_masks, head_bboxes, head_masks = inference(flags)
+    assert [len(boxes) for boxes in bboxes] == [1, 0, 1]
+    assert face_bboxes[1].shape == head_bboxes[1].shape == (0, 4)
+    assert face_masks[1] == head_masks[1] == []
+    (x1, y1, x2, y2), (left, top, right, bottom) = face_bboxes[0][0], head_bboxes[0][0]
+    np.testing.assert_array_equal(bboxes[0][0], [left + x1, top + y1, left + x2, top + y2])
+    assert head_masks[0][0].shape == (bottom - top, right - left)
+    np.testing.assert_array_equal(face_masks[0][0], head_masks[0][0][y1:y2, x1:x2])
 
 
 def test_video_is_read_and_written(tmp_path: Path) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 
 from config import UserError
+from utils.structures import Detections
 
 Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in whole pixels; x2 and y2 lie behind the last pixel
 
@@ -73,6 +75,33 @@ def head_region(face: np.ndarray, image_size_hw: tuple[int, int]) -> tuple[Box, 
 def _clip(box: Box, width: int, height: int) -> Box:
     x1, y1, x2, y2 = (min(max(value, 0), limit) for value, limit in zip(box, (width, height) * 2, strict=True))
     return x1, y1, max(x1, x2), max(y1, y2)
+
+
+class InferenceResults(NamedTuple):
+    """What was found: five lists with an entry for each image that could be read, in one order.
+
+    Attributes:
+        result_bboxes: (N, 4) int faces, xyxy in pixels of the image.
+        face_bboxes: (N, 4) int faces, xyxy in pixels of their head regions.
+        face_masks: N uint8 masks of the faces, 255 where the person is.
+        head_bboxes: (N, 4) int head regions, xyxy in pixels of the image.
+        head_masks: N uint8 masks of the head regions.
+
+    Without `--mask` all but `result_bboxes` hold empty entries.
+    """
+
+    result_bboxes: list[np.ndarray]
+    face_bboxes: list[np.ndarray]
+    face_masks: list[list[np.ndarray]]
+    head_bboxes: list[np.ndarray]
+    head_masks: list[list[np.ndarray]]
+
+    def add(self, detections: Detections, heads: Sequence[Head]) -> None:
+        self.result_bboxes.append(detections.boxes.int().numpy())
+        self.face_bboxes.append(np.array([head.face_box for head in heads], dtype=int).reshape(-1, 4))
+        self.face_masks.append([head.face_mask for head in heads])
+        self.head_bboxes.append(np.array([head.head_box for head in heads], dtype=int).reshape(-1, 4))
+        self.head_masks.append([head.head_mask for head in heads])
 
 
 class HeadSegmenter:

@@ -33,6 +33,12 @@ class Summary:
     faces: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)  # name and reason
 
+    def describe(self, seconds: float) -> str:
+        """For the user, a line for the whole and one for each picture that was skipped."""
+        rate = self.images / max(seconds, 1e-9)
+        lines = [f"{self.images} images, {self.faces} faces in {seconds:.1f} s ({rate:.1f} images/s)"]
+        return "\n".join([*lines, *(f"skipped {name}: {reason}" for name, reason in self.skipped)])
+
 
 class ResultWriter:
     """Writes results as they come, under temporary names until `close`.

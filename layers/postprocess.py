@@ -75,6 +75,8 @@ def _detections_of_image(
     height, width = image_size_hw
     pixels = scores.new_tensor([width, height])
     boxes = decode_boxes(box_deltas[candidates], priors[candidates], model.variances) * pixels.repeat(2)
+    finite = boxes.isfinite().all(dim=1)  # exp() overflows for the deltas of an untrained or damaged network
+    candidates, boxes = candidates[finite], boxes[finite]
     kept = pixel_nms(boxes, scores[candidates], detection.nms_threshold)
     if detection.keep_top_k:
         kept = kept[: detection.keep_top_k]

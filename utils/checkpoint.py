@@ -114,7 +114,7 @@ def load_checkpoint(path: Path, flags: Flags | None = None) -> Checkpoint:
         path: the file.
         flags: model flags that the user gave. They must agree with what the file holds; where the tensors cannot
             tell (activation slope, anchor sizes of a foreign file) they decide. `--cascade False` takes the first
-            stage of a two-stage checkpoint.
+            stage of a two-stage checkpoint, `--landmark_loss False` leaves the landmarks out.
 
     Raises:
         CheckpointError: see the class.
@@ -259,7 +259,7 @@ def _own_name(name: str) -> str:
 
 
 def _agree(checkpoint: Checkpoint, flags: Flags) -> Checkpoint:
-    """Refuse flags that contradict the checkpoint; take its first stage for `--cascade False`."""
+    """Refuse flags that contradict the checkpoint; leave out the parts of it that they do without."""
     saved, asked = checkpoint.model, model_config_from_flags(flags, base=checkpoint.model)
     for name in ("backbone", "model_version", "num_anchor", "anchor_sizes", "activation_slope", "fpn_channels"):
         if getattr(asked, name) != getattr(saved, name):
@@ -269,11 +269,15 @@ def _agree(checkpoint: Checkpoint, flags: Flags) -> Checkpoint:
             )
     if asked.cascade and not saved.cascade:
         raise CheckpointError(f"{checkpoint.path}: trained with one stage, but --cascade=True; drop the flag")
-    if saved.cascade and not asked.cascade:
-        asked = dataclasses.replace(asked, stages=saved.stages[:1])
-        first = {k: v for k, v in checkpoint.state.items() if not re.match(r"stages\.[1-9]", k)}
-        return dataclasses.replace(checkpoint, model=asked, state=first)
-    return dataclasses.replace(checkpoint, model=asked)
+    if asked.landmarks and not saved.landmarks:
+        raise CheckpointError(f"{checkpoint.path}: trained without landmarks, but --landmark_loss=True; drop the flag")
+    stages = saved.stages if asked.cascade else saved.stages[:1]
+    without = [rf"stages\.{number}\." for number in range(len(stages), len(saved.stages))]
+    without += [] if asked.landmarks else [r".*\.landmark_deltas\."]
+    state = {
+        name: tensor for name, tensor in checkpoint.state.items() if not any(re.match(part, name) for part in without)
+    }
+    return dataclasses.replace(checkpoint, model=dataclasses.replace(asked, stages=stages), state=state)
 
 
 # --------------------------------------------------------------------------------------------------- saving

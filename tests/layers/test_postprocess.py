@@ -73,6 +73,13 @@ def test_limits_keep_the_best() -> None:
     torch.testing.assert_close(after.scores, torch.tensor([0.55, 0.54, 0.53]))
 
 
+def test_a_box_of_endless_size_is_no_detection() -> None:
+    output = output_of({0: (0.9, [0, 0, 16, 16]), 1: (0.8, [30, 0, 46, 16])})
+    output.box_deltas[0, 0, 2:] = 1e4
+    (found,) = postprocess(output, SIZE, MODEL, EVERYTHING)
+    torch.testing.assert_close(found.boxes, torch.tensor([[30.0, 0, 46, 16]]))
+
+
 def test_images_of_a_batch_are_independent() -> None:
     one, none = output_of({3: (0.6, [1, 2, 11, 12])}), output_of({})
     batch = StageOutput(

@@ -109,3 +109,26 @@ def test_detections_equal_the_restatement(checkpoint: tuple[Path, dict[str, Tens
     found = FaceDetector(build_network(checkpointed), settings).detect(image)
     assert len(found) == len(chosen)
     torch.testing.assert_close(found.boxes, boxes[chosen], atol=0.05, rtol=1e-4)
+
+
+def test_biubug6_resnet50_is_the_originals_first_stage_under_other_names(
+    checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """Its file is a plain dictionary, here with the prefix of DataParallel."""
+    original_path, state = checkpoint
+    if "tina" in original_path.parent.name:
+        pytest.skip("biubug6 has no IoU branch")
+    first = {name: tensor for name, tensor in state.items() if not re.match(r"ssh2_|\w+Head_2|" + UNUSED.pattern, name)}
+    renamed = {
+        re.sub(r"^ssh1_|(?<=Head)_1", lambda m: "ssh" if m[0] == "ssh1_" else "", name): tensor
+        for name, tensor in first.items()
+    }
+    path = tmp_path / "Resnet50_Final.pth"
+    torch.save({f"module.{name}": tensor for name, tensor in renamed.items()}, path)
+    loaded = load_checkpoint(path)
+    assert (loaded.kind, loaded.note, loaded.model.cascade) == ("biubug6", None, False)
+    images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(2)) * 255
+    with torch.inference_mode():
+        (output,) = build_network(loaded).eval()(images)
+        expected = oracle.original_forward(state, images - torch.tensor([104.0, 117, 123]).view(1, 3, 1, 1), False)
+    torch.testing.assert_close(output.box_deltas, expected["boxes"], atol=1e-4, rtol=1e-4)

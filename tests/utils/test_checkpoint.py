@@ -115,6 +115,16 @@ def test_first_stage_of_a_cascade_runs_alone(own: Path) -> None:
     assert len(first.stages) == 1
 
 
+def test_landmarks_can_be_left_out_but_not_invented(own: Path) -> None:
+    without = load_checkpoint(own, Flags({"landmark_loss": False}))
+    detector = FaceDetector(build_network(without), ExperimentConfig().inference)
+    assert detector.detect(np.zeros((40, 64, 3), np.uint8)).landmarks is None
+    save_checkpoint(own.with_name("bare.pth"), ExperimentConfig(model=without.model), without.state)
+    (own.parent.parent / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="without landmarks"):
+        load_checkpoint(own.with_name("bare.pth"), Flags({"landmark_loss": True}))
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "saved"),
     [

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-SAMPLE_DATA ?= widerface/
+SAMPLE_DATA ?= sample_widerface/
 
 .PHONY: demo test check train-sample clean
 
@@ -18,9 +18,11 @@ check: $(VENV)/dev-installed
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy .
 
-# A small training run on SAMPLE_DATA (a folder with train/ and val/, see data/README.md).
+# A short training run on SAMPLE_DATA, a dataset as data/README.md describes it.
 train-sample: $(VENV)/runtime-installed
-	$(RUN) train.py --experiment_name=sample --dataset=$(SAMPLE_DATA) --backbone=mobilenet0.25 --im_size=320 --epochs=5
+	$(RUN) train.py --experiment_name=sample --dataset=$(SAMPLE_DATA) --im_size=320 --epochs=20 --batch_size=8 \
+		--pretrained_detector=experiments/mobilenet0.25_pretrained/ckpt/mobilenet0.25_ckpt-best.pth \
+		--learning_rate=1e-4 --freeze_bn
 
 clean:
 	rm -rf $(VENV) inference_results

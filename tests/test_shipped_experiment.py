@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from torchvision.ops import box_iou
 
 from config import DEFAULT_EXPERIMENT, ROOT, ExperimentConfig
 from models.detector import FaceDetector
-from utils.images import IMAGE_SUFFIXES, read_image
+from utils.images import read_image
+from utils.labels import LabelledImage, read_labels
 
-# Boxes of all faces, forehead to chin, in pixels of the upright pictures; of faces cut by the border, what is visible.
-FACES: dict[str, list[list[float]]] = json.loads(Path(__file__).with_name("sample_faces.json").read_text())
+SAMPLES = [
+    labelled
+    for folder in ("sample_widerface", "sample_mask")
+    for labelled in read_labels(ROOT / "data" / folder / "label.txt", ROOT / "data" / folder / "images")
+]
 
 
 @pytest.fixture(scope="module")
@@ -23,20 +24,15 @@ def detector() -> FaceDetector:
 
 
 def test_every_sample_picture_is_labelled() -> None:
-    pictures = {
-        path.relative_to(ROOT).as_posix()
-        for path in ROOT.glob("data/sample_*/images/*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-    }
-    assert pictures == set(FACES)
+    assert set(ROOT.glob("data/sample_*/images/*")) == {labelled.path for labelled in SAMPLES}
 
 
-@pytest.mark.parametrize("name", FACES)
-def test_every_face_is_found_and_nothing_else(name: str, detector: FaceDetector) -> None:
-    found = detector.detect(read_image(ROOT / name))
-    overlap = box_iou(torch.tensor(FACES[name]), found.boxes)
+@pytest.mark.parametrize("labelled", SAMPLES, ids=lambda labelled: labelled.path.name)
+def test_every_face_is_found_and_nothing_else(labelled: LabelledImage, detector: FaceDetector) -> None:
+    found = detector.detect(read_image(labelled.path))
+    overlap = box_iou(torch.from_numpy(labelled.boxes), found.boxes)
     assert overlap.max(dim=1).values.min() > 0.4
-    assert len(found) == len(FACES[name])
+    assert len(found) == len(labelled.boxes)
 
 
 def test_landmarks_lie_where_they_belong(detector: FaceDetector) -> None:

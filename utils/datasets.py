@@ -36,18 +36,23 @@ def find_datasets(names: str, data_root: Path) -> list[Path]:
 
 
 def has_split(folders: Sequence[Path], split: str) -> bool:
-    """Whether any of the folders has labels of `train` or `val`."""
+    """Whether any of the folders has a part `train` or `val` of its own."""
     return any((folder / split / "label.txt").is_file() for folder in folders)
 
 
+def _part_of(folder: Path, split: str) -> Path | None:
+    """Where the labels of a split lie: in its own folder, or in the dataset's, if that is not divided."""
+    return next((part for part in (folder / split, folder) if (part / "label.txt").is_file()), None)
+
+
 def read_split(folders: Sequence[Path], split: str) -> list[LabelledImage]:
-    """The labelled images of `train` or `val` in all folders that have that part.
+    """The labelled images of `train` or `val` in all folders that have that part, and in those that are not divided.
 
     Raises:
         DatasetError: no folder has it, a label file is malformed, or an image that it names does not exist.
     """
     labelled: list[LabelledImage] = []
-    present = [folder / split for folder in folders if (folder / split / "label.txt").is_file()]
+    present = [part for folder in folders if (part := _part_of(folder, split))]
     if not present:
         raise DatasetError(f"no {split}/label.txt in {', '.join(map(str, folders)) or 'no folder'}; see data/README.md")
     for folder in present:

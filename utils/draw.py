@@ -29,7 +29,7 @@ def draw_detections(image: np.ndarray, detections: Detections) -> np.ndarray:
     # The best are drawn last, on top.
     for index in reversed(range(len(detections))):
         x1, y1, x2, y2 = detections.boxes[index].round().int().tolist()
-        cv2.rectangle(canvas, (x1, y1), (x2, y2), _BOX_COLOUR, max(1, round(unit * 1.5)))
+        cv2.rectangle(canvas, (x1, y1), (x2, y2), _BOX_COLOUR, max(1, round(unit * 1.2)))
         if detections.landmarks is not None:
             radius = max(1, round(min(unit * 2, (x2 - x1) / 25)))
             points = detections.landmarks[index].round().int().tolist()

@@ -50,7 +50,7 @@ class MultiBoxLoss:
         self, output: StageOutput, targets: Sequence[FaceTargets], matches: Tensor, priors: Tensor
     ) -> dict[str, Tensor]:
         """Unweighted terms; `matches` is (B, P) as `match_priors` gives it for each image."""
-        positive = matches >= 0
+        positive = matches != BACKGROUND
         images, prior_indices = positive.nonzero(as_tuple=True)
         faces = _gather_faces(targets, images, matches[positive])
         their_priors = priors[prior_indices]
@@ -59,9 +59,7 @@ class MultiBoxLoss:
         box_deltas = output.box_deltas[positive]
         box_targets = encode_boxes(faces.boxes, their_priors, variances)
         terms = {
-            "class": mined_cross_entropy(
-                output.class_logits, positive, matches == BACKGROUND, self.loss.negative_ratio
-            ),
+            "class": mined_cross_entropy(output.class_logits, positive, self.loss.negative_ratio),
             "box": _mean_over_faces(F.smooth_l1_loss(box_deltas, box_targets, reduction="none")),
         }
         if output.landmark_deltas is not None:
@@ -77,24 +75,23 @@ class MultiBoxLoss:
         return terms
 
 
-def mined_cross_entropy(class_logits: Tensor, positive: Tensor, negative: Tensor, negative_ratio: int) -> Tensor:
+def mined_cross_entropy(class_logits: Tensor, positive: Tensor, negative_ratio: int) -> Tensor:
     """Cross-entropy over the positives and the hardest negatives of each image (SSD, arXiv:1512.02325, section 2.2).
 
     An image without positives contributes its `negative_ratio` hardest negatives.
 
     Args:
         class_logits: (B, P, 2).
-        positive: (B, P) bool, priors that have a face.
-        negative: (B, P) bool, priors that have none; those that are neither do not count.
+        positive: (B, P) bool, priors that have a face; all others have none.
 
     Returns:
         The sum divided by the number of positives in the batch, at least 1.
     """
     losses = F.cross_entropy(class_logits.flatten(0, 1), positive.flatten().long(), reduction="none").view_as(positive)
-    negative_losses = losses.detach().masked_fill(~negative, -1)
+    negative_losses = losses.detach().masked_fill(positive, -1)
     ranks = negative_losses.argsort(dim=1, descending=True).argsort(dim=1)
     positives_per_image = positive.sum(dim=1, keepdim=True)
-    mined = (ranks < negative_ratio * positives_per_image.clamp(min=1)) & negative
+    mined = (ranks < negative_ratio * positives_per_image.clamp(min=1)) & ~positive
     return losses[positive | mined].sum() / positive.sum().clamp(min=1)
 
 

@@ -263,6 +263,9 @@ class TrainConfig:
     epochs: int = option(8000, "passes over the training images")
     batch_size: int = option(16, "images per step", aliases=("batch_sixe",))
     learning_rate: float = option(1e-2, "peak learning rate; a hundredth of it suits fine-tuning a trained detector")
+    new_rate_factor: float = option(
+        1.0, "learning rate of what --pretrained_detector lacks, such as the IoU branch, relative to the rest"
+    )
     momentum: float = option(0.9, "momentum of SGD")
     weight_decay: float = option(5e-4, "weight decay")
     schedule: str = option("multistep", "how the rate falls after the warm-up", choices=("multistep", "cosine"))
@@ -277,7 +280,7 @@ class TrainConfig:
     seed: int = option(0, "seed of weights, order and augmentation")
 
     def __post_init__(self) -> None:
-        _check_positive(self, "epochs", "batch_size", "learning_rate", "eval_every")
+        _check_positive(self, "epochs", "batch_size", "learning_rate", "new_rate_factor", "eval_every")
         _check_not_negative(self, "momentum", "weight_decay", "warmup_epochs", "clip_gradient")
         _check(0 <= self.ema_decay < 1, f"--ema_decay must lie in [0, 1), got {self.ema_decay}")
         _check(self.schedule in ("multistep", "cosine"), f"--schedule is multistep or cosine, got {self.schedule!r}")

@@ -23,7 +23,7 @@ from layers.multibox_loss import MultiBoxLoss
 from models.detector import FaceDetector
 from models.retinaface import RetinaFace
 from utils.average_precision import average_precision
-from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from utils.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from utils.datasets import FaceDataset, collate
 from utils.experiment import Experiment
 from utils.images import UnreadableImageError, read_image
@@ -66,7 +66,9 @@ class Trainer:
         train_images: Sequence[LabelledImage],
         val_images: Sequence[LabelledImage],
         log: RunLog,
+        new_parameters: Sequence[str] = (),
     ) -> None:
+        """Prepare a run; `new_parameters` are those that start at random while the others do not."""
         self.network = network.to(memory_format=torch.channels_last)
         self.device = network.pixel_mean.device
         self.config = config
@@ -76,26 +78,20 @@ class Trainer:
         self.loss = MultiBoxLoss(config.loss, config.model)
         self.shuffle = torch.Generator()
         self.loader = build_loader(train_images, config, self.shuffle, pin_memory=self.device.type == "cuda")
-        self.optimizer = SGD(
-            network.parameters(),
-            lr=config.train.learning_rate,
-            momentum=config.train.momentum,
-            weight_decay=config.train.weight_decay,
-        )
+        self.new_parameters = list(new_parameters)
+        self.optimizer = build_optimizer(network, config.train, self.new_parameters)
         self.averaged = build_average(network, config.train.ema_decay)
         self.scheduler = build_scheduler(self.optimizer, config.train, steps_per_epoch=len(self.loader))
         self.progress = Progress()
 
-    def resume(self) -> None:
-        """Continue from the experiment's `ckpt-last`.
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue from a `ckpt-last` of the same experiment.
 
         Raises:
-            CheckpointError: it cannot be read, or belongs to another architecture.
+            CheckpointError: it is of another architecture.
         """
-        path = self.experiment.checkpoint(self.config.model.backbone, "last")
-        checkpoint = load_checkpoint(path)
         if checkpoint.model != self.config.model:
-            raise CheckpointError(f"{path}: is of another architecture; use another --experiment_name")
+            raise CheckpointError(f"{checkpoint.path}: is of another architecture; use another --experiment_name")
         self.network.load_state_dict(checkpoint.state)
         self.optimizer.load_state_dict(checkpoint.training["optimizer"])
         self.scheduler.load_state_dict(checkpoint.training["scheduler"])
@@ -122,6 +118,7 @@ class Trainer:
                 "last",
                 self.network,
                 averaged={} if self.averaged is None else self.averaged.state_dict(),
+                new_parameters=self.new_parameters,
                 epoch=epoch,
                 best_ap=self.progress.best_ap,
                 optimizer=self.optimizer.state_dict(),
@@ -278,6 +275,22 @@ def _use_one_thread(_worker: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)
+
+
+def build_optimizer(network: RetinaFace, config: TrainConfig, new_parameters: Sequence[str]) -> Optimizer:
+    """SGD in which the parameters named `new_parameters` have a rate of their own."""
+    groups = [
+        {
+            "params": [weights for name, weights in network.named_parameters() if (name in new_parameters) == is_new],
+            "lr": config.learning_rate * (config.new_rate_factor if is_new else 1),
+        }
+        for is_new in (False, True)
+    ]
+    return SGD(
+        [group for group in groups if group["params"]],
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
 
 
 def build_average(network: RetinaFace, decay: float) -> AveragedModel | None:

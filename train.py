@@ -45,15 +45,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(config.train.seed)
     network = RetinaFace(config.model)
-    resumes = start.resume and experiment.checkpoint(config.model.backbone, "last").is_file()
-    left = [] if resumes else initialise(network, start, checkpoint)
+    last = experiment.checkpoint(config.model.backbone, "last")
+    resumed = load_checkpoint(last) if start.resume and last.is_file() else None
+    new = resumed.training["new_parameters"] if resumed else initialise(network, start, checkpoint)
     log = RunLog(make_folder(experiment.log_folder))
-    trainer = Trainer(network.to(device), config, experiment, train_images, val_images, log)
-    if resumes:
-        trainer.resume()
+    trainer = Trainer(network.to(device), config, experiment, train_images, val_images, log, new)
+    if resumed:
+        trainer.resume(resumed)
         log.line(f"continuing after epoch {trainer.progress.epoch}")
     elif checkpoint:
-        log.line(f"started from {checkpoint.path.name} ({checkpoint.kind}); {len(left)} tensors start at random")
+        log.line(f"started from {checkpoint.path.name} ({checkpoint.kind}); {len(new)} tensors start at random")
     config.save(experiment.config_file)
     log.line(f"{experiment.folder}: {len(train_images)} training and {len(val_images)} validation images on {device}")
     if not val_images:
@@ -95,7 +96,7 @@ def open_experiment(
 
 
 def initialise(network: RetinaFace, start: StartOptions, checkpoint: Checkpoint | None) -> list[str]:
-    """Give the network the weights that training starts from; returns the tensors that start at random."""
+    """Give the network the weights that training starts from; returns what a detector's checkpoint lacked of them."""
     if checkpoint:
         return initialise_from_detector(network, checkpoint)
     initialise_backbone(network, start.pretrained_backbone)

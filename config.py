@@ -128,7 +128,7 @@ class ModelConfig:
     activation_slope: float = option(BACKBONES["resnet50"][1], "negative slope of the LeakyReLUs")
     fpn_channels: int = option(BACKBONES["resnet50"][0], "channels of the pyramid and the context modules")
     score_exponent: float = option(
-        0.8, "a in the fused score p^a * iou^(1-a) of the tina version; 1 ignores the IoU branch"
+        0.9, "a in the fused score p^a * iou^(1-a) of the tina version; 1 ignores the IoU branch"
     )
     landmarks: bool = True
     strides: tuple[int, ...] = (8, 16, 32)

@@ -13,7 +13,7 @@ from models.backbone import build_backbone
 
 # Each may import itself and what stands after it; config imports nothing of ours and may be imported by all.
 ORDER = ["scripts", "engine", "models", "layers", "utils", "config"]
-SCRIPTS = ("train", "test", "inference")
+SCRIPTS = ("train", "test", "inference", "hubconf")
 
 
 def part_of(module: str) -> str | None:

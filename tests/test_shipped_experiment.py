@@ -54,3 +54,9 @@ def test_experiment_is_complete_and_small() -> None:
     (weights,) = (folder / "ckpt").glob("*best.pth")
     assert weights.stat().st_size < 5e6
     assert (folder / "README.md").is_file()
+
+
+def test_torch_hub_finds_it() -> None:
+    detector = torch.hub.load(str(ROOT), "face_detector", source="local", confidence_threshold=0.3)
+    assert detector.detection.confidence_threshold == 0.3
+    assert len(detector.detect(read_image(ROOT / "data/sample_widerface/images/astronaut.jpg"))) == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from utils.experiment import user_path
 from utils.images import UnreadableImageError, read_image
 from utils.labels import DatasetError, LabelledImage, read_labels
 from utils.structures import FaceTargets
+
+_log = logging.getLogger(__name__)
 
 
 def find_datasets(names: str, data_root: Path) -> list[Path]:
@@ -110,7 +112,7 @@ class FaceDataset(Dataset[tuple[Tensor, FaceTargets]]):
             try:
                 return labelled, read_image(labelled.path)
             except UnreadableImageError as reason:
-                print(f"warning: {labelled.path}: {reason}; taking another image", file=sys.stderr)
+                _log.warning("warning: %s: %s; taking another image", labelled.path, reason)
         raise DatasetError(f"none of the {len(self.images)} training images can be read")
 
 

@@ -95,7 +95,7 @@ class Trainer:
         self.network.load_state_dict(checkpoint.state)
         self.optimizer.load_state_dict(checkpoint.training["optimizer"])
         self.scheduler.load_state_dict(checkpoint.training["scheduler"])
-        if self.averaged is not None:
+        if self.averaged is not None and checkpoint.training["averaged"]:
             self.averaged.load_state_dict(checkpoint.training["averaged"])
         self.progress = Progress(checkpoint.training["epoch"], checkpoint.training["best_ap"])
 
@@ -105,7 +105,9 @@ class Trainer:
         for epoch in range(self.progress.epoch + 1, train.epochs + 1):
             start = time.perf_counter()
             metrics = self._train_epoch(epoch)
-            metrics["images_per_second"] = len(self.loader) * train.batch_size / (time.perf_counter() - start)
+            metrics["images_per_second"] = (
+                len(self.loader) * (self.loader.batch_size or 1) / (time.perf_counter() - start)
+            )
             if not self.val_images:
                 self._save("best", self.result, epoch=epoch)
             elif epoch % train.eval_every == 0 or epoch == train.epochs:
@@ -114,6 +116,8 @@ class Trainer:
                     self.progress.best_ap = metrics["val/ap50"]
                     self._save("best", self.result, epoch=epoch, val_ap50=self.progress.best_ap)
             self.progress.epoch = epoch
+            # Before ckpt-last: a run killed in between repeats the epoch and replaces its row, so none is ever missing.
+            self.log.epoch(epoch, metrics)
             self._save(
                 "last",
                 self.network,
@@ -124,7 +128,6 @@ class Trainer:
                 optimizer=self.optimizer.state_dict(),
                 scheduler=self.scheduler.state_dict(),
             )
-            self.log.epoch(epoch, metrics)
 
     @property
     def result(self) -> RetinaFace:
@@ -240,16 +243,19 @@ def _detect_batch(detector: FaceDetector, pictures: Sequence[Picture]) -> Iterat
     if not images:
         return
     try:
-        yield from zip(pictures, detector.detect_batch(images), strict=True)
-    except RuntimeError as error:
-        if "memory" not in str(error).lower():
+        found = detector.detect_batch(images)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
             raise
-        if len(pictures) > 1:
-            for picture in pictures:
-                yield from _detect_batch(detector, [picture])
-        else:
-            size = "x".join(map(str, images[0].shape[1::-1]))
-            yield replace(pictures[0], image=None, problem=f"{size} pixels are too many for the memory"), _NOTHING
+    else:
+        yield from zip(pictures, found, strict=True)
+        return
+    if len(pictures) > 1:
+        for picture in pictures:
+            yield from _detect_batch(detector, [picture])
+    else:
+        size = "x".join(map(str, images[0].shape[1::-1]))
+        yield replace(pictures[0], image=None, problem=f"{size} pixels are too many for the memory"), _NOTHING
 
 
 def build_loader(

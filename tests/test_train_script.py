@@ -101,6 +101,14 @@ def test_killed_run_continues_as_if_undisturbed(dataset: Path, experiment: Exper
     assert losses(experiment) == losses(undisturbed)
 
 
+def test_average_can_begin_in_the_middle_of_a_run(dataset: Path, experiment: Experiment) -> None:
+    assert train(dataset, experiment, "--epochs=1").returncode == 0
+    result = train(dataset, experiment, "--epochs=2", "--ema_decay=0.5")
+    assert result.returncode == 0, result.stderr
+    last = load_checkpoint(experiment.checkpoint("mobilenet0.25", "last"))
+    assert int(last.training["averaged"]["n_averaged"]) == 2  # the steps of the second epoch
+
+
 def test_started_from_a_detector_it_begins_where_that_one_stood(
     dataset: Path, experiment: Experiment, shared: Path
 ) -> None:

@@ -14,7 +14,7 @@ from config import ROOT, EvaluationOptions, ExperimentConfig, ModelConfig, RunOp
 from engine import ap_of_all_faces, detect_labelled
 from models.detector import open_detector
 from utils.cli import choose_device, run
-from utils.datasets import find_datasets, read_split
+from utils.dataset_folder import find_datasets, read_split
 from utils.experiment import Experiment, make_folder
 from utils.labels import LabelledImage
 from utils.structures import Detections

@@ -25,7 +25,7 @@ from models.initialise import initialise_backbone, initialise_from_detector
 from models.retinaface import RetinaFace
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.cli import choose_device, run
-from utils.datasets import find_datasets, has_split, read_split
+from utils.dataset_folder import find_datasets, has_split, read_split
 from utils.experiment import Experiment, make_folder, user_path
 from utils.logger import RunLog
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from config import ModelConfig
 from models.net import ContextModule
-from utils.structures import LANDMARKS_PER_FACE, StageOutput
+from utils.landmarks import LANDMARKS_PER_FACE
+from utils.structures import StageOutput
 
 
 class PredictionHead(nn.Module):

@@ -9,10 +9,9 @@ import cv2
 import numpy as np
 
 from config import DataConfig
+from utils.landmarks import MIRRORED_LANDMARKS
 
 Generator = np.random.Generator
-# Left and right of a mirrored face change places: eyes and mouth corners, not the nose.
-_MIRRORED_LANDMARKS = [1, 0, 2, 4, 3]
 _INTERPOLATIONS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4)
 # A face thinner than this in the crop has no pixels to learn from.
 _MIN_FACE_SIDE = 1.0
@@ -113,7 +112,7 @@ def mirror(sample: Sample) -> Sample:
     width = sample.image.shape[1]
     boxes = sample.boxes.copy()
     boxes[:, [0, 2]] = width - sample.boxes[:, [2, 0]]
-    landmarks = sample.landmarks[:, _MIRRORED_LANDMARKS].copy()
+    landmarks = sample.landmarks[:, MIRRORED_LANDMARKS].copy()
     landmarks[:, :, 0] = width - landmarks[:, :, 0]
     return replace(sample, image=np.ascontiguousarray(sample.image[:, ::-1]), boxes=boxes, landmarks=landmarks)
 

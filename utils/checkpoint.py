@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -32,6 +31,7 @@ from config import (
     to_dict,
 )
 from utils.experiment import user_path
+from utils.files import replacing
 
 State = dict[str, Tensor]
 
@@ -295,12 +295,10 @@ def save_checkpoint(path: Path, config: ExperimentConfig, state: Mapping[str, Te
     Raises:
         CheckpointError: the file cannot be written; what stood there before is intact.
     """
-    temporary = path.with_name(path.name + ".tmp")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"format": FORMAT, "config": to_dict(config), "model": tensors, **training}, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save({"format": FORMAT, "config": to_dict(config), "model": tensors, **training}, temporary)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot be written ({error}); the previous checkpoint is intact") from None

@@ -1,10 +1,9 @@
-"""Datasets on disk, and what the network is shown of them."""
+"""What the network is shown of labelled images in training."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,59 +12,11 @@ from torch.utils.data import Dataset
 
 from config import DataConfig
 from utils.augment import Sample, augment, mosaic
-from utils.experiment import user_path
 from utils.images import UnreadableImageError, read_image
-from utils.labels import DatasetError, LabelledImage, read_labels
+from utils.labels import DatasetError, LabelledImage
 from utils.structures import FaceTargets
 
 _log = logging.getLogger(__name__)
-
-
-def find_datasets(names: str, data_root: Path) -> list[Path]:
-    """The folders that `--dataset` means: comma-separated, each below `data_root` or a path of its own.
-
-    Raises:
-        DatasetError: a folder does not exist.
-    """
-    folders = []
-    for name in filter(None, (part.strip() for part in names.split(","))):
-        candidates = [data_root / name, user_path(name)]
-        found = [folder for folder in candidates if folder.is_dir()]
-        if not found:
-            raise DatasetError(f"--dataset {name}: no folder {candidates[0]} nor {candidates[1]}")
-        folders.append(found[0])
-    return folders
-
-
-def has_split(folders: Sequence[Path], split: str) -> bool:
-    """Whether any of the folders has a part `train` or `val` of its own."""
-    return any((folder / split / "label.txt").is_file() for folder in folders)
-
-
-def _part_of(folder: Path, split: str) -> Path | None:
-    """Where the labels of a split lie: in its own folder, or in the dataset's, if that is not divided."""
-    return next((part for part in (folder / split, folder) if (part / "label.txt").is_file()), None)
-
-
-def read_split(folders: Sequence[Path], split: str) -> list[LabelledImage]:
-    """The labelled images of `train` or `val` in all folders that have that part, and in those that are not divided.
-
-    Raises:
-        DatasetError: no folder has it, a label file is malformed, or an image that it names does not exist.
-    """
-    labelled: list[LabelledImage] = []
-    present = [part for folder in folders if (part := _part_of(folder, split))]
-    if not present:
-        raise DatasetError(f"no {split}/label.txt in {', '.join(map(str, folders)) or 'no folder'}; see data/README.md")
-    for folder in present:
-        images = read_labels(folder / "label.txt", folder / "images")
-        missing = [image.path for image in images if not image.path.is_file()]
-        if missing:
-            raise DatasetError(
-                f"{folder / 'label.txt'}: names {len(missing)} images that do not exist, first {missing[0]}"
-            )
-        labelled += images
-    return labelled
 
 
 class FaceDataset(Dataset[tuple[Tensor, FaceTargets]]):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import io
-import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from utils.files import replacing
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .dib .gif .tif .tiff .webp .ppm .pgm .pbm .pnm .jp2 .avif".split()
@@ -80,6 +81,5 @@ def write_image(path: Path, image: np.ndarray) -> None:
         size = f"{image.shape[1]}x{image.shape[0]}"
         raise OSError(errno.EFBIG, f"{size} pixels cannot be encoded as {path.suffix}", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.tmp")  # short: the picture's own name may be as long as names can be
-    temporary.write_bytes(encoded.tobytes())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(encoded.tobytes())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError
-from utils.structures import LANDMARKS_PER_FACE
+from utils.landmarks import LANDMARKS_PER_FACE
 
 _BOX_VALUES = 4
 _LANDMARK_VALUES = 3 * LANDMARKS_PER_FACE  # x, y and a flag for each

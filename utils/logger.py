@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from utils.files import replacing
+
 
 class RunLog:
     """Writes `logs.txt`, `metrics.csv`, `curves.png` and TensorBoard events into a folder, and lines to the terminal.
@@ -62,12 +64,10 @@ def _read_table(path: Path) -> dict[int, dict[str, float]]:
 
 def _write_table(path: Path, rows: Mapping[int, Mapping[str, float]]) -> None:
     columns = ["epoch", *dict.fromkeys(name for row in rows.values() for name in row)]
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({"epoch": epoch, **row} for epoch, row in sorted(rows.items()))
-    temporary.replace(path)
 
 
 def _draw_curves(path: Path, rows: Mapping[int, Mapping[str, float]]) -> None:
@@ -88,6 +88,5 @@ def _draw_curves(path: Path, rows: Mapping[int, Mapping[str, float]]) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small")
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=100)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)

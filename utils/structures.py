@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LANDMARKS_PER_FACE = 5  # left eye, right eye, nose, left mouth corner, right mouth corner, as seen in the image
+from utils.landmarks import LANDMARKS_PER_FACE
 
 
 @dataclass(frozen=True)

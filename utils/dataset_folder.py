@@ -1,0 +1,65 @@
+"""Folders of labelled images: where they are, and which part of them is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.experiment import user_path
+from utils.labels import DatasetError, LabelledImage, read_labels
+
+
+def find_datasets(names: str, data_root: Path) -> list[Path]:
+    """The folders that `--dataset` means: comma-separated, each as `find_dataset` finds it."""
+    return [find_dataset(name, data_root) for name in filter(None, (part.strip() for part in names.split(",")))]
+
+
+def find_dataset(name: str, data_root: Path) -> Path:
+    """A folder below `data_root`, or else a path of its own.
+
+    Raises:
+        DatasetError: it does not exist.
+    """
+    candidates = [data_root / name, user_path(name)]
+    found = [folder for folder in candidates if folder.is_dir()]
+    if not found:
+        raise DatasetError(f"--dataset {name}: no folder {candidates[0]} nor {candidates[1]}")
+    return found[0]
+
+
+def part_of(folder: Path, split: str) -> Path | None:
+    """Where the labels of `train` or `val` lie: in its own folder, or in the dataset's, if that is not divided."""
+    return next((part for part in (folder / split, folder) if (part / "label.txt").is_file()), None)
+
+
+def has_split(folders: Sequence[Path], split: str) -> bool:
+    """Whether any of the folders has a part `train` or `val` of its own."""
+    return any((folder / split / "label.txt").is_file() for folder in folders)
+
+
+def read_split(folders: Sequence[Path], split: str) -> list[LabelledImage]:
+    """The labelled images of `train` or `val` in all folders that have that part, and in those that are not divided.
+
+    Raises:
+        DatasetError: no folder has it, a label file is malformed, or an image that it names does not exist.
+    """
+    labelled: list[LabelledImage] = []
+    present = [part for folder in folders if (part := part_of(folder, split))]
+    if not present:
+        raise DatasetError(f"no {split}/label.txt in {', '.join(map(str, folders)) or 'no folder'}; see data/README.md")
+    for folder in present:
+        images = read_labels(folder / "label.txt", folder / "images")
+        check_that_they_exist([image.path for image in images], folder / "label.txt")
+        labelled += images
+    return labelled
+
+
+def check_that_they_exist(images: Sequence[Path], named_by: Path) -> None:
+    """Refuse a list of image files of which some are missing.
+
+    Raises:
+        DatasetError: says who names them, how many are missing, and the first.
+    """
+    missing = [image for image in images if not image.is_file()]
+    if missing:
+        raise DatasetError(f"{named_by}: names {len(missing)} images that do not exist, first {missing[0]}")

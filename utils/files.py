@@ -1,0 +1,25 @@
+"""Writing files whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends, or vanishes if the block fails.
+
+    >>> with replacing(folder / "results.txt") as temporary:
+    ...     temporary.write_text("complete")
+    """
+    # Short, and of this thread alone: the file's own name may be as long as names can be.
+    temporary = path.with_name(f".{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -355,11 +355,44 @@ class StartOptions:
     )
 
 
+# Sizes at which a detector is measured: what is done to each image before the network sees it.
+PROTOCOLS = ("original", "vga", "1600x2150")
+
+
+@dataclass(frozen=True)
+class ProtocolConfig:
+    """How images are shown to the network in a measurement, and how its boxes are written."""
+
+    protocol: str = option(
+        "original",
+        "size of the images: original; vga, long side 640, padded to a square (SCRFD); "
+        "1600x2150, short side 1600 and long side at most 2150 (RetinaFace, biubug6)",
+        choices=PROTOCOLS,
+    )
+    flip: bool = option(False, "also detect in the mirrored image; boxes vote")
+    multi_scale: bool = option(False, "also detect at 0.625, 1.375, 1.75 and 2.125 times the size; boxes vote")
+    integer_boxes: bool = option(False, "cut boxes to whole pixels, as biubug6's test_widerface.py writes them")
+
+    def __post_init__(self) -> None:
+        _check(self.protocol in PROTOCOLS, f"--protocol is one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
+
+
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What test.py measures on."""
+    """What test.py measures, and on what."""
 
-    dataset: str = option("widerface/", "folder(s) with val/, under data/ or any path; separate several by commas")
+    dataset: str = option("widerface/", "folder with val/, under data/ or any path")
+    gt_dir: str | None = option(
+        None, "folder with the official .mat files (default: the dataset's val/gt; without one, its label.txt counts)"
+    )
+    pred_dir: str | None = option(
+        None, "measure predictions that any detector left as <event>/<image>.txt, instead of running one"
+    )
+    resume: bool = option(False, "keep the predictions of an interrupted run and detect in the other images only")
+    save_errors: int = option(0, "draw so many false positives and so many missed faces into errors.png")
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "save_errors")
 
 
 @dataclass(frozen=True)

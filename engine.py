@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -22,15 +23,15 @@ from config import ExperimentConfig, TrainConfig, UserError
 from layers.multibox_loss import MultiBoxLoss
 from models.detector import FaceDetector
 from models.retinaface import RetinaFace
-from utils.average_precision import average_precision
 from utils.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from utils.datasets import FaceDataset, collate
+from utils.evaluation_set import EvaluationSet
 from utils.experiment import Experiment
-from utils.images import UnreadableImageError, read_image
 from utils.labels import LabelledImage
 from utils.logger import RunLog
-from utils.sources import Picture
+from utils.sources import Picture, read_picture
 from utils.structures import Detections, FaceTargets
+from utils.wider_predictions import write_predictions
 
 _LOG_EVERY_STEPS = 20
 _BATCH_SIZE = 8  # images of one size that share a pass at inference
@@ -49,10 +50,17 @@ class Progress:
     best_ap: float = -1.0
 
 
+class BatchDetector(Protocol):
+    """What finds faces in images of one size; `FaceDetector` and `ProtocolDetector` do."""
+
+    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]: ...
+
+
 class Trainer:
     """Trains one experiment, epoch by epoch, and can be stopped and continued between any two.
 
-    `ckpt-best` is that of the best validation AP; without validation images it is that of the newest epoch.
+    `ckpt-best` is that of the best validation AP, the mean of easy, medium and hard where the official ground truth is
+    there; without validation images it is that of the newest epoch.
 
     Order and augmentation of an epoch depend on the seed and the epoch's number alone, so a continued run sees what
     an undisturbed one would have seen.
@@ -64,7 +72,7 @@ class Trainer:
         config: ExperimentConfig,
         experiment: Experiment,
         train_images: Sequence[LabelledImage],
-        val_images: Sequence[LabelledImage],
+        validation: EvaluationSet | None,
         log: RunLog,
         new_parameters: Sequence[str] = (),
     ) -> None:
@@ -73,7 +81,7 @@ class Trainer:
         self.device = network.pixel_mean.device
         self.config = config
         self.experiment = experiment
-        self.val_images = val_images
+        self.validation = validation
         self.log = log
         self.loss = MultiBoxLoss(config.loss, config.model)
         self.shuffle = torch.Generator()
@@ -108,13 +116,13 @@ class Trainer:
             metrics["images_per_second"] = (
                 len(self.loader) * (self.loader.batch_size or 1) / (time.perf_counter() - start)
             )
-            if not self.val_images:
+            if self.validation is None:
                 self._save("best", self.result, epoch=epoch)
             elif epoch % train.eval_every == 0 or epoch == train.epochs:
-                metrics["val/ap50"] = self._validate()
-                if metrics["val/ap50"] > self.progress.best_ap:
-                    self.progress.best_ap = metrics["val/ap50"]
-                    self._save("best", self.result, epoch=epoch, val_ap50=self.progress.best_ap)
+                metrics |= self._validate(self.validation)
+                if metrics["val/ap"] > self.progress.best_ap:
+                    self.progress.best_ap = metrics["val/ap"]
+                    self._save("best", self.result, epoch=epoch, val_ap=self.progress.best_ap)
             self.progress.epoch = epoch
             # Before ckpt-last: a run killed in between repeats the epoch and replaces its row, so none is ever missing.
             self.log.epoch(epoch, metrics)
@@ -177,9 +185,19 @@ class Trainer:
             self.averaged.update_parameters(self.network)
         return {"loss": total.detach()} | {name: value.detach() for name, value in terms.items()}
 
-    def _validate(self) -> float:
+    def _validate(self, validation: EvaluationSet) -> dict[str, float]:
+        """The mean average precision as `val/ap`, and where there are several subsets, that of each."""
         detector = FaceDetector(self.result, self.config.evaluation)
-        return ap_of_all_faces(detect_labelled(detector, self.val_images), self.val_images)
+        files = list(zip(validation.names, validation.images or [], strict=True))
+        found = detect_files(detector, files)
+        predictions = {}
+        for picture, detections in tqdm(found, total=len(files), desc="validation", disable=None, leave=False):
+            if picture.problem:
+                self.log.line(f"warning: {picture.name}: {picture.problem}; nothing is found in it")
+            predictions[picture.name] = prediction_rows(detections)
+        precisions = validation.evaluate(predictions).average_precisions
+        subsets = {f"val/ap_{subset}": value for subset, value in precisions.items()} if len(precisions) > 1 else {}
+        return {"val/ap": sum(precisions.values()) / len(precisions), **subsets}
 
     def _save(self, which: Literal["best", "last"], network: RetinaFace, **training: Any) -> None:
         path = self.experiment.checkpoint(self.config.model.backbone, which)
@@ -193,29 +211,37 @@ def freeze_batch_norm(network: nn.Module) -> None:
             module.eval()
 
 
-def detect_labelled(detector: FaceDetector, images: Sequence[LabelledImage]) -> list[Detections]:
-    """Detections in each labelled image at its own size.
+def detect_files(
+    detector: BatchDetector, files: Iterable[tuple[str, Path]], batch_same_sizes: bool = True
+) -> Iterator[tuple[Picture, Detections]]:
+    """Detect in image files, each with its name, in their order; see `detect_pictures`."""
+    return detect_pictures(detector, (read_picture(path, name) for name, path in files), batch_same_sizes)
 
-    An image that cannot be read is named, and nothing is found in it.
+
+def predict_files(
+    detector: BatchDetector, files: Iterable[tuple[str, Path]], folder: Path, integer_boxes: bool
+) -> Iterator[Picture]:
+    """Detect in image files and write the predictions of each below `folder` before it comes out.
+
+    Pictures that come out with a `problem` have no predictions. See `write_predictions`.
+
+    Raises:
+        OSError: predictions cannot be written.
     """
-    found = []
-    for labelled in tqdm(images, desc="validation", disable=None, leave=False):
-        try:
-            found.append(detector.detect(read_image(labelled.path)))
-        except UnreadableImageError as reason:
-            tqdm.write(f"warning: {labelled.path}: {reason}", file=sys.stderr)
-            found.append(_NOTHING)
-    return found
+    for picture, detections in detect_files(detector, files):
+        if picture.problem is None:
+            write_predictions(folder, picture.name, prediction_rows(detections), integer_boxes=integer_boxes)
+        yield picture
 
 
-def ap_of_all_faces(found: Sequence[Detections], images: Sequence[LabelledImage]) -> float:
-    """Average precision over all labelled faces at an IoU of 0.5; see `average_precision`."""
-    predictions = [(detections.boxes.numpy(), detections.scores.numpy()) for detections in found]
-    return average_precision(predictions, [labelled.boxes for labelled in images])
+def prediction_rows(detections: Detections) -> np.ndarray:
+    """(N, 5) float64 x, y, width, height, score in pixels, as the WIDER FACE evaluation takes them."""
+    x1, y1, x2, y2 = detections.boxes.double().numpy().T
+    return np.stack([x1, y1, x2 - x1, y2 - y1, detections.scores.double().numpy()], axis=1)
 
 
 def detect_pictures(
-    detector: FaceDetector, pictures: Iterable[Picture], batch_same_sizes: bool
+    detector: BatchDetector, pictures: Iterable[Picture], batch_same_sizes: bool
 ) -> Iterator[tuple[Picture, Detections]]:
     """Detect in a stream of pictures, in its order.
 
@@ -238,7 +264,7 @@ def detect_pictures(
     yield from _detect_batch(detector, waiting)
 
 
-def _detect_batch(detector: FaceDetector, pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Detections]]:
+def _detect_batch(detector: BatchDetector, pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Detections]]:
     images = [picture.image for picture in pictures if picture.image is not None]
     if not images:
         return

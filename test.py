@@ -1,75 +1,134 @@
-"""Measure a detector on labelled images: python test.py --experiment_name=NAME. See README.md, or --help."""
+"""Measure a detector on WIDER FACE or labelled images of your own: python test.py --experiment_name=NAME.
+
+`--pred_dir` measures predictions that any detector left, instead of running one. See README.md, or --help.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
+from config import (
+    ROOT,
+    ConfigError,
+    EvaluationOptions,
+    ExperimentConfig,
+    Flags,
+    ModelConfig,
+    ProtocolConfig,
+    RunOptions,
+    UserError,
+    WeightOptions,
+    parse_flags,
+    to_dict,
+)
+from utils.cli import choose_device, run, show_progress
+from utils.dataset_folder import find_dataset
+from utils.evaluation_report import Detected, Measurement, append_to_table, describe, write_report
+from utils.evaluation_run import EvaluationRun, describe_protocol
+from utils.evaluation_set import EvaluationSet, open_evaluation_set
+from utils.experiment import Experiment, make_folder, user_path
+from utils.files import disk_errors
+from utils.wider_predictions import prediction_file, read_predictions
 
-from config import ROOT, EvaluationOptions, ExperimentConfig, ModelConfig, RunOptions, WeightOptions, parse_flags
-from engine import ap_of_all_faces, detect_labelled
-from models.detector import open_detector
-from utils.cli import choose_device, run
-from utils.dataset_folder import find_datasets, read_split
-from utils.experiment import Experiment, make_folder
-from utils.labels import LabelledImage
-from utils.structures import Detections
-from utils.wider_eval import evaluate, load_ground_truth
-
-OPTIONS = (RunOptions(), WeightOptions(), EvaluationOptions(), ExperimentConfig().evaluation, ModelConfig)
+OPTIONS = (
+    RunOptions(),
+    EvaluationOptions(),
+    ProtocolConfig(),
+    ExperimentConfig().evaluation,
+    WeightOptions(),
+    ModelConfig,
+)
+# The flags that mean something where no detector runs.
+_WITH_GIVEN_PREDICTIONS = {"pred_dir", "gt_dir", "dataset", "save_errors", "experiment_name", "gpu_num"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse_flags(__doc__ or "", OPTIONS, argv)
+    options = flags.apply(EvaluationOptions())
+    faces = open_faces(flags, options)
+    if options.pred_dir:
+        predicted, detected = given_predictions(flags, options), Detected()
+    else:
+        predicted, detected = detect(flags, options, faces)
+
+    predictions = read_predictions(predicted.folder, faces.names)
+    if not predictions:
+        example = prediction_file(predicted.folder, faces.names[0])
+        raise UserError(f"{predicted.folder}: holds no predictions of these images; expected files like {example}")
+    measured = Measurement(predicted, faces, faces.evaluate(predictions), detected, frozenset(predictions))
+    results = make_folder(results_folder(predicted.experiment))
+    with disk_errors(results):
+        write_report(results, measured)
+        append_to_table(ROOT / "experiments" / "results.csv", measured)
+        if options.save_errors:
+            from utils.error_page import write_error_page  # OpenCV is not needed for the rest
+
+            write_error_page(results / "errors.png", measured, predictions, options.save_errors)
+    print(f"results are in {results}")
+    print("\n".join(describe(measured)))
+
+
+def results_folder(experiment: str) -> Path:
+    return Experiment(ROOT / "experiments" / experiment).results_folder
+
+
+def open_faces(flags: Flags, options: EvaluationOptions) -> EvaluationSet:
+    """The ground truth that the flags name. Images are needed by a detector, and to show errors."""
+    need_images = options.pred_dir is None or options.save_errors > 0
+    is_dispensable = options.gt_dir is not None and "dataset" not in flags.given and not need_images
+    folder = ROOT / "data" / options.dataset
+    dataset = None if is_dispensable and not folder.is_dir() else find_dataset(options.dataset, ROOT / "data")
+    gt_dir = user_path(options.gt_dir) if options.gt_dir else None
+    return open_evaluation_set(dataset, gt_dir, need_images=need_images)
+
+
+def given_predictions(flags: Flags, options: EvaluationOptions) -> EvaluationRun:
+    """Predictions of any detector, which `--pred_dir` names."""
+    idle = sorted(set(flags.given) - _WITH_GIVEN_PREDICTIONS)
+    if idle:
+        raise ConfigError(f"--{idle[0]} does nothing with --pred_dir, for no detector runs; drop one of them")
+    return EvaluationRun.given(user_path(options.pred_dir or ""), flags.apply(RunOptions()).experiment_name)
+
+
+def detect(flags: Flags, options: EvaluationOptions, faces: EvaluationSet) -> tuple[EvaluationRun, Detected]:
+    """Run the detector over the images and write its predictions as they come."""
+    from engine import predict_files  # torch takes a second to import, which --pred_dir need not wait for
+    from models.detector import open_detector
+    from models.protocol import ProtocolDetector
+
     device = choose_device(flags.apply(RunOptions()).gpu_num)
     detector, checkpoint, name = open_detector(flags, device, "evaluation", ROOT / "experiments")
-    folders = find_datasets(flags.apply(EvaluationOptions()).dataset, ROOT / "data")
-    images = read_split(folders, "val")
-
-    start = time.perf_counter()
-    found = detect_labelled(detector, images)
-    seconds = time.perf_counter() - start
-
-    results = {
+    protocol = flags.apply(ProtocolConfig())
+    settings = {
         "checkpoint": checkpoint.path.name,
-        "protocol": dataclasses.asdict(detector.detection) | {"size": "original"},
-        "images": len(images),
-        "images_per_second": round(len(images) / seconds, 2),
-        "ap_all_faces": ap_of_all_faces(found, images),
+        "checkpoint_sha256": hashlib.sha256(checkpoint.path.read_bytes()).hexdigest(),
+        "model": to_dict(detector.network.config),
+        "protocol": dataclasses.asdict(protocol),
+        "detection": dataclasses.asdict(detector.detection),
+        "ground_truth": faces.source_name,
     }
-    lines = [
-        f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.1f} images/s)",
-        f"protocol: {results['protocol']}",
-        f"AP over all labelled faces, not the official figure : {results['ap_all_faces']:.4f}",
-    ]
-    ground_truth = folders[0] / "val/gt"
-    if len(folders) == 1 and ground_truth.is_dir():
-        official = evaluate(
-            official_predictions(found, images, folders[0] / "val/images"), load_ground_truth(ground_truth)
-        )
-        results["official_ap"] = official
-        lines.append("   ".join(f"{subset.capitalize()} AP : {value:.4f}" for subset, value in official.items()))
+    stamp = describe_protocol(protocol, detector.detection)
+    predicted = EvaluationRun.of_detector(results_folder(name), name, checkpoint.path.name, stamp, settings)
+    kept = set(predicted.begin(faces.names, resume=options.resume))
+    files = [file for file in zip(faces.names, faces.images or [], strict=True) if file[0] not in kept]
+    print(f"{name} ({checkpoint.kind}) on {device}: {len(files)} images, {stamp}", flush=True)
 
-    folder = make_folder(Experiment(ROOT / "experiments" / name).results_folder)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (folder / "results.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
-
-
-def official_predictions(
-    found: Sequence[Detections], images: Sequence[LabelledImage], folder: Path
-) -> dict[str, np.ndarray]:
-    """By `event/image`, rows of x, y, width, height, score."""
-    predictions = {}
-    for detections, labelled in zip(found, images, strict=True):
-        x1, y1, x2, y2 = detections.boxes.double().numpy().T
-        rows = np.stack([x1, y1, x2 - x1, y2 - y1, detections.scores.double().numpy()], axis=1)
-        predictions[labelled.path.relative_to(folder).with_suffix("").as_posix()] = rows
-    return predictions
+    start, seen, skipped = time.perf_counter(), 0, []
+    found = predict_files(ProtocolDetector(detector, protocol), files, predicted.folder, protocol.integer_boxes)
+    try:
+        with disk_errors(predicted.folder):
+            for picture in show_progress(found, len(files)):
+                seen += picture.image is not None
+                if picture.problem:
+                    skipped.append((picture.name, picture.problem))
+    except KeyboardInterrupt:
+        print(f"\n{len(kept) + seen} of {len(faces.names)} images are done; the same command with --resume goes on")
+        raise
+    return predicted, Detected(seen, time.perf_counter() - start, tuple(skipped))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from models.initialise import initialise_backbone, initialise_from_detector
 from models.retinaface import RetinaFace
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.cli import choose_device, run
-from utils.dataset_folder import find_datasets, has_split, read_split
+from utils.dataset_folder import find_datasets, read_split
+from utils.evaluation_set import open_validation_set
 from utils.experiment import Experiment, make_folder, user_path
 from utils.logger import RunLog
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     folders = find_datasets(config.data.dataset, ROOT / "data")
     train_images = read_split(folders, "train")
-    val_images = read_split(folders, "val") if has_split(folders, "val") else []
+    validation = open_validation_set(folders)
 
     torch.manual_seed(config.train.seed)
     network = RetinaFace(config.model)
@@ -49,19 +50,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     resumed = load_checkpoint(last) if start.resume and last.is_file() else None
     new = resumed.training["new_parameters"] if resumed else initialise(network, start, checkpoint)
     log = RunLog(make_folder(experiment.log_folder))
-    trainer = Trainer(network.to(device), config, experiment, train_images, val_images, log, new)
+    trainer = Trainer(network.to(device), config, experiment, train_images, validation, log, new)
     if resumed:
         trainer.resume(resumed)
         log.line(f"continuing after epoch {trainer.progress.epoch}")
     elif checkpoint:
         log.line(f"started from {checkpoint.path.name} ({checkpoint.kind}); {len(new)} tensors start at random")
     config.save(experiment.config_file)
-    log.line(f"{experiment.folder}: {len(train_images)} training and {len(val_images)} validation images on {device}")
-    if not val_images:
-        log.line("no val/label.txt: ckpt-best will be the newest epoch, not the best one")
+    log.line(f"{experiment.folder}: {len(train_images)} training images on {device}")
+    if validation:
+        kind = "mean of easy, medium and hard AP" if validation.official else "AP over all labelled faces"
+        log.line(f"validation: {kind} on the {len(validation.truths)} images of {validation.source}")
+    else:
+        log.line("no val/ with label.txt or gt/: ckpt-best will be the newest epoch, not the best one")
     trainer.fit()
     best = experiment.checkpoint(config.model.backbone, "best")
-    log.line(f"done: {best}" + (f", validation AP {trainer.progress.best_ap:.4f}" if val_images else ""))
+    log.line(f"done: {best}" + (f", validation AP {trainer.progress.best_ap:.4f}" if validation else ""))
     log.close()
 
 

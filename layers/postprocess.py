@@ -82,10 +82,8 @@ def _detections_of_image(
         kept = kept[: detection.keep_top_k]
 
     chosen = candidates[kept]
-    boxes = boxes[kept]
-    if detection.clip_boxes:
-        boxes = boxes.clamp(min=0).minimum(pixels.repeat(2))
     landmarks = None
     if landmark_deltas is not None:
         landmarks = decode_landmarks(landmark_deltas[chosen], priors[chosen], model.variances) * pixels
-    return Detections(boxes, scores[chosen], landmarks)
+    found = Detections(boxes[kept], scores[chosen], landmarks)
+    return found.clipped(image_size_hw) if detection.clip_boxes else found

@@ -40,6 +40,12 @@ def test_imports_go_one_way(file: str) -> None:
             assert own != "config"
 
 
+def test_given_predictions_are_measured_without_torch() -> None:
+    code = "import sys, test; print([m for m in ('torch', 'torchvision', 'matplotlib') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
 def test_mediapipe_and_tensorboard_are_not_imported_by_inference() -> None:
     code = "import sys, inference; print([m for m in ('mediapipe', 'tensorboard', 'matplotlib') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from config import ROOT, ExperimentConfig, ModelConfig
+from tests.ground_truth import save_ground_truth
 from utils.checkpoint import load_checkpoint
 from utils.experiment import Experiment
 
@@ -75,7 +76,7 @@ def test_training_leaves_what_the_readme_says(dataset: Path, experiment: Experim
     assert list(experiment.log_folder.glob("events.out.tfevents.*"))
     best = load_checkpoint(experiment.checkpoint("mobilenet0.25", "best"))
     assert best.model == config.model
-    assert 0 <= best.training["val_ap50"] <= 1
+    assert 0 <= best.training["val_ap"] <= 1
     assert len(losses(experiment)) == 3
 
 
@@ -109,6 +110,20 @@ def test_average_can_begin_in_the_middle_of_a_run(dataset: Path, experiment: Exp
     assert int(last.training["averaged"]["n_averaged"]) == 2  # the steps of the second epoch
 
 
+def test_official_ground_truth_is_what_validates(dataset: Path, experiment: Experiment) -> None:
+    images = dataset / "val/images/0--Event"
+    images.mkdir()
+    shutil.move(dataset / "val/images/0.png", images / "0.jpg")  # as WIDER FACE names them
+    save_ground_truth(dataset / "val/gt", {"0--Event": {"0": [[20, 10, 24, 24, 0, 1, 1]]}})
+    result = train(dataset, experiment, "--epochs=1")
+    assert result.returncode == 0, result.stderr
+    assert f"validation: mean of easy, medium and hard AP on the 1 images of {dataset / 'val/gt'}" in result.stdout
+    with (experiment.log_folder / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    subsets = [float(row[f"val/ap_{subset}"]) for subset in ("easy", "medium", "hard")]
+    assert float(row["val/ap"]) == pytest.approx(sum(subsets) / 3)
+
+
 def test_started_from_a_detector_it_begins_where_that_one_stood(
     dataset: Path, experiment: Experiment, shared: Path
 ) -> None:
@@ -125,7 +140,7 @@ def test_without_validation_images_the_newest_epoch_is_the_best(dataset: Path, e
     shutil.rmtree(dataset / "val")
     result = train(dataset, experiment, "--epochs=2")
     assert result.returncode == 0, result.stderr
-    assert "no val/label.txt" in result.stdout
+    assert "no val/ with label.txt or gt/" in result.stdout
     assert load_checkpoint(experiment.checkpoint("mobilenet0.25", "best")).training["epoch"] == 2
 
 

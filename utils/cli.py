@@ -7,12 +7,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
 from tqdm import tqdm
 
 from config import ConfigError, UserError
+
+if TYPE_CHECKING:
+    import torch
 
 Item = TypeVar("Item")
 
@@ -25,6 +27,8 @@ def choose_device(gpu_num: int) -> torch.device:
     Raises:
         ConfigError: there is CUDA, but not this device.
     """
+    import torch  # a second to import, and not every command needs it
+
     if gpu_num == -1:
         return torch.device("cpu")
     if not torch.cuda.is_available():

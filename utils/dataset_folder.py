@@ -23,18 +23,13 @@ def find_dataset(name: str, data_root: Path) -> Path:
     candidates = [data_root / name, user_path(name)]
     found = [folder for folder in candidates if folder.is_dir()]
     if not found:
-        raise DatasetError(f"--dataset {name}: no folder {candidates[0]} nor {candidates[1]}")
+        raise DatasetError(f"--dataset {name}: no folder {candidates[0]} nor {candidates[1]}; see data/README.md")
     return found[0]
 
 
 def part_of(folder: Path, split: str) -> Path | None:
     """Where the labels of `train` or `val` lie: in its own folder, or in the dataset's, if that is not divided."""
     return next((part for part in (folder / split, folder) if (part / "label.txt").is_file()), None)
-
-
-def has_split(folders: Sequence[Path], split: str) -> bool:
-    """Whether any of the folders has a part `train` or `val` of its own."""
-    return any((folder / split / "label.txt").is_file() for folder in folders)
 
 
 def read_split(folders: Sequence[Path], split: str) -> list[LabelledImage]:

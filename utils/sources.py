@@ -96,7 +96,7 @@ class ImageFile:
         self.names = [path.name]
 
     def __iter__(self) -> Iterator[Picture]:
-        yield _read_picture(self.path, self.path.name)
+        yield read_picture(self.path, self.path.name)
 
 
 class ImageFolder:
@@ -118,7 +118,7 @@ class ImageFolder:
 
     def __iter__(self) -> Iterator[Picture]:
         for name in self.names:
-            yield _read_picture(self.folder / name, name)
+            yield read_picture(self.folder / name, name)
 
 
 class Video:
@@ -153,7 +153,8 @@ class Video:
             raise SourceError(f"{self.description}: holds no frame that OpenCV reads")
 
 
-def _read_picture(path: Path, name: str) -> Picture:
+def read_picture(path: Path, name: str) -> Picture:
+    """The picture in a file, under a name; with its `problem` if it cannot be read."""
     try:
         return Picture(name, read_image(path))
     except UnreadableImageError as reason:

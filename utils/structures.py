@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.landmarks import LANDMARKS_PER_FACE
+from utils.landmarks import LANDMARKS_PER_FACE, MIRRORED_LANDMARKS
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,27 @@ class Detections:
     def cpu(self) -> Detections:
         landmarks = None if self.landmarks is None else self.landmarks.cpu()
         return Detections(self.boxes.cpu(), self.scores.cpu(), landmarks)
+
+    def clipped(self, size_hw: tuple[int, int]) -> Detections:
+        """Boxes cut off at the borders of an image of this height and width; landmarks as they are."""
+        height, width = size_hw
+        largest = self.boxes.new_tensor([width, height, width, height])
+        return Detections(self.boxes.clamp(min=0).minimum(largest), self.scores, self.landmarks)
+
+    def scaled(self, x_factor: float, y_factor: float) -> Detections:
+        """The same faces in an image resized by these factors."""
+        factors = self.boxes.new_tensor([x_factor, y_factor])
+        landmarks = None if self.landmarks is None else self.landmarks * factors
+        return Detections(self.boxes * factors.repeat(2), self.scores, landmarks)
+
+    def mirrored(self, width: float) -> Detections:
+        """The same faces in the image mirrored left to right, which is `width` pixels wide."""
+        x1, y1, x2, y2 = self.boxes.unbind(dim=1)
+        landmarks = None
+        if self.landmarks is not None:
+            x, y = self.landmarks[:, MIRRORED_LANDMARKS].unbind(dim=2)
+            landmarks = torch.stack([width - x, y], dim=2)
+        return Detections(torch.stack([width - x2, y1, width - x1, y2], dim=1), self.scores, landmarks)
 
 
 @dataclass(frozen=True)

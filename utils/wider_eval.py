@@ -7,7 +7,7 @@ are pooled over the set at 1,000 score thresholds, and the average precision is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from config import UserError
 
 SUBSETS = ("easy", "medium", "hard")
 _IOU_THRESHOLD = 0.5
-_THRESHOLDS = 1000
+_THRESHOLDS = 1 - np.arange(1, 1001) / 1000
+_OVERLAPS_AT_ONCE = 2_000_000  # pairs of prediction and face; bounds the memory in crowds
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,62 @@ class GroundTruth:
     Attributes:
         name: `event/image`, without a suffix.
         boxes: (N, 4) x, y, width, height in pixels.
-        subsets: for each of `SUBSETS`, (N,) bool: the faces that count in it.
+        subsets: for each subset's name, (N,) bool: the faces that count in it.
     """
 
     name: str
     boxes: np.ndarray
     subsets: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Precision and recall of one subset, from the strictest score threshold to the loosest.
+
+    Attributes:
+        precision: (1000,); 0 where nothing is proposed.
+        recall: (1000,); 0 where the subset has no face.
+        faces: how many faces count.
+    """
+
+    precision: np.ndarray
+    recall: np.ndarray
+    faces: int
+
+    @property
+    def average_precision(self) -> float:
+        """Area under the curve, precision being the best at this recall or a higher one (PASCAL VOC 2010)."""
+        recall = np.concatenate([[0.0], self.recall, [1.0]])
+        precision = np.concatenate([[0.0], self.precision, [0.0]])
+        envelope = np.maximum.accumulate(precision[::-1])[::-1]
+        return float(np.sum(np.diff(recall) * envelope[1:]))
+
+
+@dataclass(frozen=True)
+class Matches:
+    """What became of the predictions and faces of one image, whatever the threshold.
+
+    Attributes:
+        face_scores: for each face, the score of the best prediction that finds it; NaN where none does.
+        finds: for each prediction, in its own order, the face that it hits; -1 where it hits none.
+        is_first: for each prediction, whether none of a better score hits the same face.
+    """
+
+    face_scores: np.ndarray
+    finds: np.ndarray
+    is_first: np.ndarray
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Curves by subset, and matches by image in the order of the ground truth."""
+
+    curves: Mapping[str, Curve]
+    matches: Sequence[Matches]
+
+    @property
+    def average_precisions(self) -> dict[str, float]:
+        return {subset: curve.average_precision for subset, curve in self.curves.items()}
 
 
 def load_ground_truth(folder: Path) -> list[GroundTruth]:
@@ -43,8 +94,8 @@ def load_ground_truth(folder: Path) -> list[GroundTruth]:
         UserError: a file is missing or is no such file.
     """
     try:
-        faces = loadmat(str(folder / "wider_face_val.mat"))
-        kept = {subset: loadmat(str(folder / f"wider_{subset}_val.mat"))["gt_list"] for subset in SUBSETS}
+        faces = _load(folder / "wider_face_val.mat", "event_list", "file_list", "face_bbx_list")
+        kept = {subset: _load(folder / f"wider_{subset}_val.mat", "gt_list")["gt_list"] for subset in SUBSETS}
         truths = []
         for e, event in enumerate(faces["event_list"][:, 0]):
             for i, image in enumerate(faces["file_list"][e, 0][:, 0]):
@@ -54,44 +105,87 @@ def load_ground_truth(folder: Path) -> list[GroundTruth]:
                     subsets[subset] = np.zeros(len(boxes), bool)
                     subsets[subset][kept[subset][e, 0][i, 0].ravel().astype(int) - 1] = True  # Matlab counts from 1
                 truths.append(GroundTruth(f"{event[0]}/{image[0]}", boxes, subsets))
-    except (OSError, KeyError, IndexError, ValueError) as error:
-        raise UserError(f"{folder}: not the official ground truth of WIDER FACE val ({error})") from None
+    except Exception as error:  # scipy's reader raises whatever a damaged file leads it to
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder}: not the official ground truth of WIDER FACE val ({reason})") from None
+    if not truths:
+        raise UserError(f"{folder}: names no image")
     return truths
 
 
-def evaluate(predictions: Mapping[str, np.ndarray], truths: Sequence[GroundTruth]) -> dict[str, float]:
-    """Average precision of each subset.
+def _load(path: Path, *variables: str) -> dict[str, np.ndarray]:
+    """Some of a file's variables; what is not needed is not decoded."""
+    return {name: value for name, value in loadmat(str(path), variable_names=variables).items() if name in variables}
+
+
+def evaluate(
+    predictions: Mapping[str, np.ndarray], truths: Sequence[GroundTruth], *, count_negatives: bool = False
+) -> Evaluation:
+    """Compare predictions with the faces of a set.
+
+    Where all scores are equal, every prediction passes every threshold. Predictions of equal score keep their order.
 
     Args:
-        predictions: for each `GroundTruth.name`, (N, 5) x, y, width, height, score; absent is the same as empty.
-        truths: as `load_ground_truth` gives them.
+        predictions: for each `GroundTruth.name`, (N, 5) finite x, y, width, height, score; absent is the same as
+            empty. Scores may be of any range.
+        truths: of one image or more; all have the same subsets.
+        count_negatives: whether predictions in images without faces are false. The official tool leaves them out.
     """
-    scores = np.concatenate([np.zeros(0), *(rows[:, 4] for rows in predictions.values())])
-    lowest, span = (scores.min(), np.ptp(scores)) if len(scores) else (0.0, 0.0)
-    thresholds = 1 - np.arange(1, _THRESHOLDS + 1) / _THRESHOLDS
-    proposals = {subset: np.zeros(_THRESHOLDS) for subset in SUBSETS}
-    found = {subset: np.zeros(_THRESHOLDS) for subset in SUBSETS}
+    subsets = tuple(truths[0].subsets)
+    proposals = {subset: np.zeros(len(_THRESHOLDS)) for subset in subsets}
+    found = {subset: np.zeros(len(_THRESHOLDS)) for subset in subsets}
+    lowest, span = _score_range([predictions[truth.name] for truth in truths if truth.name in predictions])
+    all_matches = []
     for truth in truths:
-        rows = predictions.get(truth.name)
-        if rows is None or len(rows) == 0 or len(truth.boxes) == 0:
+        rows = predictions.get(truth.name, np.zeros((0, 5)))
+        order = np.argsort(-rows[:, 4], kind="stable")
+        matches = _match(rows, order, truth.boxes)
+        all_matches.append(matches)
+        if len(rows) == 0 or (len(truth.boxes) == 0 and not count_negatives):
             continue
-        rows = rows[np.argsort(-rows[:, 4], kind="stable")]
-        scaled = (rows[:, 4] - lowest) / span if span else np.ones(len(rows))
-        overlaps = _pixel_iou(rows[:, :4], truth.boxes)
-        best_face = overlaps.argmax(axis=1)
-        hit = overlaps.max(axis=1) >= _IOU_THRESHOLD
-        # A face is found by the first prediction that hits it.
-        first = np.zeros(len(rows), bool)
-        hits = np.flatnonzero(hit)
-        first[hits[np.unique(best_face[hits], return_index=True)[1]]] = True
+        scaled = (rows[order, 4] - lowest) / span if span else np.ones(len(rows))
         # How many predictions, best first, pass each threshold.
-        passing = np.searchsorted(-scaled, -thresholds, side="right")
-        for subset in SUBSETS:
-            counts = truth.subsets[subset][best_face]
-            proposals[subset] += _sums_of_first(~hit | counts, passing)
-            found[subset] += _sums_of_first(first & counts, passing)
-    faces = {subset: sum(int(truth.subsets[subset].sum()) for truth in truths) for subset in SUBSETS}
-    return {subset: _average_precision(proposals[subset], found[subset], faces[subset]) for subset in SUBSETS}
+        passing = np.searchsorted(-scaled, -_THRESHOLDS, side="right")
+        finds, is_first = matches.finds[order], matches.is_first[order]
+        for subset in subsets:
+            counts = np.append(truth.subsets[subset], True)[finds]  # -1: a prediction that hits no face is false
+            proposals[subset] += _sums_of_first(counts, passing)
+            found[subset] += _sums_of_first(is_first & counts, passing)
+    faces = {subset: sum(int(truth.subsets[subset].sum()) for truth in truths) for subset in subsets}
+    curves = {subset: _curve(proposals[subset], found[subset], faces[subset]) for subset in subsets}
+    return Evaluation(curves, all_matches)
+
+
+def _score_range(predictions: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The lowest score and how far the highest is above it."""
+    scores = [rows[:, 4] for rows in predictions if len(rows)]
+    if not scores:
+        return 0.0, 0.0
+    lowest = min(float(part.min()) for part in scores)
+    return lowest, max(float(part.max()) for part in scores) - lowest
+
+
+def _match(rows: np.ndarray, order: np.ndarray, faces: np.ndarray) -> Matches:
+    """Give every prediction the face that it overlaps most, if it overlaps that one enough."""
+    face_scores = np.full(len(faces), np.nan)
+    finds = np.full(len(rows), -1)
+    is_first = np.zeros(len(rows), bool)
+    if len(faces) == 0 or len(rows) == 0:
+        return Matches(face_scores, finds, is_first)
+    for part in _parts(len(rows), max(1, _OVERLAPS_AT_ONCE // len(faces))):
+        overlaps = _pixel_iou(rows[part, :4], faces)
+        best = overlaps.argmax(axis=1)
+        enough = overlaps[np.arange(len(best)), best] >= _IOU_THRESHOLD
+        finds[part] = np.where(enough, best, -1)
+    hits = order[finds[order] >= 0]  # best score first
+    found, first = np.unique(finds[hits], return_index=True)
+    is_first[hits[first]] = True
+    face_scores[found] = rows[hits[first], 4]
+    return Matches(face_scores, finds, is_first)
+
+
+def _parts(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, length, size))
 
 
 def _sums_of_first(flags: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -100,17 +194,19 @@ def _sums_of_first(flags: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _pixel_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """IoU of (N, 4) with (M, 4), x, y, width, height, where x + width is the last pixel."""
-    top_left = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    ends = [rows[:, :2] + rows[:, 2:] for rows in (boxes, others)]
-    bottom_right = np.minimum(ends[0][:, None], ends[1][None])
-    overlap = np.clip(bottom_right - top_left + 1, 0, None).prod(axis=2)
-    areas = [(rows[:, 2:] + 1).prod(axis=1) for rows in (boxes, others)]
-    return overlap / (areas[0][:, None] + areas[1][None] - overlap)
+    """IoU of (N, 4) with (M, 4), x, y, width, height, where x + width is the last pixel.
+
+    0 for boxes of negative size. Sums are taken in the order of the official ports, so that an IoU of exactly 0.5
+    is one here too.
+    """
+    starts, ends = boxes[:, None, :2], boxes[:, None, :2] + boxes[:, None, 2:]
+    other_starts, other_ends = others[None, :, :2], others[None, :, :2] + others[None, :, 2:]
+    sides = np.minimum(ends, other_ends) - np.maximum(starts, other_starts) + 1
+    overlap = np.where((sides > 0).all(axis=2), sides[..., 0] * sides[..., 1], 0.0)
+    areas, other_areas = (ends - starts + 1).prod(axis=2), (other_ends - other_starts + 1).prod(axis=2)
+    return np.divide(overlap, areas + other_areas - overlap, out=np.zeros_like(overlap), where=overlap > 0)
 
 
-def _average_precision(proposals: np.ndarray, found: np.ndarray, faces: int) -> float:
+def _curve(proposals: np.ndarray, found: np.ndarray, faces: int) -> Curve:
     precision = np.divide(found, proposals, out=np.zeros_like(found), where=proposals > 0)
-    recall = np.concatenate([[0.0], found / max(faces, 1), [1.0]])
-    envelope = np.maximum.accumulate(np.concatenate([[0.0], precision, [0.0]])[::-1])[::-1]
-    return float(np.sum(np.diff(recall) * envelope[1:]))
+    return Curve(precision, found / max(faces, 1), faces)

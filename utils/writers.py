@@ -17,6 +17,7 @@ import numpy as np
 from config import UserError
 from utils.draw import draw_detections
 from utils.experiment import make_folder
+from utils.files import disk_errors
 from utils.images import WRITABLE_SUFFIXES, write_image
 from utils.masks import Head, cut
 from utils.structures import Detections
@@ -94,10 +95,8 @@ class ResultWriter:
         Raises:
             UserError: a file cannot be written; what was written before is complete.
         """
-        try:
+        with disk_errors(self.folder):
             self._add(name, image, detections, heads)
-        except OSError as error:
-            raise UserError(f"{error.filename or self.folder}: cannot be written ({error.strerror or error})") from None
 
     def skip(self, name: str, reason: str) -> None:
         self.summary.skipped.append((name, reason))
@@ -108,10 +107,8 @@ class ResultWriter:
         Raises:
             UserError: they cannot be written.
         """
-        try:
+        with disk_errors(self.folder):
             self._close()
-        except OSError as error:
-            raise UserError(f"{self.folder}: results cannot be completed ({error.strerror or error})") from None
 
     def _close(self) -> None:
         skipped = [{"name": name, "reason": reason} for name, reason in self.summary.skipped]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from utils.nms import pixel_nms
+from utils.nms import pixel_nms, vote_boxes
 
 
 def reference_nms(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> list[int]:
@@ -43,3 +43,37 @@ def test_the_added_pixel_decides_between_small_boxes() -> None:
 
 def test_no_boxes() -> None:
     assert pixel_nms(torch.zeros(0, 4), torch.zeros(0), 0.3).tolist() == []
+
+
+def test_suppressed_boxes_vote_by_their_scores(device: torch.device) -> None:
+    """The mean of x1 = 0 with weight 0.6 and x1 = 4 with weight 0.2 is 1; the box far away stays as it is."""
+    boxes = torch.tensor([[4.0, 0, 24, 20], [0, 0, 20, 20], [100, 0, 120, 20]], device=device)
+    kept, voted = vote_boxes(boxes, torch.tensor([0.2, 0.6, 0.5], device=device), 0.4)
+    assert kept.tolist() == [1, 2]
+    assert voted.flatten().tolist() == pytest.approx([1, 0, 21, 20, 100, 0, 120, 20])
+
+
+def test_box_votes_once_for_the_best_that_suppresses_it() -> None:
+    """The middle box overlaps both others, which do not overlap each other enough."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [5, 0, 15, 10], [10, 0, 20, 10]])
+    kept, voted = vote_boxes(boxes, torch.tensor([0.8, 0.4, 0.6]), 0.3)
+    assert kept.tolist() == [0, 2]
+    assert voted[0].tolist() == pytest.approx([5 / 3, 0, 10 + 5 / 3, 10])
+    assert voted[1].tolist() == [10, 0, 20, 10]
+
+
+def test_many_voters_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(200, 2, generator=generator) * 60
+    boxes = torch.cat([corners, corners + torch.rand(200, 2, generator=generator) * 20], dim=1)
+    scores = torch.rand(200, generator=generator)
+    kept, voted = vote_boxes(boxes, scores, 0.4)
+    assert torch.equal(kept, pixel_nms(boxes, scores, 0.4))
+    monkeypatch.setattr("utils.nms._VOTERS_AT_ONCE", 7)
+    assert torch.equal(vote_boxes(boxes, scores, 0.4)[1], voted)
+
+
+def test_no_boxes_no_votes() -> None:
+    kept, voted = vote_boxes(torch.zeros(0, 4), torch.zeros(0), 0.4)
+    assert kept.tolist() == []
+    assert voted.shape == (0, 4)

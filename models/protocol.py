@@ -1,0 +1,99 @@
+"""Showing images to a detector as a measurement's protocol says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+
+from config import DetectionConfig, ProtocolConfig
+from models.detector import FaceDetector
+from utils.nms import vote_boxes
+from utils.structures import Detections
+
+_VGA_SIDE = 640
+_SHORT_SIDE, _LONGEST_SIDE = 1600, 2150
+# RetinaFace's pyramid: short sides of 500 to 1700 pixels, around its usual 800 (arXiv:1905.00641, section 4.3).
+_PYRAMID = (500 / 800, 1.0, 1100 / 800, 1400 / 800, 1700 / 800)
+
+
+class ProtocolDetector:
+    """Detects in images that are resized, padded, mirrored and scaled by a protocol.
+
+    Detections of several passes are merged by box voting at the NMS threshold; landmarks and score are those of the
+    best box.
+    """
+
+    def __init__(self, detector: FaceDetector, protocol: ProtocolConfig) -> None:
+        self.detector = detector
+        self.protocol = protocol
+
+    @property
+    def detection(self) -> DetectionConfig:
+        return self.detector.detection
+
+    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        """The faces of (H, W, 3) uint8 BGR images of one size, in pixels of these images, on the CPU."""
+        passes = [
+            self._detect(images, factor, mirrored)
+            for factor in (_PYRAMID if self.protocol.multi_scale else (1.0,))
+            for mirrored in ((False, True) if self.protocol.flip else (False,))
+        ]
+        if len(passes) == 1:
+            return passes[0]
+        return [self._merge(found) for found in zip(*passes, strict=True)]
+
+    def _detect(self, images: Sequence[np.ndarray], factor: float, mirrored: bool) -> list[Detections]:
+        height, width = images[0].shape[:2]
+        new_height, new_width = resized_size((height, width), self.protocol.protocol, factor)
+        shown = [image[:, ::-1] if mirrored else image for image in images]
+        if (new_height, new_width) != (height, width):
+            shown = [cv2.resize(image, (new_width, new_height), interpolation=cv2.INTER_LINEAR) for image in shown]
+        if self.protocol.protocol == "vga":
+            shown = [self._padded(image, round(_VGA_SIDE * factor)) for image in shown]
+        found = [
+            detections.scaled(width / new_width, height / new_height)
+            for detections in self.detector.detect_batch(shown)
+        ]
+        if mirrored:
+            found = [detections.mirrored(width) for detections in found]
+        if self.detection.clip_boxes:
+            found = [detections.clipped((height, width)) for detections in found]
+        return found
+
+    def _padded(self, image: np.ndarray, side: int) -> np.ndarray:
+        """The image in the top left corner of a square of the mean colour, which the network takes for zero."""
+        mean = self.detector.network.config.pixel_mean
+        canvas = np.broadcast_to(np.round(mean).astype(np.uint8), (side, side, 3)).copy()
+        canvas[: image.shape[0], : image.shape[1]] = image
+        return canvas
+
+    def _merge(self, passes: Sequence[Detections]) -> Detections:
+        boxes = torch.cat([detections.boxes for detections in passes])
+        scores = torch.cat([detections.scores for detections in passes])
+        kept, voted = vote_boxes(boxes, scores, self.detection.nms_threshold)
+        if self.detection.keep_top_k:
+            kept, voted = kept[: self.detection.keep_top_k], voted[: self.detection.keep_top_k]
+        landmarks = [detections.landmarks for detections in passes if detections.landmarks is not None]
+        return Detections(voted, scores[kept], torch.cat(landmarks)[kept] if landmarks else None)
+
+
+def resized_size(size_hw: tuple[int, int], protocol: str, factor: float) -> tuple[int, int]:
+    """Height and width at which a protocol shows an image.
+
+    Args:
+        size_hw: height and width of the image in pixels.
+        protocol: one of `config.PROTOCOLS`.
+        factor: of the protocol's own size, for multi-scale tests.
+    """
+    short, long = sorted(size_hw)
+    if protocol == "vga":
+        scale = _VGA_SIDE / long
+    elif protocol == "1600x2150":
+        scale = min(_SHORT_SIDE / short, _LONGEST_SIDE / long)
+    else:
+        scale = 1.0
+    height, width = (max(1, round(side * scale * factor)) for side in size_hw)
+    return height, width

@@ -1,0 +1,197 @@
+"""test.py as a user runs it: a detector over a dataset, interrupted, resumed, and predictions of others."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import pytest
+
+from config import DEFAULT_EXPERIMENT, ROOT
+
+WEIGHTS = ROOT / f"experiments/{DEFAULT_EXPERIMENT}/ckpt/mobilenet0.25_ckpt-best.pth"
+SAMPLES = ROOT / "data/sample_widerface"
+
+
+@pytest.fixture
+def results(request: pytest.FixtureRequest) -> Path:
+    """The results of an experiment of its own below experiments/, removed afterwards with its rows in the table."""
+    folder = ROOT / "experiments" / f"pytest_test_{os.getpid()}"
+    table = ROOT / "experiments/results.csv"
+
+    def clean() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        lines = table.read_text().splitlines(keepends=True) if table.exists() else []
+        kept = [line for line in lines if folder.name not in line]
+        table.write_text("".join(kept)) if len(kept) > 1 else table.unlink(missing_ok=True)
+
+    request.addfinalizer(clean)
+    return folder / "results"
+
+
+def command(results: Path, *flags: str) -> list[str]:
+    return [sys.executable, "test.py", f"--experiment_name={results.parent.name}", "--gpu_num=-1", *flags]
+
+
+def measure(results: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(results, *flags), cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def detector(*flags: str) -> list[str]:
+    return [f"--model_weight={WEIGHTS}", "--dataset=sample_widerface", *flags]
+
+
+def test_own_pictures_are_measured_over_all_faces(results: Path) -> None:
+    result = measure(results, *detector("--save_errors=3"))
+    assert result.returncode == 0, result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("AP over all labelled faces, not the official WIDER FACE figure : ")
+    about = json.loads((results / "results.json").read_text())
+    assert about["official"] is False
+    assert about["ap"]["all"] == pytest.approx(float(last.split()[-1]), abs=1e-4)
+    assert about["settings"]["detection"]["confidence_threshold"] == 0.02
+    assert sum(row["faces"] for row in about["recall_by_height"]) == about["faces"]["all"]
+    assert (results / "results.txt").read_text().splitlines()[-1] == last
+    for name in ("pr_curves.png", "errors.png"):
+        assert cv2.imread(str(results / name)) is not None
+    images = sorted(path.stem for path in (SAMPLES / "images").iterdir())
+    assert sorted(path.stem for path in (results / "predictions").rglob("*.txt")) == images
+    assert 0.9 < about["ap"]["all"] <= 1
+    with (ROOT / "experiments/results.csv").open() as file:
+        (row,) = [row for row in csv.DictReader(file) if row["experiment"] == results.parent.name]
+    assert (row["images"], row["easy"]) == (str(len(images)), "")
+    assert float(row["all"]) == pytest.approx(about["ap"]["all"], abs=1e-4)
+
+    again = measure(results, f"--pred_dir={results / 'predictions'}", "--dataset=sample_widerface")
+    assert again.stdout.splitlines()[-1] == last
+    assert "score > 0.02" in again.stdout  # our own predictions say how they were made
+
+
+def test_resume_detects_only_what_is_missing(results: Path) -> None:
+    assert measure(results, *detector()).returncode == 0
+    predictions = sorted((results / "predictions").rglob("*.txt"))
+    whole = json.loads((results / "results.json").read_text())["ap"]
+    predictions[0].unlink()
+    before = [path.stat().st_mtime_ns for path in predictions[1:]]
+    result = measure(results, *detector("--resume"))
+    assert "\n1 images in " in result.stdout
+    assert f"{len(predictions) - 1} from an earlier run" in result.stdout
+    assert [path.stat().st_mtime_ns for path in predictions[1:]] == before
+    assert json.loads((results / "results.json").read_text())["ap"] == whole
+
+    other = measure(results, *detector("--resume", "--nms_threshold=0.3"))
+    assert other.returncode == 1
+    assert "--resume: the predictions in" in other.stderr
+    assert "were made with detection" in other.stderr
+    assert other.stderr.count("\n") == 1
+    assert [path.stat().st_mtime_ns for path in predictions[1:]] == before
+
+    anew = measure(results, *detector("--nms_threshold=0.3"))
+    assert f"replacing {len(predictions)} predictions of an earlier run" in anew.stdout
+
+
+def test_interrupted_run_leaves_a_usable_folder(results: Path, tmp_path: Path) -> None:
+    """Ctrl-C as soon as something is written; what is there is measured, and --resume does the rest."""
+    (tmp_path / "images").mkdir()
+    lines = []
+    for number in range(24):
+        shutil.copy(SAMPLES / "images/astronaut.jpg", tmp_path / f"images/{number}.jpg")
+        lines.append(f"# {number}.jpg\n179 55 100 141\n")
+    (tmp_path / "label.txt").write_text("".join(lines))
+    flags = [f"--model_weight={WEIGHTS}", f"--dataset={tmp_path}", "--protocol=1600x2150"]
+    process = subprocess.Popen(
+        command(results, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list((results / "predictions").rglob("*.txt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "of 24 images are done; the same command with --resume goes on" in output
+    done = len(list((results / "predictions").rglob("*.txt")))
+    assert 0 < done < 24
+
+    partial = measure(results, f"--pred_dir={results / 'predictions'}", f"--dataset={tmp_path}")
+    assert partial.returncode == 0, partial.stderr
+    assert f"{24 - done} of 24 images have no predictions and count as empty" in partial.stdout
+    rest = measure(results, *flags, "--resume")
+    assert f"{done} from an earlier run" in rest.stdout
+    assert len(list((results / "predictions").rglob("*.txt"))) == 24
+
+
+def test_unreadable_image_is_named_and_stops_nothing(results: Path, tmp_path: Path) -> None:
+    shutil.copytree(SAMPLES, tmp_path / "set")
+    broken = tmp_path / "set/images/astronaut.jpg"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    result = measure(results, f"--model_weight={WEIGHTS}", f"--dataset={tmp_path / 'set'}")
+    assert result.returncode == 0, result.stderr
+    assert "skipped astronaut: " in result.stdout
+    about = json.loads((results / "results.json").read_text())
+    assert [entry["name"] for entry in about["skipped"]] == ["astronaut"]
+    assert about["without_predictions"] == ["astronaut"]
+
+
+def test_predictions_of_any_detector(results: Path, tmp_path: Path, shared: Path) -> None:
+    """The labelled faces themselves as predictions, of every second image."""
+    lines = (shared / "data/widerface/val/label.txt").read_text().splitlines()
+    starts = [number for number, line in enumerate(lines) if line.startswith("#")]
+    for start, end in list(zip(starts, [*starts[1:], len(lines)], strict=True))[::2]:
+        name = lines[start][2:].removesuffix(".jpg")
+        boxes = [f"{' '.join(line.split()[:4])} 0.9" for line in lines[start + 1 : end]]
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.txt").write_text("\n".join([name, str(len(boxes)), *boxes]) + "\n")
+    result = measure(results, f"--pred_dir={tmp_path}", f"--gt_dir={shared / 'data/widerface/val/gt'}")
+    assert result.returncode == 0, result.stderr
+    assert "200 of 400 images have no predictions and count as empty; first " in result.stdout
+    words = result.stdout.splitlines()[-1].split()
+    assert (words[:3], words[4:7], words[8:11]) == (["Easy", "AP", ":"], ["Medium", "AP", ":"], ["Hard", "AP", ":"])
+    figures = [float(words[index]) for index in (3, 7, 11)]
+    assert all(0.4 < figure < 0.6 for figure in figures)
+    assert list(json.loads((results / "results.json").read_text())["ap"].values()) == pytest.approx(figures, abs=1e-4)
+
+
+def test_biubug6_reaches_the_figures_of_its_own_evaluation(results: Path, shared: Path) -> None:
+    """On the 400 development images, with integer boxes that are not clipped, as its program writes them."""
+    flags = ["--integer_boxes", "--clip_boxes=False", f"--dataset={shared / 'data/widerface'}"]
+    result = measure(results, f"--model_weight={shared / 'weights/mobilenet0.25_Final.pth'}", *flags)
+    assert result.returncode == 0, result.stderr
+    ap = json.loads((results / "results.json").read_text())["ap"]
+    assert list(ap.values()) == pytest.approx([0.92036, 0.90573, 0.73636], abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--pred_dir=nowhere", "--dataset=sample_widerface"], "--pred_dir nowhere: no such folder"),
+        (
+            ["--pred_dir=tests", "--dataset=sample_widerface"],
+            "holds no predictions of these images",
+        ),
+        (["--pred_dir=tests", "--dataset=sample_widerface", "--flip"], "--flip does nothing with --pred_dir"),
+        (["--pred_dir=tests", "--gt_dir=tests"], "tests: not the official ground truth"),
+        (["--dataset=nowhere"], "--dataset nowhere: no folder"),
+        (["--dataset=tests"], "no val/label.txt"),
+        (["--save_errors=-1"], "--save_errors must not be negative"),
+        (detector("--confidence_threshold=2"), "--confidence_threshold must lie in [0, 1]"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(results: Path, flags: list[str], message: str) -> None:
+    result = measure(results, *flags)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_unknown_protocol_is_refused(results: Path) -> None:
+    result = measure(results, "--protocol=huge")
+    assert result.returncode == 2
+    assert "invalid choice: 'huge'" in result.stderr

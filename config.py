@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import types
 import typing
@@ -96,6 +97,14 @@ def parse_anchor_sizes(text: str) -> tuple[tuple[int, ...], ...]:
     return sizes
 
 
+def parse_numbers(text: str) -> tuple[float, ...]:
+    """`1,0.25` as (1.0, 0.25); the empty text as ()."""
+    try:
+        return tuple(float(part) for part in text.split(",") if part)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers like 1,0.25, got {text!r}") from None
+
+
 def parse_integers(text: str) -> tuple[int, ...]:
     """`70,90` as (70, 90); the empty text as ()."""
     try:
@@ -106,14 +115,32 @@ def parse_integers(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage of the cascade: how its priors are matched, and the weight of its losses."""
+    """One stage of the cascade: how its priors are matched, and the weight of its losses.
+
+    A prior answers for the face that it overlaps by `match_iou` or more and is background below `negative_iou`; what
+    lies between them takes no part in the classification. None is `match_iou`: nothing lies between.
+    """
 
     match_iou: float = 0.35
     loss_weight: float = 1.0
+    negative_iou: float | None = None
 
     def __post_init__(self) -> None:
         _check(0 < self.match_iou < 1, f"match_iou must lie between 0 and 1, got {self.match_iou}")
         _check(self.loss_weight > 0, f"loss_weight must be positive, got {self.loss_weight}")
+        _check(
+            0 < self.background_iou <= self.match_iou,
+            f"negative_iou must be positive and at most match_iou ({self.match_iou}), got {self.negative_iou}",
+        )
+
+    @property
+    def background_iou(self) -> float:
+        """IoU below which a prior is background."""
+        return self.match_iou if self.negative_iou is None else self.negative_iou
+
+
+# What a later stage corrects: the deltas of the stage before it, or the boxes that they decode to.
+REFINEMENTS = ("sum", "rematch")
 
 
 @dataclass(frozen=True)
@@ -129,6 +156,12 @@ class ModelConfig:
     fpn_channels: int = option(BACKBONES["resnet50"][0], "channels of the pyramid and the context modules")
     score_exponent: float = option(
         0.9, "a in the fused score p^a * iou^(1-a) of the tina version; 1 ignores the IoU branch"
+    )
+    refinement: str = option(
+        "sum",
+        "what the second stage does: sum adds its box deltas to those of the first; rematch takes the first one's "
+        "boxes as its anchors and matches them again at a higher IoU (RetinaFace)",
+        choices=REFINEMENTS,
     )
     landmarks: bool = True
     strides: tuple[int, ...] = (8, 16, 32)
@@ -152,9 +185,16 @@ class ModelConfig:
         )
         _check_fraction(self, "score_exponent")
         _check(len(self.stages) > 0, "a detector needs at least one stage")
+        _check(self.refinement in REFINEMENTS, f"refinement is sum or rematch, got {self.refinement!r}")
+        _check(
+            self.refinement == "sum" or self.cascade,
+            "--refinement rematch needs a second stage; add --cascade True, or drop it",
+        )
 
     @classmethod
-    def for_backbone(cls, backbone: str, *, num_anchor: int = 3, cascade: bool = True, **changes: Any) -> ModelConfig:
+    def for_backbone(
+        cls, backbone: str, *, num_anchor: int = 3, cascade: bool = True, refinement: str = "sum", **changes: Any
+    ) -> ModelConfig:
         """The usual configuration of a backbone; `changes` are fields set otherwise."""
         if backbone not in BACKBONES:
             raise ConfigError(f"unknown backbone {backbone!r}; choose from {', '.join(BACKBONES)}")
@@ -163,7 +203,8 @@ class ModelConfig:
             "fpn_channels": channels,
             "activation_slope": slope,
             "anchor_sizes": anchor_sizes_for(num_anchor),
-            "stages": stages_for(cascade),
+            "refinement": refinement,
+            "stages": stages_for(cascade, refinement),
         }
         return cls(backbone=backbone, **(defaults | changes))
 
@@ -182,9 +223,13 @@ class ModelConfig:
 
     @property
     def name(self) -> str:
-        """The original's way to name an experiment, e.g. `resnet50_tina_iou_anc3_casT_fpn3`."""
+        """The original's way to name an experiment, e.g. `resnet50_tina_iou_anc3_casT_fpn3`.
+
+        Its cascade is `sum`; another refinement stands behind the T.
+        """
         version = "tina_iou_" if self.iou_aware else ""
         cascade = "T" if self.cascade else "F"
+        cascade += "" if self.refinement == "sum" else f"-{self.refinement}"
         return f"{self.backbone}_{version}anc{self.num_anchor}_cas{cascade}_fpn{len(self.strides)}"
 
 
@@ -195,9 +240,13 @@ def anchor_sizes_for(num_anchor: int) -> tuple[tuple[int, ...], ...]:
     return ANCHOR_SIZES[num_anchor]
 
 
-def stages_for(cascade: bool) -> tuple[StageConfig, ...]:
-    """The stages that belong to `--cascade`."""
-    return (StageConfig(), StageConfig()) if cascade else (StageConfig(),)
+def stages_for(cascade: bool, refinement: str = "sum") -> tuple[StageConfig, ...]:
+    """The stages that belong to `--cascade` and `--refinement`."""
+    if not cascade:
+        return (StageConfig(),)
+    # RetinaFace's official cascade: decoded boxes fit better than priors, so more may be asked of them.
+    second = StageConfig(match_iou=0.5, negative_iou=0.4) if refinement == "rematch" else StageConfig()
+    return (StageConfig(), second)
 
 
 @dataclass(frozen=True)
@@ -215,18 +264,42 @@ class DetectionConfig:
         _check_not_negative(self, "top_k", "keep_top_k")
 
 
+CLASSIFICATION_LOSSES = ("ohem_ce", "focal")
+BOX_LOSSES = ("smooth_l1", "diou", "ciou")
+LANDMARK_LOSSES = ("smooth_l1", "wing")
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """Terms of the multibox loss, summed with these weights in every stage."""
 
+    classification: str = option(
+        "ohem_ce",
+        "loss of the face scores: cross-entropy with mined negatives, or the focal loss of all priors",
+        choices=CLASSIFICATION_LOSSES,
+    )
+    box_regression: str = option(
+        "smooth_l1", "loss of the boxes: of their deltas, or the distance or complete IoU", choices=BOX_LOSSES
+    )
+    landmark_regression: str = option("smooth_l1", "loss of the landmark deltas", choices=LANDMARK_LOSSES)
     class_weight: float = option(1.0, "weight of the classification loss")
     box_weight: float = option(2.0, "weight of the box loss")
-    landmark_weight: float = option(1.0, "weight of the landmark loss")
+    landmark_weight: float = option(0.1, "weight of the landmark loss")
     iou_weight: float = option(1.0, "weight of the IoU branch's loss (tina)")
-    negative_ratio: int = option(7, "hard negatives mined per positive prior")
+    negative_ratio: int = option(7, "hard negatives mined per positive prior by ohem_ce")
 
     def __post_init__(self) -> None:
+        for name, losses in (
+            ("classification", CLASSIFICATION_LOSSES),
+            ("box_regression", BOX_LOSSES),
+            ("landmark_regression", LANDMARK_LOSSES),
+        ):
+            chosen = getattr(self, name)
+            _check(chosen in losses, f"--{name} is one of {', '.join(losses)}, got {chosen!r}")
         _check_positive(self, "class_weight", "box_weight", "landmark_weight", "iou_weight", "negative_ratio")
+
+
+CACHES = ("none", "ram", "disk")
 
 
 @dataclass(frozen=True)
@@ -236,13 +309,26 @@ class DataConfig:
     dataset: str = option(
         "widerface/", "folder(s) with train/ and val/, under data/ or any path; separate several by commas"
     )
+    dataset_weights: tuple[float, ...] = option(
+        (),
+        "how often an image of each folder is drawn relative to those of the others, e.g. 1,0.25; empty shows every "
+        "image once an epoch",
+        kind=parse_numbers,
+    )
     im_size: int = option(640, "side of the training crops in pixels")
     min_crop_scale: float = option(0.3, "smallest crop side as a part of the image's short side")
     max_crop_scale: float = option(1.0, "largest crop side likewise; above 1 the crop is padded and faces get smaller")
     mosaic_probability: float = option(0.0, "part of the samples that are four crops of half the side, for small faces")
+    rotation_degrees: float = option(0.0, "crops are turned by up to this angle either way; 0 turns none")
     flip_probability: float = option(0.5, "part of the crops that are mirrored")
     colour_probability: float = option(0.5, "probability of each colour change")
     grey_probability: float = option(0.05, "part of the crops that lose their colour")
+    blur_probability: float = option(0.0, "part of the crops that are blurred, as if out of focus or shaken")
+    jpeg_probability: float = option(0.0, "part of the crops that are compressed once more, at a quality of 30 to 90")
+    cache: str = option(
+        "none", "keep decoded images in memory (ram) or below ~/.cache (disk); none decodes anew", choices=CACHES
+    )
+    cache_side: int = option(0, "longest side in pixels to which cached images are reduced; 0 keeps their size")
     num_workers: int = option(2, "processes that read and augment images; 0 reads in the main process")
 
     def __post_init__(self) -> None:
@@ -252,8 +338,25 @@ class DataConfig:
             f"--min_crop_scale must be positive and at most --max_crop_scale, "
             f"got {self.min_crop_scale} and {self.max_crop_scale}",
         )
-        _check_not_negative(self, "num_workers")
+        _check(
+            all(0 < weight < math.inf for weight in self.dataset_weights),
+            f"--dataset_weights must be positive, got {self.dataset_weights}",
+        )
+        _check_not_negative(self, "num_workers", "cache_side")
         _check_fraction(self, "mosaic_probability", "flip_probability", "colour_probability", "grey_probability")
+        _check_fraction(self, "blur_probability", "jpeg_probability")
+        _check(
+            0 <= self.rotation_degrees <= 180, f"--rotation_degrees must lie in [0, 180], got {self.rotation_degrees}"
+        )
+        _check(self.cache in CACHES, f"--cache is one of {', '.join(CACHES)}, got {self.cache!r}")
+        _check(
+            self.cache != "none" or self.cache_side == 0,
+            f"--cache_side={self.cache_side} needs a --cache: choose ram or disk, or set --cache_side=0",
+        )
+
+
+SCHEDULES = ("multistep", "cosine", "cosine_restarts")
+BEST_METRICS = ("mean", "easy", "medium", "hard")
 
 
 @dataclass(frozen=True)
@@ -261,29 +364,49 @@ class TrainConfig:
     """Optimisation."""
 
     epochs: int = option(8000, "passes over the training images")
-    batch_size: int = option(16, "images per step", aliases=("batch_sixe",))
+    batch_size: int = option(16, "images per batch, over all processes", aliases=("batch_sixe",))
+    accumulate: int = option(1, "batches whose gradients are summed before the weights change")
+    optimizer: str = option("sgd", "optimiser; adamw wants a learning rate of about a tenth", choices=("sgd", "adamw"))
     learning_rate: float = option(1e-2, "peak learning rate; a hundredth of it suits fine-tuning a trained detector")
+    backbone_rate_factor: float = option(1.0, "learning rate of the backbone relative to the rest")
+    freeze_backbone_epochs: int = option(0, "epochs at the beginning in which the backbone does not learn")
     new_rate_factor: float = option(
         1.0, "learning rate of what --pretrained_detector lacks, such as the IoU branch, relative to the rest"
     )
     momentum: float = option(0.9, "momentum of SGD")
     weight_decay: float = option(5e-4, "weight decay")
-    schedule: str = option("multistep", "how the rate falls after the warm-up", choices=("multistep", "cosine"))
+    schedule: str = option("multistep", "how the rate falls after the warm-up", choices=SCHEDULES)
     milestones: tuple[int, ...] = option(
         (), "epochs at which multistep divides the rate by ten; empty is 70%% and 90%% of the run", kind=parse_integers
     )
+    restart_epochs: int = option(30, "epochs from one restart of cosine_restarts to the next")
     warmup_epochs: float = option(1.0, "epochs over which the rate rises linearly from a hundredth of its peak")
     freeze_bn: bool = option(False, "keep the running statistics of batch normalisation, for fine-tuning")
+    sync_bn: bool = option(False, "batch normalisation over all processes together (torchrun, CUDA)")
+    amp: bool = option(False, "compute in 16 bits where that is safe, on CUDA")
     ema_decay: float = option(0.0, "decay of the averaged weights that are validated and kept as best; 0 averages none")
     clip_gradient: float = option(0.0, "largest gradient norm; 0 does not clip")
     eval_every: int = option(1, "validate every so many epochs (the last is always validated)")
+    best_metric: str = option(
+        "mean", "AP that makes a checkpoint the best: of a subset, or the mean of all", choices=BEST_METRICS
+    )
+    patience: int = option(0, "stop after so many validations without a better one; 0 never does")
+    save_minutes: float = option(10.0, "write ckpt-last also within epochs, every so many minutes; 0 does not")
     seed: int = option(0, "seed of weights, order and augmentation")
 
     def __post_init__(self) -> None:
-        _check_positive(self, "epochs", "batch_size", "learning_rate", "new_rate_factor", "eval_every")
-        _check_not_negative(self, "momentum", "weight_decay", "warmup_epochs", "clip_gradient")
+        _check_positive(self, "epochs", "batch_size", "accumulate", "learning_rate", "new_rate_factor", "eval_every")
+        _check_positive(self, "restart_epochs")
+        _check_not_negative(self, "momentum", "weight_decay", "warmup_epochs", "clip_gradient", "save_minutes")
+        _check_not_negative(self, "backbone_rate_factor", "freeze_backbone_epochs", "patience")
         _check(0 <= self.ema_decay < 1, f"--ema_decay must lie in [0, 1), got {self.ema_decay}")
-        _check(self.schedule in ("multistep", "cosine"), f"--schedule is multistep or cosine, got {self.schedule!r}")
+        _check(self.optimizer in ("sgd", "adamw"), f"--optimizer is sgd or adamw, got {self.optimizer!r}")
+        _check(self.schedule in SCHEDULES, f"--schedule is one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        _check(
+            self.best_metric in BEST_METRICS,
+            f"--best_metric is one of {', '.join(BEST_METRICS)}, got {self.best_metric!r}",
+        )
+        _check(not (self.freeze_bn and self.sync_bn), "--freeze_bn leaves --sync_bn nothing to do; drop one of them")
 
 
 @dataclass(frozen=True)
@@ -353,6 +476,10 @@ class StartOptions:
         "start from any supported checkpoint; it brings its architecture, which flags change. A second stage that "
         "it lacks copies the first",
     )
+    show_batch: int = option(0, "draw so many crops as the network will see them into log/batch.png, and stop")
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "show_batch")
 
 
 # Sizes at which a detector is measured: what is done to each image before the network sees it.
@@ -496,11 +623,16 @@ def model_config_from_flags(flags: Flags, base: ModelConfig | None = None) -> Mo
     if base is None:
         base = ModelConfig.for_backbone(given.get("backbone", ModelConfig.backbone))
     elif given.get("backbone", base.backbone) != base.backbone:
-        base = ModelConfig.for_backbone(given["backbone"], anchor_sizes=base.anchor_sizes, stages=base.stages)
+        base = ModelConfig.for_backbone(
+            given["backbone"], anchor_sizes=base.anchor_sizes, refinement=base.refinement, stages=base.stages
+        )
     if "num_anchor" in given and "anchor_sizes" not in given and given["num_anchor"] != base.num_anchor:
         given["anchor_sizes"] = anchor_sizes_for(given["num_anchor"])
-    if "cascade" in given and given["cascade"] != base.cascade:
-        given["stages"] = stages_for(given["cascade"])
+    if not given.get("cascade", base.cascade):
+        given.setdefault("refinement", "sum")  # there is nothing to refine
+    cascade, refinement = given.get("cascade", base.cascade), given.get("refinement", base.refinement)
+    if (cascade, refinement) != (base.cascade, base.refinement):
+        given["stages"] = stages_for(cascade, refinement)
     if not base.iou_aware and given.get("model_version") == "tina":
         given.setdefault("score_exponent", ModelConfig.score_exponent)  # a new branch takes part in the score
     if "landmark_loss" in given:

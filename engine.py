@@ -3,37 +3,50 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NoReturn, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import ExperimentConfig, TrainConfig, UserError
+from config import ExperimentConfig, UserError
 from layers.multibox_loss import MultiBoxLoss
 from models.detector import FaceDetector
 from models.retinaface import RetinaFace
 from utils.checkpoint import Checkpoint, CheckpointError, save_checkpoint
-from utils.datasets import FaceDataset, collate
+from utils.datasets import Batch, FaceDataset, collate
+from utils.distributed import (
+    ALONE,
+    Processes,
+    any_of_processes,
+    copy_from_main,
+    mean_over_processes,
+    merge_over_processes,
+)
+from utils.draw import draw_detections
 from utils.evaluation_set import EvaluationSet
 from utils.experiment import Experiment
 from utils.labels import LabelledImage
 from utils.logger import RunLog
+from utils.optimise import build_average, build_optimizer, build_scheduler, freeze_batch_norm
+from utils.sampler import EpochSampler
+from utils.signals import StopRequest
 from utils.sources import Picture, read_picture
-from utils.structures import Detections, FaceTargets
+from utils.structures import Detections
 from utils.wider_predictions import write_predictions
 
 _LOG_EVERY_STEPS = 20
+_ASK_EVERY_STEPS = 10  # steps after which processes agree whether to stop, for to ask costs a message
+_PICTURES_IN_LOG = 4
 _BATCH_SIZE = 8  # images of one size that share a pass at inference
 _NOTHING = Detections(torch.zeros(0, 4), torch.zeros(0), None)
 
@@ -44,10 +57,27 @@ class TrainingError(UserError):
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """How far a run has come.
 
-    epoch: int = 0  # epochs completed
+    Attributes:
+        epoch: epochs completed.
+        position: images of the next one that have been learnt from, over all processes.
+        sums: of each loss term over its batches so far.
+        best_ap: of all validations.
+        waited: validations since the best.
+        unreadable: images that could not be read, and why.
+    """
+
+    epoch: int = 0
+    position: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
     best_ap: float = -1.0
+    waited: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        within = f" and {self.position} images of the next" if self.position else ""
+        return f"epoch {self.epoch}{within}"
 
 
 class BatchDetector(Protocol):
@@ -57,13 +87,12 @@ class BatchDetector(Protocol):
 
 
 class Trainer:
-    """Trains one experiment, epoch by epoch, and can be stopped and continued between any two.
+    """Trains one experiment, and can be stopped and continued at any step.
 
-    `ckpt-best` is that of the best validation AP, the mean of easy, medium and hard where the official ground truth is
-    there; without validation images it is that of the newest epoch.
+    `ckpt-best` is that of the best validation AP; without validation images it is that of the newest epoch.
 
     Order and augmentation of an epoch depend on the seed and the epoch's number alone, so a continued run sees what
-    an undisturbed one would have seen.
+    an undisturbed one would have seen. Several processes share each batch.
     """
 
     def __init__(
@@ -71,70 +100,69 @@ class Trainer:
         network: RetinaFace,
         config: ExperimentConfig,
         experiment: Experiment,
-        train_images: Sequence[LabelledImage],
+        images: Sequence[LabelledImage],
         validation: EvaluationSet | None,
         log: RunLog,
+        *,
+        weights: Sequence[float] | None = None,
+        processes: Processes = ALONE,
         new_parameters: Sequence[str] = (),
     ) -> None:
-        """Prepare a run; `new_parameters` are those that start at random while the others do not."""
-        self.network = network.to(memory_format=torch.channels_last)
-        self.device = network.pixel_mean.device
-        self.config = config
-        self.experiment = experiment
-        self.validation = validation
-        self.log = log
-        self.loss = MultiBoxLoss(config.loss, config.model)
-        self.shuffle = torch.Generator()
-        self.loader = build_loader(train_images, config, self.shuffle, pin_memory=self.device.type == "cuda")
-        self.new_parameters = list(new_parameters)
-        self.optimizer = build_optimizer(network, config.train, self.new_parameters)
-        self.averaged = build_average(network, config.train.ema_decay)
-        self.scheduler = build_scheduler(self.optimizer, config.train, steps_per_epoch=len(self.loader))
-        self.progress = Progress()
+        """Prepare a run.
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue from a `ckpt-last` of the same experiment.
+        Args:
+            network: on its device.
+            images: to learn from.
+            weights: how often each is drawn relative to the others; None draws each once an epoch.
+            validation: what decides which checkpoint is the best.
+            new_parameters: names of those that start at random while the others do not.
 
         Raises:
-            CheckpointError: it is of another architecture.
+            TrainingError: what is asked for needs CUDA, or the batch cannot be shared.
         """
-        if checkpoint.model != self.config.model:
-            raise CheckpointError(f"{checkpoint.path}: is of another architecture; use another --experiment_name")
-        self.network.load_state_dict(checkpoint.state)
-        self.optimizer.load_state_dict(checkpoint.training["optimizer"])
-        self.scheduler.load_state_dict(checkpoint.training["scheduler"])
-        if self.averaged is not None and checkpoint.training["averaged"]:
-            self.averaged.load_state_dict(checkpoint.training["averaged"])
-        self.progress = Progress(checkpoint.training["epoch"], checkpoint.training["best_ap"])
+        train = config.train
+        self.device = network.pixel_mean.device
+        if train.sync_bn and self.device.type == "cuda" and processes.count > 1:
+            network = cast(RetinaFace, nn.SyncBatchNorm.convert_sync_batchnorm(network))
+        self.network = network.to(memory_format=torch.channels_last)
+        self.config = config
+        self.experiment = experiment
+        self.images = images
+        self.validation = validation
+        self.log = log
+        self.processes = processes
+        self._check()
+        self.loss = MultiBoxLoss(config.loss, config.model)
+        self.batch_size = min(train.batch_size, max(len(images) // processes.count, 1) * processes.count)
+        self.sampler = EpochSampler(
+            len(images),
+            self.batch_size // processes.count,
+            seed=train.seed,
+            weights=weights,
+            rank=processes.rank,
+            world_size=processes.count,
+        )
+        self.loader = build_loader(images, config, self.sampler, pin_memory=self.device.type == "cuda")
+        self.batches = len(self.sampler) * processes.count // self.batch_size
+        self.new_parameters = list(new_parameters)
+        self.progress = Progress()
+        self.optimizer = build_optimizer(network, train, self.new_parameters)
+        self.averaged = build_average(network, train.ema_decay)
+        self.scheduler = self._build_scheduler()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.amp)
+        self._saved_at = time.monotonic()
 
-    def fit(self) -> None:
-        """Train the epochs that are left."""
-        train = self.config.train
-        for epoch in range(self.progress.epoch + 1, train.epochs + 1):
-            start = time.perf_counter()
-            metrics = self._train_epoch(epoch)
-            metrics["images_per_second"] = (
-                len(self.loader) * (self.loader.batch_size or 1) / (time.perf_counter() - start)
-            )
-            if self.validation is None:
-                self._save("best", self.result, epoch=epoch)
-            elif epoch % train.eval_every == 0 or epoch == train.epochs:
-                metrics |= self._validate(self.validation)
-                if metrics["val/ap"] > self.progress.best_ap:
-                    self.progress.best_ap = metrics["val/ap"]
-                    self._save("best", self.result, epoch=epoch, val_ap=self.progress.best_ap)
-            self.progress.epoch = epoch
-            # Before ckpt-last: a run killed in between repeats the epoch and replaces its row, so none is ever missing.
-            self.log.epoch(epoch, metrics)
-            self._save(
-                "last",
-                self.network,
-                averaged={} if self.averaged is None else self.averaged.state_dict(),
-                new_parameters=self.new_parameters,
-                epoch=epoch,
-                best_ap=self.progress.best_ap,
-                optimizer=self.optimizer.state_dict(),
-                scheduler=self.scheduler.state_dict(),
+    def _check(self) -> None:
+        train, device, count = self.config.train, self.device, self.processes.count
+        if train.amp and device.type != "cuda":
+            raise TrainingError("--amp needs a CUDA device; drop it")
+        if train.sync_bn and (device.type != "cuda" or count == 1):
+            raise TrainingError("--sync_bn needs several processes with a CUDA device each; use torchrun, or drop it")
+        if train.batch_size % count:
+            raise TrainingError(f"--batch_size={train.batch_size} cannot be shared by {count} processes evenly")
+        if train.best_metric != "mean" and not (self.validation and self.validation.official):
+            raise TrainingError(
+                f"--best_metric={train.best_metric} needs the official ground truth in val/gt; use mean, or add it"
             )
 
     @property
@@ -142,73 +170,232 @@ class Trainer:
         """The network that training is for: the averaged one, if there is an average."""
         return self.network if self.averaged is None else cast(RetinaFace, self.averaged.module)
 
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue from a `ckpt-last` of the same experiment; rates and decays are those of the configuration.
+
+        Raises:
+            CheckpointError: it is of another architecture or of another kind of optimiser.
+        """
+        saved = checkpoint.training
+        if checkpoint.model != self.config.model:
+            raise CheckpointError(f"{checkpoint.path}: is of another architecture; use another --experiment_name")
+        if checkpoint.experiment and checkpoint.experiment.train.optimizer != self.config.train.optimizer:
+            raise CheckpointError(
+                f"{checkpoint.path}: was trained with --optimizer={checkpoint.experiment.train.optimizer}; keep it, or "
+                "use another --experiment_name"
+            )
+        self.network.load_state_dict(checkpoint.state)
+        asked = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for group, options in zip(self.optimizer.param_groups, asked, strict=True):
+            group.update(options)
+        if self.averaged is not None and saved["averaged"]:
+            self.averaged.load_state_dict(saved["averaged"])
+        if saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
+        self.progress = Progress(**{name: saved[name] for name in vars(self.progress) if name in saved})
+        self.progress.sums = {name: value.to(self.device) for name, value in self.progress.sums.items()}
+        self.scheduler = self._build_scheduler()
+
+    def fit(self) -> None:
+        """Train the epochs that are left.
+
+        Raises:
+            TrainingError: the loss is not finite.
+            KeyboardInterrupt: a signal asked to stop; all is saved.
+        """
+        train = self.config.train
+        with StopRequest() as self.stop:
+            for epoch in range(self.progress.epoch + 1, train.epochs + 1):
+                if train.patience and self.progress.waited >= train.patience:
+                    self.log.line(f"no better validation in {train.patience} of them: stopping early")
+                    break
+                self._run_epoch(epoch)
+        if self.progress.unreadable:
+            names = ", ".join(f"{name} ({reason})" for name, reason in self.progress.unreadable.items())
+            self.log.line(f"{len(self.progress.unreadable)} training images could not be read: {names}")
+
+    def _run_epoch(self, epoch: int) -> None:
+        train = self.config.train
+        start, at_start = time.perf_counter(), self.progress.position
+        metrics = self._train_epoch(epoch)
+        images_per_second = (self.batches * self.batch_size - at_start) / (time.perf_counter() - start)
+        self.progress.epoch, self.progress.position, self.progress.sums = epoch, 0, {}
+        if self.validation is None:
+            self._save("best", self.result, epoch=epoch)
+        elif epoch % train.eval_every == 0 or epoch == train.epochs:
+            metrics |= self._validate(self.validation, epoch)
+            better = metrics[self._best_metric] > self.progress.best_ap
+            self.progress.waited = 0 if better else self.progress.waited + 1
+            if better:
+                self.progress.best_ap = metrics[self._best_metric]
+                self._save("best", self.result, epoch=epoch, val_ap=self.progress.best_ap)
+        # Before ckpt-last: a run killed in between repeats the epoch and replaces its row, so none is ever missing.
+        self.log.epoch(epoch, metrics, images_per_second)
+        self._save_last()
+
+    @property
+    def _best_metric(self) -> str:
+        metric = self.config.train.best_metric
+        return "val/ap" if metric == "mean" else f"val/ap_{metric}"
+
     def _train_epoch(self, epoch: int) -> dict[str, float]:
-        """One pass over the training images; returns the mean of every loss term and the last learning rate."""
-        seed = self.config.train.seed * 1_000_003 + epoch
-        torch.manual_seed(seed)
-        self.shuffle.manual_seed(seed)
-        self.network.train()
-        if self.config.train.freeze_bn:
-            freeze_batch_norm(self.network)
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        """The rest of an epoch; returns the mean of every loss term over the whole of it, and the last rate."""
+        parallel = self._prepare(epoch)
+        self.sampler.set_epoch(epoch, start=self.progress.position)
+        total = self.batches * self.batch_size
         # No bar where nobody watches it: the log has a line every few steps instead.
-        bar = tqdm(self.loader, desc=f"epoch {epoch}/{self.config.train.epochs}", disable=None, leave=False)
-        for step, (images, targets) in enumerate(bar, start=1):
-            terms = self._step(images.to(self.device, non_blocking=True), [faces.to(self.device) for faces in targets])
-            for name, value in terms.items():
-                sums[name] += value
-            if step % _LOG_EVERY_STEPS == 0 or step == len(self.loader):
-                loss = float(sums["loss"]) / step
-                if not math.isfinite(loss):
-                    raise TrainingError(
-                        f"epoch {epoch}, step {step}: the loss is {loss}; "
-                        "the last checkpoint is kept; lower --learning_rate or look at the newest images"
-                    )
-                bar.set_postfix(loss=f"{loss:.3f}")
-                if bar.disable:
-                    self.log.line(f"epoch {epoch} step {step}/{len(self.loader)}: mean loss {loss:.4f}")
-        means = {name: float(value) / len(self.loader) for name, value in sums.items()}
+        bar = tqdm(
+            total=total,
+            initial=self.progress.position,
+            desc=f"epoch {epoch}/{self.config.train.epochs}",
+            unit="image",
+            leave=False,
+            disable=None if self.processes.is_main else True,
+        )
+        with bar:
+            for batch in self.loader:
+                self._learn(parallel, batch, epoch)
+                self.progress.position += self.batch_size
+                bar.update(self.batch_size)
+                step = self.progress.position // self.batch_size
+                if step % _LOG_EVERY_STEPS == 0 or step == self.batches:
+                    loss = float(self.progress.sums["loss"]) / step
+                    bar.set_postfix(loss=f"{loss:.3f}")
+                    self.log.step((epoch - 1) * self.batches + step, loss, float(self.scheduler.get_last_lr()[0]))
+                    if bar.disable:
+                        self.log.line(f"epoch {epoch} step {step}/{self.batches}: mean loss {loss:.4f}")
+                if step % self.config.train.accumulate == 0 and step < self.batches:
+                    self._save_in_between(epoch, step)
+        sums = {name: mean_over_processes(value) for name, value in self.progress.sums.items()}
+        means = {name: float(value) / self.batches for name, value in sums.items()}
         return {**means, "learning_rate": float(self.scheduler.get_last_lr()[0])}
 
-    def _step(self, images: Tensor, targets: list[FaceTargets]) -> dict[str, Tensor]:
-        images = images.float().contiguous(memory_format=torch.channels_last)
-        outputs = self.network(images)
-        terms = self.loss(outputs, targets, (images.shape[2], images.shape[3]))
+    def _prepare(self, epoch: int) -> nn.Module:
+        """The network as this epoch trains it: modes, what learns, and the wrapper that shares gradients."""
+        train = self.config.train
+        self.network.train()
+        freezes_backbone = epoch <= train.freeze_backbone_epochs
+        backbone = self.network.backbone
+        backbone.requires_grad_(not freezes_backbone)
+        if train.freeze_bn:
+            freeze_batch_norm(self.network)
+        if freezes_backbone:
+            freeze_batch_norm(backbone)
+        if self.processes.count == 1:
+            return self.network
+        return DistributedDataParallel(
+            self.network, device_ids=None if self.device.type == "cpu" else [self.device.index]
+        )
+
+    def _learn(self, parallel: nn.Module, batch: Batch, epoch: int) -> None:
+        train = self.config.train
+        step = self.progress.position // self.batch_size + 1
+        for name, reason in batch.replaced:
+            if name not in self.progress.unreadable:
+                self.progress.unreadable[name] = reason
+                self.log.line(f"warning: {name}: {reason}; taking another image")
+        images = batch.images.to(self.device, non_blocking=True).float().contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.float16, enabled=train.amp):
+            outputs = parallel(images)
+        terms = self.loss(outputs, batch.targets.to(self.device), (images.shape[2], images.shape[3]))
         total = torch.stack(list(terms.values())).sum()
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        first_of_group = (step - 1) // train.accumulate * train.accumulate
+        self.scaler.scale(total / (min(first_of_group + train.accumulate, self.batches) - first_of_group)).backward()
+        health = total.detach()
+        if step % train.accumulate == 0 or step == self.batches:
+            norm = self._gradient_norm()
+            health = health if train.amp else health + norm  # scaled gradients may overflow; the scaler sees to it
+        if not torch.isfinite(health):
+            self._refuse(batch, f"epoch {epoch}, step {step}", float(total.detach()))
+        if step % train.accumulate == 0 or step == self.batches:
+            self._update()
+        for name, value in {"loss": total, **terms}.items():
+            self.progress.sums[name] = self.progress.sums.get(name, torch.zeros_like(total)) + value.detach()
+
+    def _gradient_norm(self) -> Tensor:
+        """The norm of all gradients, which are clipped to the largest one that is allowed."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = [weights for weights in self.network.parameters() if weights.grad is not None]
         if self.config.train.clip_gradient:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.train.clip_gradient)
-        self.optimizer.step()
+            return nn.utils.clip_grad_norm_(parameters, self.config.train.clip_gradient)
+        return nn.utils.get_total_norm([weights.grad for weights in parameters if weights.grad is not None])
+
+    def _update(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         if self.averaged is not None:
             self.averaged.update_parameters(self.network)
-        return {"loss": total.detach()} | {name: value.detach() for name, value in terms.items()}
 
-    def _validate(self, validation: EvaluationSet) -> dict[str, float]:
-        """The mean average precision as `val/ap`, and where there are several subsets, that of each."""
+    def _refuse(self, batch: Batch, where: str, loss: float) -> NoReturn:
+        names = ", ".join(str(self.images[index].path) for index in batch.indices)
+        raise TrainingError(
+            f"{where}: the loss is {loss} or has no finite gradient; the last checkpoint is kept; lower "
+            f"--learning_rate, or look at the images of this batch: {names}"
+        )
+
+    def _build_scheduler(self) -> LRScheduler:
+        """The schedule, put where the progress is."""
+        steps_per_epoch = math.ceil(self.batches / self.config.train.accumulate)
+        within = self.progress.position // self.batch_size // self.config.train.accumulate
+        done = self.progress.epoch * steps_per_epoch + within
+        return build_scheduler(self.optimizer, self.config.train, steps_per_epoch, done)
+
+    def _save_in_between(self, epoch: int, step: int) -> None:
+        """Save where time or a signal asks for it; after a signal, end."""
+        minutes = (time.monotonic() - self._saved_at) / 60
+        due = bool(self.config.train.save_minutes) and minutes >= self.config.train.save_minutes
+        asks = step % _ASK_EVERY_STEPS == 0 or self.processes.count == 1
+        stop = asks and any_of_processes(self.stop.asked, self.device)
+        if due or stop:
+            self._save_last()
+        if stop:
+            self.log.line(f"stopped in epoch {epoch} after step {step}/{self.batches}; the same command goes on")
+            raise KeyboardInterrupt
+
+    def _validate(self, validation: EvaluationSet, epoch: int) -> dict[str, float]:
+        """The mean average precision as `val/ap`, and where there are several subsets, that of each.
+
+        Every process detects in its share of the images.
+        """
+        copy_from_main(self.result)
         detector = FaceDetector(self.result, self.config.evaluation)
         files = list(zip(validation.names, validation.images or [], strict=True))
-        found = detect_files(detector, files)
+        own = files[self.processes.rank :: self.processes.count]
+        quiet = None if self.processes.is_main else True
+        found = tqdm(detect_files(detector, own), total=len(own), desc="validation", disable=quiet, leave=False)
         predictions = {}
-        for picture, detections in tqdm(found, total=len(files), desc="validation", disable=None, leave=False):
+        for number, (picture, detections) in enumerate(found):
             if picture.problem:
                 self.log.line(f"warning: {picture.name}: {picture.problem}; nothing is found in it")
+            elif number < _PICTURES_IN_LOG and picture.image is not None:
+                sure = detections.select(detections.scores >= self.config.inference.confidence_threshold)
+                self.log.picture(f"validation/{number}", draw_detections(picture.image, sure), epoch)
             predictions[picture.name] = prediction_rows(detections)
-        precisions = validation.evaluate(predictions).average_precisions
+        evaluation = validation.evaluate(merge_over_processes(predictions))
+        self.log.curves(evaluation.curves, epoch)
+        precisions = evaluation.average_precisions
         subsets = {f"val/ap_{subset}": value for subset, value in precisions.items()} if len(precisions) > 1 else {}
         return {"val/ap": sum(precisions.values()) / len(precisions), **subsets}
 
+    def _save_last(self) -> None:
+        self._save(
+            "last",
+            self.network,
+            averaged={} if self.averaged is None else self.averaged.state_dict(),
+            new_parameters=self.new_parameters,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            **vars(self.progress),
+        )
+        self._saved_at = time.monotonic()
+
     def _save(self, which: Literal["best", "last"], network: RetinaFace, **training: Any) -> None:
-        path = self.experiment.checkpoint(self.config.model.backbone, which)
-        save_checkpoint(path, self.config, network.state_dict(), **training)
-
-
-def freeze_batch_norm(network: nn.Module) -> None:
-    """Let batch normalisation use and keep its running statistics; its scale and shift still learn."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
+        if self.processes.is_main:
+            path = self.experiment.checkpoint(self.config.model.backbone, which)
+            save_checkpoint(path, self.config, network.state_dict(), **training)
 
 
 def detect_files(
@@ -285,63 +472,24 @@ def _detect_batch(detector: BatchDetector, pictures: Sequence[Picture]) -> Itera
 
 
 def build_loader(
-    images: Sequence[LabelledImage], config: ExperimentConfig, shuffle: torch.Generator, pin_memory: bool
+    images: Sequence[LabelledImage], config: ExperimentConfig, sampler: EpochSampler, pin_memory: bool
 ) -> DataLoader[Any]:
-    """Batches of augmented crops in an order that `shuffle` decides; a last incomplete batch is left out."""
-    batch_size = min(config.train.batch_size, len(images))
+    """Batches of this process's share of the augmented crops, in the order of the sampler."""
     return DataLoader(
         FaceDataset(images, config.data, fill=config.model.pixel_mean),
-        batch_size=batch_size,
-        shuffle=True,
-        drop_last=True,
+        batch_size=sampler.batch_size,
+        sampler=sampler,
         num_workers=config.data.num_workers,
+        persistent_workers=config.data.num_workers > 0,
         collate_fn=collate,
-        generator=shuffle,
         pin_memory=pin_memory,
-        worker_init_fn=_use_one_thread,
+        worker_init_fn=_prepare_worker,
     )
 
 
-def _use_one_thread(_worker: int) -> None:
-    """Workers are parallel already; OpenCV's own threads would fight with the network's for the cores."""
+def _prepare_worker(_worker: int) -> None:
+    """Workers are parallel already, so OpenCV must not start threads; and Ctrl-C is for the main process to handle."""
     import cv2
 
     cv2.setNumThreads(0)
-
-
-def build_optimizer(network: RetinaFace, config: TrainConfig, new_parameters: Sequence[str]) -> Optimizer:
-    """SGD in which the parameters named `new_parameters` have a rate of their own."""
-    groups = [
-        {
-            "params": [weights for name, weights in network.named_parameters() if (name in new_parameters) == is_new],
-            "lr": config.learning_rate * (config.new_rate_factor if is_new else 1),
-        }
-        for is_new in (False, True)
-    ]
-    return SGD(
-        [group for group in groups if group["params"]],
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-    )
-
-
-def build_average(network: RetinaFace, decay: float) -> AveragedModel | None:
-    """An exponential moving average of the weights, and of batch normalisation's statistics; None for a decay of 0."""
-    if decay == 0:
-        return None
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-
-
-def build_scheduler(optimizer: Optimizer, config: TrainConfig, steps_per_epoch: int) -> LRScheduler:
-    """Linear warm-up, then steps or a cosine; it advances once a step."""
-    total = config.epochs * steps_per_epoch
-    warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
-    if config.schedule == "cosine":
-        main: LRScheduler = CosineAnnealingLR(optimizer, T_max=total - warmup)
-    else:
-        epochs = config.milestones or (round(0.7 * config.epochs), round(0.9 * config.epochs))
-        main = MultiStepLR(optimizer, [max(0, epoch * steps_per_epoch - warmup) for epoch in epochs], gamma=0.1)
-    if warmup == 0:
-        return main
-    rise = LinearLR(optimizer, start_factor=0.01, total_iters=warmup)
-    return SequentialLR(optimizer, [rise, main], milestones=[warmup])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

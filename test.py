@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from config import (
     ROOT,
@@ -34,6 +35,11 @@ from utils.experiment import Experiment, make_folder, user_path
 from utils.files import disk_errors
 from utils.wider_predictions import prediction_file, read_predictions
 
+if TYPE_CHECKING:
+    import torch
+
+    from utils.distributed import Processes
+
 OPTIONS = (
     RunOptions(),
     EvaluationOptions(),
@@ -51,10 +57,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = flags.apply(EvaluationOptions())
     faces = open_faces(flags, options)
     if options.pred_dir:
-        predicted, detected = given_predictions(flags, options), Detected()
-    else:
-        predicted, detected = detect(flags, options, faces)
+        report(given_predictions(flags, options), Detected(), faces, options)
+        return
+    from utils.distributed import join_processes  # torch takes a second to import, which --pred_dir need not wait for
 
+    device = choose_device(flags.apply(RunOptions()).gpu_num)
+    with join_processes(device) as processes:
+        predicted, detected = detect(flags, options, faces, device, processes)
+        if processes.is_main:
+            report(predicted, detected, faces, options)
+
+
+def report(predicted: EvaluationRun, detected: Detected, faces: EvaluationSet, options: EvaluationOptions) -> None:
+    """Measure predictions, write what there is to say of them, and print it."""
     predictions = read_predictions(predicted.folder, faces.names)
     if not predictions:
         example = prediction_file(predicted.folder, faces.names[0])
@@ -94,13 +109,15 @@ def given_predictions(flags: Flags, options: EvaluationOptions) -> EvaluationRun
     return EvaluationRun.given(user_path(options.pred_dir or ""), flags.apply(RunOptions()).experiment_name)
 
 
-def detect(flags: Flags, options: EvaluationOptions, faces: EvaluationSet) -> tuple[EvaluationRun, Detected]:
-    """Run the detector over the images and write its predictions as they come."""
-    from engine import predict_files  # torch takes a second to import, which --pred_dir need not wait for
+def detect(
+    flags: Flags, options: EvaluationOptions, faces: EvaluationSet, device: torch.device, processes: Processes
+) -> tuple[EvaluationRun, Detected]:
+    """Run the detector over this process's share of the images and write its predictions as they come."""
+    from engine import predict_files
     from models.detector import open_detector
     from models.protocol import ProtocolDetector
+    from utils.distributed import merge_over_processes, value_of_main
 
-    device = choose_device(flags.apply(RunOptions()).gpu_num)
     detector, checkpoint, name = open_detector(flags, device, "evaluation", ROOT / "experiments")
     protocol = flags.apply(ProtocolConfig())
     settings = {
@@ -113,22 +130,24 @@ def detect(flags: Flags, options: EvaluationOptions, faces: EvaluationSet) -> tu
     }
     stamp = describe_protocol(protocol, detector.detection)
     predicted = EvaluationRun.of_detector(results_folder(name), name, checkpoint.path.name, stamp, settings)
-    kept = set(predicted.begin(faces.names, resume=options.resume))
-    files = [file for file in zip(faces.names, faces.images or [], strict=True) if file[0] not in kept]
-    print(f"{name} ({checkpoint.kind}) on {device}: {len(files)} images, {stamp}", flush=True)
+    kept = set(value_of_main(predicted.begin(faces.names, resume=options.resume) if processes.is_main else None))
+    missing = [file for file in zip(faces.names, faces.images or [], strict=True) if file[0] not in kept]
+    files = missing[processes.rank :: processes.count]
+    if processes.is_main:
+        print(f"{name} ({checkpoint.kind}) on {device}: {len(missing)} images, {stamp}", flush=True)
 
-    start, seen, skipped = time.perf_counter(), 0, []
+    start, problems = time.perf_counter(), {}
     found = predict_files(ProtocolDetector(detector, protocol), files, predicted.folder, protocol.integer_boxes)
     try:
         with disk_errors(predicted.folder):
-            for picture in show_progress(found, len(files)):
-                seen += picture.image is not None
-                if picture.problem:
-                    skipped.append((picture.name, picture.problem))
+            for picture in show_progress(found, len(files)) if processes.is_main else found:
+                problems[picture.name] = picture.problem
     except KeyboardInterrupt:
-        print(f"\n{len(kept) + seen} of {len(faces.names)} images are done; the same command with --resume goes on")
+        print(f"\n{len(kept) + len(problems)} of {len(faces.names)} images are done; --resume goes on from here")
         raise
-    return predicted, Detected(seen, time.perf_counter() - start, tuple(skipped))
+    problems = merge_over_processes(problems)
+    skipped = tuple((name, problem) for name, problem in problems.items() if problem)
+    return predicted, Detected(len(problems) - len(skipped), time.perf_counter() - start, skipped)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 
@@ -21,49 +22,68 @@ from config import (
     parse_flags,
 )
 from engine import Trainer
-from models.initialise import initialise_backbone, initialise_from_detector
+from models.initialise import expect_few_faces, initialise_backbone, initialise_from_detector
 from models.retinaface import RetinaFace
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.cli import choose_device, run
+from utils.contact_sheet import write_contact_sheet
 from utils.dataset_folder import find_datasets, read_split
+from utils.distributed import Processes, join_processes
 from utils.evaluation_set import open_validation_set
 from utils.experiment import Experiment, make_folder, user_path
+from utils.files import disk_errors
 from utils.logger import RunLog
+from utils.sampler import image_weights
 
 OPTIONS = (RunOptions(), StartOptions(), ModelConfig(), DataConfig(), LossConfig(), TrainConfig())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse_flags(__doc__ or "", OPTIONS, argv)
-    start = flags.apply(StartOptions())
-    runtime = flags.apply(RunOptions())
-    experiment, config, checkpoint = open_experiment(flags, start, runtime)
-    device = choose_device(runtime.gpu_num)
+    device = choose_device(flags.apply(RunOptions()).gpu_num)
+    with join_processes(device) as processes:
+        train(flags, device, processes)
 
+
+def train(flags: Flags, device: torch.device, processes: Processes) -> None:
+    start = flags.apply(StartOptions())
+    experiment, config, checkpoint = open_experiment(flags, start, flags.apply(RunOptions()))
     folders = find_datasets(config.data.dataset, ROOT / "data")
-    train_images = read_split(folders, "train")
+    parts = read_split(folders, "train")
+    images = list(chain.from_iterable(parts))
+    weights = image_weights(config.data.dataset_weights, [len(part) for part in parts])
     validation = open_validation_set(folders)
 
     torch.manual_seed(config.train.seed)
     network = RetinaFace(config.model)
     last = experiment.checkpoint(config.model.backbone, "last")
-    resumed = load_checkpoint(last) if start.resume and last.is_file() else None
-    new = resumed.training["new_parameters"] if resumed else initialise(network, start, checkpoint)
-    log = RunLog(make_folder(experiment.log_folder))
-    trainer = Trainer(network.to(device), config, experiment, train_images, validation, log, new)
-    if resumed:
-        trainer.resume(resumed)
-        log.line(f"continuing after epoch {trainer.progress.epoch}")
-    elif checkpoint:
-        log.line(f"started from {checkpoint.path.name} ({checkpoint.kind}); {len(new)} tensors start at random")
-    config.save(experiment.config_file)
-    log.line(f"{experiment.folder}: {len(train_images)} training images on {device}")
-    if validation:
-        kind = "mean of easy, medium and hard AP" if validation.official else "AP over all labelled faces"
-        log.line(f"validation: {kind} on the {len(validation.truths)} images of {validation.source}")
-    else:
-        log.line("no val/ with label.txt or gt/: ckpt-best will be the newest epoch, not the best one")
-    trainer.fit()
+    resumed = load_checkpoint(last) if start.resume and last.is_file() and not start.show_batch else None
+    new = resumed.training["new_parameters"] if resumed else initialise(network, start, checkpoint, config.loss)
+    log = RunLog(make_folder(experiment.log_folder) if processes.is_main else None)
+    network.to(device)
+    trainer = Trainer(
+        network, config, experiment, images, validation, log, weights=weights, processes=processes, new_parameters=new
+    )
+    with disk_errors(experiment.folder):
+        if start.show_batch:
+            sheet = experiment.log_folder / "batch.png"
+            write_contact_sheet(sheet, trainer.loader, start.show_batch)
+            log.line(f"what the network will see: {sheet}")
+            return
+        if resumed:
+            trainer.resume(resumed)
+            log.line(f"continuing after {trainer.progress.describe()}")
+        elif checkpoint:
+            log.line(f"started from {checkpoint.path.name} ({checkpoint.kind}); {len(new)} tensors start at random")
+        if processes.is_main:
+            config.save(experiment.config_file)
+        log.line(f"{experiment.folder}: {len(images)} training images on {device}, {processes.count} process(es)")
+        if validation:
+            kind = "mean of easy, medium and hard AP" if validation.official else "AP over all labelled faces"
+            log.line(f"validation: {kind} on the {len(validation.truths)} images of {validation.source}")
+        else:
+            log.line("no val/ with label.txt or gt/: ckpt-best will be the newest epoch, not the best one")
+        trainer.fit()
     best = experiment.checkpoint(config.model.backbone, "best")
     log.line(f"done: {best}" + (f", validation AP {trainer.progress.best_ap:.4f}" if validation else ""))
     log.close()
@@ -99,11 +119,13 @@ def open_experiment(
     return named or Experiment(ROOT / "experiments" / model.name), config, checkpoint
 
 
-def initialise(network: RetinaFace, start: StartOptions, checkpoint: Checkpoint | None) -> list[str]:
+def initialise(network: RetinaFace, start: StartOptions, checkpoint: Checkpoint | None, loss: LossConfig) -> list[str]:
     """Give the network the weights that training starts from; returns what a detector's checkpoint lacked of them."""
     if checkpoint:
         return initialise_from_detector(network, checkpoint)
     initialise_backbone(network, start.pretrained_backbone)
+    if loss.classification == "focal":
+        expect_few_faces(network)
     return []
 
 

@@ -41,7 +41,7 @@ def postprocess(
     Returns:
         B `Detections`, on the device of `output`.
     """
-    priors = prior_boxes(image_size_hw, model.anchor_sizes, model.strides, output.box_deltas.device)
+    fixed = prior_boxes(image_size_hw, model.anchor_sizes, model.strides, output.box_deltas.device)
     scores = fuse_scores(output.class_logits, output.iou_logits, model.score_exponent)
     landmark_deltas = output.landmark_deltas
     return [
@@ -49,7 +49,7 @@ def postprocess(
             scores[i],
             output.box_deltas[i],
             None if landmark_deltas is None else landmark_deltas[i],
-            priors,
+            fixed if output.priors is None else output.priors[i],
             image_size_hw,
             model,
             detection,

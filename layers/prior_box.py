@@ -37,6 +37,13 @@ def prior_boxes(
     Returns:
         (P, 4) float32 cxcywh, normalised to the image, not clipped.
     """
+    with torch.inference_mode(False):  # what is made in inference mode could never take part in training
+        return _prior_boxes(image_size_hw, anchor_sizes, strides).to(device=device, dtype=torch.float32)
+
+
+def _prior_boxes(
+    image_size_hw: tuple[int, int], anchor_sizes: tuple[tuple[int, ...], ...], strides: tuple[int, ...]
+) -> Tensor:
     height, width = image_size_hw
     levels = []
     for sizes, stride, (rows, columns) in zip(
@@ -53,4 +60,4 @@ def prior_boxes(
             (sides / height).expand(shape),
         ]
         levels.append(torch.stack(level, dim=-1).reshape(-1, 4))
-    return torch.cat(levels).to(device=device, dtype=torch.float32)
+    return torch.cat(levels)

@@ -58,15 +58,14 @@ class Stage(nn.Module):
             PredictionHead(channels, config.num_anchor, config.landmarks, config.iou_aware) for _ in config.strides
         )
 
-    def forward(self, pyramid: Sequence[Tensor], previous: StageOutput | None) -> StageOutput:
-        """Predict from the pyramid; box deltas are corrections of those of the previous stage."""
+    def forward(self, pyramid: Sequence[Tensor]) -> StageOutput:
+        """Predict from the pyramid; what the deltas correct is the network's to say."""
         levels = [
             head(context(feature)) for head, context, feature in zip(self.heads, self.context, pyramid, strict=True)
         ]
-        box_deltas = torch.cat([level.box_deltas for level in levels], dim=1)
         return StageOutput(
             class_logits=torch.cat([level.class_logits for level in levels], dim=1),
-            box_deltas=box_deltas if previous is None else previous.box_deltas + box_deltas,
+            box_deltas=torch.cat([level.box_deltas for level in levels], dim=1),
             landmark_deltas=_join([level.landmark_deltas for level in levels]),
             iou_logits=_join([level.iou_logits for level in levels]),
         )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 
 import torch
 import torchvision
+from torch import Tensor
 
 from config import UserError
 from models.detector import load_strictly
 from models.retinaface import RetinaFace
 from utils.checkpoint import Checkpoint, CheckpointError, State, load_backbone
 from utils.experiment import user_path
+from utils.landmarks import LANDMARKS_PER_FACE
 
 
 def initialise_backbone(network: RetinaFace, source: str) -> None:
@@ -55,8 +59,9 @@ def _torchvision_weights(name: str) -> State:
 def initialise_from_detector(network: RetinaFace, checkpoint: Checkpoint) -> list[str]:
     """Copy a trained detector as far as it goes.
 
-    A stage that the checkpoint lacks starts as a copy of the first one with box corrections of zero, so that the new
-    cascade begins by finding what the old detector found. Branches that it lacks keep their random start.
+    A stage that the checkpoint lacks, or that corrects something else there (`ModelConfig.refinement`), starts as a
+    copy of the first one with box corrections of zero, so that the new cascade begins by finding what the old detector
+    found. Branches that it lacks keep their random start.
 
     Returns:
         Names of the tensors that kept their random start.
@@ -69,18 +74,52 @@ def initialise_from_detector(network: RetinaFace, checkpoint: Checkpoint) -> lis
             f"{checkpoint.path}: a detector with {checkpoint.model.backbone}, but the model's backbone is "
             f"{network.config.backbone}; give --backbone={checkpoint.model.backbone}"
         )
+    sources = checkpoint.state
+    if checkpoint.model.refinement != network.config.refinement:
+        sources = {name: tensor for name, tensor in sources.items() if re.match(r"stages\.[1-9]", name) is None}
     state = network.state_dict()
     left: list[str] = []
     for name, tensor in state.items():
-        source = checkpoint.state.get(name)
-        corrects_boxes = False
+        source = sources.get(name)
         if source is None and name.startswith("stages."):
-            _, stage, rest = name.split(".", 2)
-            source = checkpoint.state.get(f"stages.0.{rest}")
-            corrects_boxes = stage != "0" and ".box_deltas." in name
+            source = _start_of_later_stage(sources, name.split(".", 2)[2], network.config.refinement)
         if source is None or source.shape != tensor.shape:
             left.append(name)
         else:
-            state[name] = torch.zeros_like(source) if corrects_boxes else source
+            state[name] = source
     network.load_state_dict(state)
     return left
+
+
+def expect_few_faces(network: RetinaFace, probability: float = 0.01) -> None:
+    """Let an untrained network give every prior this score, as the focal loss wants it (arXiv:1708.02002, section 4.1).
+
+    Else its many background priors, each at one half, drown the faces in the first steps.
+    """
+    logit = math.log(probability / (1 - probability))
+    for name, parameter in network.named_parameters():
+        if name.endswith("class_logits.bias"):
+            with torch.no_grad():
+                parameter.view(-1, 2).copy_(torch.tensor([-logit / 2, logit / 2]))
+
+
+def _start_of_later_stage(sources: State, name: str, refinement: str) -> Tensor | None:
+    """A tensor of a stage that corrects the first one of `sources` and as yet changes nothing; `name` is within it."""
+    source = sources.get(f"stages.0.{name}")
+    if source is None:
+        return None
+    if ".box_deltas." in name:
+        return torch.zeros_like(source)
+    if refinement == "rematch" and ".landmark_deltas." in name:
+        # Landmarks are now offsets from the centre of the first stage's box: the offsets from the prior's centre less
+        # that of the box. Both are linear in the same features. What this leaves out is that they are measured in
+        # sides of the box and no longer of the prior.
+        centres = _per_anchor(sources[f"stages.0.{name.replace('landmark', 'box')}"], 4)[:, :2]
+        offsets = _per_anchor(source, 2 * LANDMARKS_PER_FACE).unflatten(1, (LANDMARKS_PER_FACE, 2))
+        return (offsets - centres.unsqueeze(1)).reshape(source.shape)
+    return source
+
+
+def _per_anchor(head: Tensor, values: int) -> Tensor:
+    """Weights or biases of a prediction head, (anchors * values, ...), as (anchors, values, ...)."""
+    return head.unflatten(0, (-1, values))

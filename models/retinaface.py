@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
 from config import ModelConfig
+from layers.prior_box import prior_boxes
 from models.backbone import build_backbone
 from models.heads import Stage
 from models.net import FPN
+from utils.boxes import refine_priors
 from utils.structures import StageOutput
 
 
@@ -42,5 +46,16 @@ class RetinaFace(nn.Module):
         pyramid = self.fpn(self.backbone(images - self.pixel_mean))
         outputs: list[StageOutput] = []
         for stage in self.stages:
-            outputs.append(stage(pyramid, outputs[-1] if outputs else None))
+            output = stage(pyramid)
+            outputs.append(self._refined(outputs[-1], output, images.shape) if outputs else output)
         return outputs
+
+    def _refined(self, previous: StageOutput, output: StageOutput, images_shape: torch.Size) -> StageOutput:
+        """`output` as a correction of `previous`: of its deltas, or of the boxes that they decode to."""
+        if self.config.refinement == "sum":
+            return dataclasses.replace(output, box_deltas=previous.box_deltas + output.box_deltas)
+        priors = previous.priors
+        if priors is None:
+            size_hw = (images_shape[2], images_shape[3])
+            priors = prior_boxes(size_hw, self.config.anchor_sizes, self.config.strides, output.box_deltas.device)
+        return dataclasses.replace(output, priors=refine_priors(previous.box_deltas, priors, self.config.variances))

@@ -16,6 +16,7 @@ from config import (
     ExperimentConfig,
     Flags,
     InferenceOptions,
+    LossConfig,
     ModelConfig,
     RunOptions,
     StageConfig,
@@ -23,6 +24,7 @@ from config import (
     from_dict,
     model_config_from_flags,
     parse_flags,
+    stages_for,
     to_dict,
 )
 
@@ -54,6 +56,11 @@ def test_only_given_flags_change_a_configuration() -> None:
     )
 
 
+@pytest.mark.parametrize(("text", "weights"), [("1,0.25", (1.0, 0.25)), ("2", (2.0,)), ("", ())])
+def test_dataset_weights_are_numbers_between_commas(text: str, weights: tuple[float, ...]) -> None:
+    assert parse("--dataset_weights", text).apply(DataConfig(dataset_weights=(9.0,))).dataset_weights == weights
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -64,6 +71,8 @@ def test_only_given_flags_change_a_configuration() -> None:
         (["--num_anchor", "4"], "--num_anchor"),
         (["--backbone", "vgg"], "mobilenet0.25"),
         (["--anchor_sizes", "a,b"], "16,32/64,128/256,512"),
+        (["--dataset_weights", "1;2"], "expected numbers like 1,0.25"),
+        (["--cache", "tape"], "--cache"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +115,38 @@ def test_experiments_are_named_as_the_original_named_them() -> None:
     assert ModelConfig().name == "resnet50_tina_iou_anc3_casT_fpn3"
     single = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, cascade=False, model_version="retina")
     assert single.name == "mobilenet0.25_anc2_casF_fpn3"
+    rematch = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, refinement="rematch", model_version="retina")
+    assert rematch.name == "mobilenet0.25_anc2_casT-rematch_fpn3"
+
+
+def test_refinement_brings_the_matching_of_its_stages() -> None:
+    assert stages_for(cascade=True) == (StageConfig(0.35), StageConfig(0.35))
+    rematch = (StageConfig(0.35), StageConfig(0.5, negative_iou=0.4))
+    assert stages_for(cascade=True, refinement="rematch") == rematch
+    assert [stage.background_iou for stage in rematch] == [0.35, 0.4]
+    assert model_config_from_flags(parse("--refinement=rematch")).stages == rematch
+    saved = ModelConfig.for_backbone("mobilenet0.25", refinement="rematch")
+    assert model_config_from_flags(parse("--backbone=resnet18"), saved).stages == rematch
+    assert model_config_from_flags(parse("--refinement=sum"), saved) == ModelConfig.for_backbone("mobilenet0.25")
+
+
+def test_one_stage_refines_nothing() -> None:
+    saved = ModelConfig.for_backbone("mobilenet0.25", refinement="rematch")
+    single = model_config_from_flags(parse("--cascade=False"), saved)
+    assert single == ModelConfig.for_backbone("mobilenet0.25", cascade=False)
+    both = model_config_from_flags(parse("--cascade=True", "--refinement=rematch"), single)
+    assert both == saved
+    for words in (["--refinement=rematch"], ["--refinement=rematch", "--cascade=False"]):
+        with pytest.raises(ConfigError, match="--refinement rematch needs a second stage"):
+            model_config_from_flags(parse(*words), single)
+
+
+def test_an_older_architecture_means_what_it_meant() -> None:
+    values = to_dict(ModelConfig.for_backbone("mobilenet0.25"))
+    del values["refinement"]
+    for stage in values["stages"]:
+        del stage["negative_iou"]
+    assert from_dict(ModelConfig, values, "x") == ModelConfig.for_backbone("mobilenet0.25")
 
 
 @pytest.mark.parametrize(
@@ -116,8 +157,23 @@ def test_experiments_are_named_as_the_original_named_them() -> None:
         lambda: ModelConfig(fpn_channels=30),
         lambda: ModelConfig(stages=()),
         lambda: StageConfig(match_iou=1.5),
+        lambda: StageConfig(match_iou=0.4, negative_iou=0.5),
+        lambda: StageConfig(negative_iou=0.0),
+        lambda: ModelConfig(refinement="average"),
+        lambda: ModelConfig(refinement="rematch", stages=(StageConfig(),)),
+        lambda: LossConfig(classification="hinge"),
+        lambda: LossConfig(box_regression="giou"),
+        lambda: LossConfig(landmark_regression="l2"),
         lambda: DetectionConfig(confidence_threshold=2),
         lambda: DataConfig(min_crop_scale=0.9, max_crop_scale=0.5),
+        lambda: DataConfig(dataset_weights=(1.0, 0.0)),
+        lambda: DataConfig(dataset_weights=(float("nan"),)),
+        lambda: DataConfig(rotation_degrees=181),
+        lambda: DataConfig(blur_probability=1.1),
+        lambda: DataConfig(jpeg_probability=-0.1),
+        lambda: DataConfig(cache="tape"),
+        lambda: DataConfig(cache="ram", cache_side=-1),
+        lambda: DataConfig(cache_side=640),
         lambda: TrainConfig(epochs=0),
         lambda: InferenceOptions(save_mask=True),
     ],
@@ -130,6 +186,7 @@ def test_impossible_values_are_refused(change: object) -> None:
 def test_json_returns_the_same_configuration(tmp_path: Path) -> None:
     config = ExperimentConfig(
         model=ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, stages=(StageConfig(0.4), StageConfig(0.5, 2.0))),
+        data=DataConfig(dataset_weights=(1.0, 0.25), cache="disk", cache_side=640),
         train=TrainConfig(milestones=(3, 5)),
     )
     config.save(tmp_path / "config.json")

@@ -116,7 +116,7 @@ def test_interrupted_run_leaves_a_usable_folder(results: Path, tmp_path: Path) -
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate()
     assert process.returncode == 130, errors
-    assert "of 24 images are done; the same command with --resume goes on" in output
+    assert "of 24 images are done; --resume goes on from here" in output
     done = len(list((results / "predictions").rglob("*.txt")))
     assert 0 < done < 24
 
@@ -126,6 +126,24 @@ def test_interrupted_run_leaves_a_usable_folder(results: Path, tmp_path: Path) -
     rest = measure(results, *flags, "--resume")
     assert f"{done} from an earlier run" in rest.stdout
     assert len(list((results / "predictions").rglob("*.txt"))) == 24
+
+
+def test_two_processes_measure_what_one_measures(results: Path) -> None:
+    assert measure(results, *detector()).returncode == 0
+    alone = json.loads((results / "results.json").read_text())
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [*launcher, *command(results, *detector())[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    together = json.loads((results / "results.json").read_text())
+    assert together["ap"] == pytest.approx(alone["ap"], abs=1e-6)
+    assert together["detected_in_this_run"] == alone["detected_in_this_run"]
 
 
 def test_unreadable_image_is_named_and_stops_nothing(results: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from config import ROOT, ExperimentConfig, ModelConfig
+from models.retinaface import RetinaFace
 from tests.ground_truth import save_ground_truth
 from utils.checkpoint import load_checkpoint
 from utils.experiment import Experiment
@@ -61,6 +64,10 @@ def train(dataset: Path, experiment: Experiment, *flags: str) -> subprocess.Comp
     return subprocess.run(command(dataset, experiment, *flags), cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+def table(experiment: Experiment) -> bytes:
+    return (experiment.log_folder / "metrics.csv").read_bytes()
+
+
 def losses(experiment: Experiment) -> list[float]:
     with (experiment.log_folder / "metrics.csv").open() as file:
         return [float(row["loss"]) for row in csv.DictReader(file)]
@@ -80,26 +87,172 @@ def test_training_leaves_what_the_readme_says(dataset: Path, experiment: Experim
     assert len(losses(experiment)) == 3
 
 
-def test_killed_run_continues_as_if_undisturbed(dataset: Path, experiment: Experiment) -> None:
-    """Kill -9 somewhere in the run; the same command goes on and ends with the losses of a run left alone."""
-    undisturbed = Experiment(experiment.folder / "undisturbed")
-    flags = ["--epochs=6", "--learning_rate=0.001", "--num_workers=1", "--ema_decay=0.9", "--freeze_bn"]
-    process = subprocess.Popen(command(dataset, experiment, *flags), cwd=ROOT, stdout=subprocess.DEVNULL)
+def test_run_killed_three_times_ends_with_the_same_weights(dataset: Path, experiment: Experiment) -> None:
+    """Kill -9 at any moment, also within epochs; the same command goes on and ends as a run left alone."""
+    flags = ["--epochs=8", "--learning_rate=0.001", "--num_workers=1", "--ema_decay=0.9", "--save_minutes=0.0001"]
     last = experiment.checkpoint("mobilenet0.25", "last")
-    deadline = time.monotonic() + 120
-    while not last.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done_before_the_kill = load_checkpoint(last).training["epoch"]
-
+    for kill in range(3):
+        process = subprocess.Popen(command(dataset, experiment, *flags), cwd=ROOT, stdout=subprocess.DEVNULL)
+        before = last.stat().st_mtime_ns if kill else 0
+        deadline = time.monotonic() + 120
+        while (last.stat().st_mtime_ns if last.exists() else 0) == before and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.05 * kill)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     resumed = train(dataset, experiment, *flags)
-    assert f"continuing after epoch {done_before_the_kill}" in resumed.stdout
+    assert "continuing after epoch" in resumed.stdout
+
+    undisturbed = Experiment(experiment.folder / "undisturbed")
     name = str(undisturbed.folder.relative_to(ROOT / "experiments"))
     alone = train(dataset, experiment, *flags, f"--experiment_name={name}")
     assert alone.returncode == 0, alone.stderr
-    assert len(losses(experiment)) == 6
-    assert losses(experiment) == losses(undisturbed)
+    assert table(experiment) == table(undisturbed)
+    assert len(losses(experiment)) == 8
+    for which in ("best", "last"):
+        ours, theirs = (load_checkpoint(each.checkpoint("mobilenet0.25", which)) for each in (experiment, undisturbed))
+        assert all(torch.equal(ours.state[name], theirs.state[name]) for name in theirs.state)
+
+
+def test_runs_of_one_seed_have_one_table_however_many_workers(dataset: Path, experiment: Experiment) -> None:
+    flags = ["--epochs=2", "--mosaic_probability=0.5"]
+    assert train(dataset, experiment, *flags, "--num_workers=0").returncode == 0
+    first = table(experiment)
+    assert train(dataset, experiment, *flags, "--num_workers=2", "--resume=False").returncode == 0
+    assert table(experiment) == first
+    assert train(dataset, experiment, *flags, "--seed=1", "--resume=False").returncode == 0
+    assert table(experiment) != first
+
+
+def test_interrupted_run_says_how_to_go_on(dataset: Path, experiment: Experiment) -> None:
+    flags = ["--epochs=500", "--save_minutes=0"]
+    process = subprocess.Popen(
+        command(dataset, experiment, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not experiment.checkpoint("mobilenet0.25", "last").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "the same command goes on" in output
+    assert "Traceback" not in errors
+    done = load_checkpoint(experiment.checkpoint("mobilenet0.25", "last")).training["epoch"]
+    resumed = train(dataset, experiment, f"--epochs={done + 1}")
+    assert f"continuing after epoch {done}" in resumed.stdout
+
+
+def test_two_processes_learn_what_one_learns(dataset: Path, experiment: Experiment) -> None:
+    """Batch normalisation is frozen, for on the CPU each process would have statistics of its own."""
+    flags = ["--epochs=3", "--batch_size=4", "--freeze_bn", "--learning_rate=0.001", "--ema_decay=0.5"]
+    alone = train(dataset, experiment, *flags)
+    assert alone.returncode == 0, alone.stderr
+    shared = Experiment(experiment.folder / "shared")
+    name = f"--experiment_name={shared.folder.relative_to(ROOT / 'experiments')}"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [*launcher, *command(dataset, experiment, *flags, name)[1:]]
+    result = subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("epoch 3: ") == 1
+    with (experiment.log_folder / "metrics.csv").open() as one, (shared.log_folder / "metrics.csv").open() as two:
+        for row, other in zip(csv.DictReader(one), csv.DictReader(two), strict=True):
+            values = {name: float(value) for name, value in row.items()}
+            assert {name: float(value) for name, value in other.items()} == pytest.approx(values, rel=1e-3, abs=1e-6)
+    states = [load_checkpoint(each.checkpoint("mobilenet0.25", "last")).state for each in (experiment, shared)]
+    assert all(torch.allclose(states[0][name], states[1][name], atol=1e-5) for name in states[0])
+
+
+def test_full_disk_ends_in_one_line_with_the_checkpoint_intact(dataset: Path, experiment: Experiment) -> None:
+    """Files may grow to 100 kB: logs fit in, checkpoints do not."""
+    assert train(dataset, experiment, "--epochs=1").returncode == 0
+    last = experiment.checkpoint("mobilenet0.25", "last")
+    before = last.read_bytes()
+    result = subprocess.run(
+        command(dataset, experiment, "--epochs=2"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert result.returncode == 1
+    assert "cannot be written" in result.stderr
+    assert "the previous checkpoint is intact" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert last.read_bytes() == before
+    assert {path.name for path in last.parent.iterdir()} == {last.name, last.name.replace("last", "best")}
+
+
+def test_loss_that_is_not_finite_names_the_images(dataset: Path, experiment: Experiment) -> None:
+    result = train(dataset, experiment, "--epochs=9", "--learning_rate=1e30", "--warmup_epochs=0")
+    assert result.returncode == 1
+    assert "has no finite gradient; the last checkpoint is kept" in result.stderr
+    assert str(dataset / "train/images") in result.stderr
+    assert result.stderr.count("\n") == 1
+    last = experiment.checkpoint("mobilenet0.25", "last")
+    if last.exists():
+        assert all(torch.isfinite(tensor).all() for tensor in load_checkpoint(last).state.values())
+
+
+def test_unreadable_image_is_named_once_and_counted(dataset: Path, experiment: Experiment) -> None:
+    broken = dataset / "train/images/1.png"
+    broken.write_bytes(broken.read_bytes()[:50])
+    result = train(dataset, experiment, "--epochs=3")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("warning: ") == 1
+    assert "1 training images could not be read: " in result.stdout
+    assert str(broken) in result.stdout.splitlines()[-2]
+
+
+def test_training_stops_early_without_progress(dataset: Path, experiment: Experiment) -> None:
+    """Next to no rate, and no new statistics: no validation is better than the first."""
+    flags = ["--epochs=9", "--patience=2", "--learning_rate=1e-12", "--freeze_bn"]
+    result = train(dataset, experiment, *flags)
+    assert "no better validation in 2 of them: stopping early" in result.stdout
+    assert len(losses(experiment)) == 3
+    again = train(dataset, experiment, *flags)
+    assert again.returncode == 0, again.stderr
+    assert len(losses(experiment)) == 3
+
+
+def test_frozen_backbone_learns_later(dataset: Path, experiment: Experiment) -> None:
+    flags = ["--freeze_backbone_epochs=1", "--weight_decay=0.1"]
+    assert train(dataset, experiment, "--epochs=1", *flags).returncode == 0
+    last = experiment.checkpoint("mobilenet0.25", "last")
+    torch.manual_seed(0)
+    start = RetinaFace(load_checkpoint(last).model).state_dict()
+    frozen = load_checkpoint(last).state
+    backbone = [name for name in start if name.startswith("backbone.")]
+    assert all(torch.equal(start[name], frozen[name]) for name in backbone)
+    assert not all(torch.equal(start[name], frozen[name]) for name in start)
+    assert train(dataset, experiment, "--epochs=2", *flags).returncode == 0
+    assert not all(torch.equal(start[name], load_checkpoint(last).state[name]) for name in backbone)
+
+
+def test_accumulated_batches_make_one_step(dataset: Path, experiment: Experiment) -> None:
+    """Four images in batches of one: three batches make the first step, the last makes the second."""
+    flags = ["--batch_size=1", "--accumulate=3", "--ema_decay=0.5", "--freeze_bn"]
+    result = train(dataset, experiment, "--epochs=1", *flags)
+    assert result.returncode == 0, result.stderr
+    last = load_checkpoint(experiment.checkpoint("mobilenet0.25", "last"))
+    assert int(last.training["averaged"]["n_averaged"]) == 2
+
+
+def test_longer_run_follows_the_longer_schedule(dataset: Path, experiment: Experiment) -> None:
+    flags = ["--schedule=cosine", "--warmup_epochs=0", "--learning_rate=0.01"]
+    assert train(dataset, experiment, "--epochs=2", *flags).returncode == 0
+    assert train(dataset, experiment, "--epochs=4", *flags).returncode == 0
+    rates = [float(row["learning_rate"]) for row in csv.DictReader(table(experiment).decode().splitlines())]
+    assert rates == pytest.approx([0.005, 0, 0.00146447, 0], abs=1e-8)
+
+
+def test_contact_sheet_shows_crops_and_trains_nothing(dataset: Path, experiment: Experiment) -> None:
+    result = train(dataset, experiment, "--show_batch=3")
+    assert result.returncode == 0, result.stderr
+    assert cv2.imread(str(experiment.log_folder / "batch.png")) is not None
+    assert not (experiment.folder / "ckpt").exists()
 
 
 def test_average_can_begin_in_the_middle_of_a_run(dataset: Path, experiment: Experiment) -> None:
@@ -162,6 +315,10 @@ def test_saved_architecture_cannot_be_changed_on_the_way(dataset: Path, experime
         (["--pretrained_detector=nowhere.pth"], "nowhere.pth: cannot be read"),
         (["--epochs=0"], "--epochs must be positive"),
         (["--pretrained_detector=a", "--pretrained_backbone=b"], "drop --pretrained_backbone"),
+        (["--amp"], "--amp needs a CUDA device"),
+        (["--sync_bn"], "--sync_bn needs several processes with a CUDA device each"),
+        (["--best_metric=hard"], "--best_metric=hard needs the official ground truth"),
+        (["--dataset_weights=1,2"], "--dataset_weights"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(

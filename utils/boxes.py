@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert
+
+# A box of more times the side of its prior, or of less than the reciprocal, comes from a network gone astray;
+# torchvision's detectors draw the line there too.
+MAX_SIZE_RATIO = 1000 / 16
 
 
 def encode_boxes(boxes: Tensor, priors: Tensor, variances: tuple[float, float]) -> Tensor:
@@ -62,14 +68,38 @@ def decode_landmarks(deltas: Tensor, priors: Tensor, variances: tuple[float, flo
     return prior_centres + deltas.unflatten(-1, (-1, 2)) * variances[0] * prior_sizes
 
 
+def bounded_deltas(deltas: Tensor, variances: tuple[float, float]) -> Tensor:
+    """Box deltas (..., 4) under which no side grows or shrinks by more than `MAX_SIZE_RATIO`: exp() stays finite."""
+    limit = math.log(MAX_SIZE_RATIO) / variances[1]
+    return torch.cat([deltas[..., :2], deltas[..., 2:].clamp(-limit, limit)], dim=-1)
+
+
+def refine_priors(deltas: Tensor, priors: Tensor, variances: tuple[float, float]) -> Tensor:
+    """The boxes that deltas decode to, as priors of a next stage (the cascade of arXiv:1905.00641).
+
+    Args:
+        deltas: (..., P, 4) regression output; deltas of size are bounded.
+        priors: (P, 4) cxcywh, normalised to the image.
+
+    Returns:
+        (..., P, 4) cxcywh, normalised to the image, of positive width and height, without a gradient.
+    """
+    bounded = bounded_deltas(deltas.detach().float(), variances)
+    prior_centres, prior_sizes = priors.split(2, dim=-1)
+    centres = prior_centres + bounded[..., :2] * variances[0] * prior_sizes
+    return torch.cat([centres, prior_sizes * torch.exp(bounded[..., 2:] * variances[1])], dim=-1)
+
+
 def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """IoU of each box with its partner, (..., 4) and (..., 4) xyxy to (...,); 0 where both are empty.
 
     Coordinates are continuous here: no pixel is added to widths and heights.
     """
-    overlap_top_left = torch.maximum(boxes[..., :2], others[..., :2])
-    overlap_bottom_right = torch.minimum(boxes[..., 2:], others[..., 2:])
-    overlap = (overlap_bottom_right - overlap_top_left).clamp(min=0).prod(dim=-1)
-    areas = [(box[..., 2:] - box[..., :2]).prod(dim=-1) for box in (boxes, others)]
-    union = areas[0] + areas[1] - overlap
+    left, top, right, bottom = boxes.unbind(dim=-1)
+    other_left, other_top, other_right, other_bottom = others.unbind(dim=-1)
+    width = (torch.minimum(right, other_right) - torch.maximum(left, other_left)).clamp(min=0)
+    height = (torch.minimum(bottom, other_bottom) - torch.maximum(top, other_top)).clamp(min=0)
+    overlap = width * height
+    area, other_area = (right - left) * (bottom - top), (other_right - other_left) * (other_bottom - other_top)
+    union = area + other_area - overlap
     return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)

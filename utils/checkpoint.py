@@ -269,6 +269,11 @@ def _agree(checkpoint: Checkpoint, flags: Flags) -> Checkpoint:
             )
     if asked.cascade and not saved.cascade:
         raise CheckpointError(f"{checkpoint.path}: trained with one stage, but --cascade=True; drop the flag")
+    if asked.cascade and asked.refinement != saved.refinement:
+        raise CheckpointError(
+            f"{checkpoint.path}: trained with refinement {saved.refinement}, but --refinement={asked.refinement}; "
+            "drop the flag or choose another checkpoint"
+        )
     if asked.landmarks and not saved.landmarks:
         raise CheckpointError(f"{checkpoint.path}: trained without landmarks, but --landmark_loss=True; drop the flag")
     stages = saved.stages if asked.cascade else saved.stages[:1]

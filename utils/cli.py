@@ -22,7 +22,8 @@ Item = TypeVar("Item")
 def choose_device(gpu_num: int) -> torch.device:
     """`--gpu_num` as a device: an index of a CUDA device, or -1 for the CPU.
 
-    Without CUDA the CPU is used and a line on standard error says so.
+    Without CUDA the CPU is used and a line on standard error says so. Under torchrun each process has the device of its
+    own number, unless the CPU is asked for.
 
     Raises:
         ConfigError: there is CUDA, but not this device.
@@ -35,6 +36,7 @@ def choose_device(gpu_num: int) -> torch.device:
         print("warning: no CUDA device found, using the CPU (--gpu_num=-1 says so without this line)", file=sys.stderr)
         return torch.device("cpu")
     count = torch.cuda.device_count()
+    gpu_num = int(os.environ.get("LOCAL_RANK", gpu_num))
     if not 0 <= gpu_num < count:
         present = ", ".join(f"{index} ({torch.cuda.get_device_name(index)})" for index in range(count))
         raise ConfigError(f"--gpu_num={gpu_num}: no such device; there are {present}, and -1 for the CPU")

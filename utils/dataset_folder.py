@@ -32,21 +32,22 @@ def part_of(folder: Path, split: str) -> Path | None:
     return next((part for part in (folder / split, folder) if (part / "label.txt").is_file()), None)
 
 
-def read_split(folders: Sequence[Path], split: str) -> list[LabelledImage]:
-    """The labelled images of `train` or `val` in all folders that have that part, and in those that are not divided.
+def read_split(folders: Sequence[Path], split: str) -> list[list[LabelledImage]]:
+    """By folder, the labelled images of its part `train` or `val`, or of the whole folder if it is not divided.
 
     Raises:
-        DatasetError: no folder has it, a label file is malformed, or an image that it names does not exist.
+        DatasetError: no folder has that part, a label file is malformed, or an image that it names does not exist.
     """
-    labelled: list[LabelledImage] = []
-    present = [part for folder in folders if (part := part_of(folder, split))]
-    if not present:
+    parts = [part_of(folder, split) for folder in folders]
+    if not any(parts):
         raise DatasetError(f"no {split}/label.txt in {', '.join(map(str, folders)) or 'no folder'}; see data/README.md")
-    for folder in present:
-        images = read_labels(folder / "label.txt", folder / "images")
-        check_that_they_exist([image.path for image in images], folder / "label.txt")
-        labelled += images
-    return labelled
+    return [_read_part(part) if part else [] for part in parts]
+
+
+def _read_part(part: Path) -> list[LabelledImage]:
+    images = read_labels(part / "label.txt", part / "images")
+    check_that_they_exist([image.path for image in images], part / "label.txt")
+    return images
 
 
 def check_that_they_exist(images: Sequence[Path], named_by: Path) -> None:

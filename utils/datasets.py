@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,62 +13,132 @@ from torch.utils.data import Dataset
 
 from config import DataConfig
 from utils.augment import Sample, augment, mosaic
-from utils.images import UnreadableImageError, read_image
+from utils.image_cache import KeptImage, open_images
+from utils.images import UnreadableImageError
 from utils.labels import DatasetError, LabelledImage
-from utils.structures import FaceTargets
+from utils.sampler import SampleKey
+from utils.structures import BatchTargets, FaceTargets
 
-_log = logging.getLogger(__name__)
+Replaced = tuple[str, str]  # path of an image that cannot be read, and why
 
 
-class FaceDataset(Dataset[tuple[Tensor, FaceTargets]]):
+@dataclass(frozen=True)
+class TrainingItem:
+    """One crop, or four in a mosaic.
+
+    Attributes:
+        pixels: (3, S, S) uint8 BGR.
+        targets: its faces.
+        indices: of the image that it shows, or of the four.
+        replaced: unreadable images in whose place they stand.
+    """
+
+    pixels: Tensor
+    targets: FaceTargets
+    indices: tuple[int, ...]
+    replaced: tuple[Replaced, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B training items.
+
+    Attributes:
+        images: (B, 3, S, S) uint8 BGR.
+        targets: the faces in them.
+        indices: of the labelled images that are shown; more than B where there are mosaics.
+        replaced: unreadable images in whose place some of them stand.
+    """
+
+    images: Tensor
+    targets: BatchTargets
+    indices: tuple[int, ...]
+    replaced: tuple[Replaced, ...]
+
+    def pin_memory(self) -> Batch:
+        """For the loader: a copy in memory from which a CUDA device reads without waiting."""
+        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.indices, self.replaced)
+
+
+class FaceDataset(Dataset[TrainingItem]):
     """Augmented square crops of labelled images.
 
-    Items are ((3, S, S) uint8 BGR, `FaceTargets`). Randomness is drawn from torch's generator, so a worker's seed
-    decides it.
+    An item depends on its key alone: not on the process that makes it, nor on the items before it.
     """
 
     def __init__(self, images: Sequence[LabelledImage], config: DataConfig, fill: Sequence[float]) -> None:
-        """`fill` is the BGR colour around images that are smaller than the crop."""
+        """Open the images, which reads them all if they are to be kept in memory.
+
+        Args:
+            fill: BGR colour around images that are smaller than the crop.
+
+        Raises:
+            UserError: the folder for images kept on disk cannot be written to.
+        """
         self.images = images
         self.config = config
         self.fill = fill
+        self.files = open_images([image.path for image in images], config)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, FaceTargets]:
-        rng = np.random.default_rng(int(torch.randint(2**62, (1,))))
+    def __getitem__(self, key: SampleKey) -> TrainingItem:
+        """The item of an image's index and a seed.
+
+        Raises:
+            DatasetError: no image can be read.
+        """
+        index, seed = key
+        rng = np.random.default_rng(seed)
+        replaced: list[Replaced] = []
         if rng.random() < self.config.mosaic_probability:
-            others = [int(other) for other in rng.integers(len(self.images), size=3)]
-            sample = mosaic([self._crop(each, self.config.im_size // 2, rng) for each in (index, *others)])
-        else:
-            sample = self._crop(index, self.config.im_size, rng)
-        pixels = torch.from_numpy(sample.image).permute(2, 0, 1).contiguous()
-        side = sample.image.shape[0]
-        targets = FaceTargets(
-            torch.from_numpy(sample.boxes / side).float(),
-            torch.from_numpy(sample.landmarks / side).float(),
-            torch.from_numpy(sample.has_landmarks),
+            others = rng.integers(len(self.images), size=3).tolist()
+            indices, quarters = zip(
+                *(self._crop(each, self.config.im_size // 2, rng, replaced) for each in (index, *others)), strict=True
+            )
+            return _as_item(mosaic(quarters), indices, replaced)
+        index, sample = self._crop(index, self.config.im_size, rng, replaced)
+        return _as_item(sample, (index,), replaced)
+
+    def _crop(self, index: int, side: int, rng: np.random.Generator, replaced: list[Replaced]) -> tuple[int, Sample]:
+        """The index of the image that is read, and its crop."""
+        index, image = self._read(index, replaced)
+        labelled, scale = self.images[index], image.scale_xy
+        sample = Sample(
+            image.pixels, labelled.boxes * np.tile(scale, 2), labelled.landmarks * scale, labelled.has_landmarks
         )
-        return pixels, targets
+        return index, augment(sample, side, self.config, self.fill, rng)
 
-    def _crop(self, index: int, side: int, rng: np.random.Generator) -> Sample:
-        labelled, image = self._read(index)
-        sample = Sample(image, labelled.boxes, labelled.landmarks, labelled.has_landmarks)
-        return augment(sample, side, self.config, self.fill, rng)
-
-    def _read(self, index: int) -> tuple[LabelledImage, np.ndarray]:
-        """The image at `index`, or the next one that can be read."""
+    def _read(self, index: int, replaced: list[Replaced]) -> tuple[int, KeptImage]:
+        """The image at `index`, or the next one that can be read; those that cannot join `replaced`."""
         for offset in range(len(self.images)):
-            labelled = self.images[(index + offset) % len(self.images)]
+            nearest = (index + offset) % len(self.images)
+            path = self.images[nearest].path
             try:
-                return labelled, read_image(labelled.path)
+                return nearest, self.files.read(path)
             except UnreadableImageError as reason:
-                _log.warning("warning: %s: %s; taking another image", labelled.path, reason)
+                replaced.append((str(path), str(reason)))
         raise DatasetError(f"none of the {len(self.images)} training images can be read")
 
 
-def collate(items: Sequence[tuple[Tensor, FaceTargets]]) -> tuple[Tensor, list[FaceTargets]]:
-    """Stack the images; the faces stay a list, for their number varies."""
-    images, targets = zip(*items, strict=True)
-    return torch.stack(images), list(targets)
+def _as_item(sample: Sample, indices: tuple[int, ...], replaced: Sequence[Replaced]) -> TrainingItem:
+    pixels = torch.from_numpy(np.stack(cv2.split(sample.image)))  # five times as fast as to permute
+    side = sample.image.shape[0]
+    landmarks = np.where(sample.has_landmarks[:, None, None], sample.landmarks / side, 0)
+    targets = FaceTargets(
+        torch.from_numpy(sample.boxes / side).float(),
+        torch.from_numpy(landmarks).float(),
+        torch.from_numpy(sample.has_landmarks),
+    )
+    return TrainingItem(pixels, targets, indices, tuple(replaced))
+
+
+def collate(items: Sequence[TrainingItem]) -> Batch:
+    """Join items of one size."""
+    return Batch(
+        images=torch.stack([item.pixels for item in items]),
+        targets=BatchTargets.of([item.targets for item in items]),
+        indices=tuple(index for item in items for index in item.indices),
+        replaced=tuple(dict.fromkeys(each for item in items for each in item.replaced)),
+    )

@@ -7,10 +7,10 @@ import numpy as np
 
 from utils.structures import Detections
 
-_BOX_COLOUR = (60, 220, 60)  # BGR
+BOX_COLOUR = (60, 220, 60)  # BGR
 _TEXT_COLOUR = (0, 0, 0)
 # Left eye, right eye, nose, left mouth corner, right mouth corner.
-_LANDMARK_COLOURS = ((60, 60, 255), (60, 200, 255), (255, 60, 255), (255, 200, 60), (255, 100, 60))
+LANDMARK_COLOURS = ((60, 60, 255), (60, 200, 255), (255, 60, 255), (255, 200, 60), (255, 100, 60))
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
@@ -29,11 +29,11 @@ def draw_detections(image: np.ndarray, detections: Detections) -> np.ndarray:
     # The best are drawn last, on top.
     for index in reversed(range(len(detections))):
         x1, y1, x2, y2 = detections.boxes[index].round().int().tolist()
-        cv2.rectangle(canvas, (x1, y1), (x2, y2), _BOX_COLOUR, max(1, round(unit * 1.2)))
+        cv2.rectangle(canvas, (x1, y1), (x2, y2), BOX_COLOUR, max(1, round(unit * 1.2)))
         if detections.landmarks is not None:
             radius = max(1, round(min(unit * 2, (x2 - x1) / 25)))
             points = detections.landmarks[index].round().int().tolist()
-            for colour, point in zip(_LANDMARK_COLOURS, points, strict=True):
+            for colour, point in zip(LANDMARK_COLOURS, points, strict=True):
                 cv2.circle(canvas, point, radius, colour, cv2.FILLED, cv2.LINE_AA)
         _draw_score(canvas, f"{float(detections.scores[index]):.2f}", (x1, y1, x2, y2), unit)
     return canvas
@@ -48,5 +48,5 @@ def _draw_score(canvas: np.ndarray, text: str, box: tuple[int, int, int, int], u
     label_height = height + descent
     left = min(max(x1, 0), max(0, canvas.shape[1] - width))
     bottom = y1 if y1 >= label_height else max(y1, 0) + label_height  # inside the box where there is no room above
-    cv2.rectangle(canvas, (left, bottom - label_height), (left + width, bottom), _BOX_COLOUR, cv2.FILLED)
+    cv2.rectangle(canvas, (left, bottom - label_height), (left + width, bottom), BOX_COLOUR, cv2.FILLED)
     cv2.putText(canvas, text, (left, bottom - descent + 1), _FONT, scale, _TEXT_COLOUR, stroke, cv2.LINE_AA)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,15 +17,18 @@ class StageOutput:
 
     Attributes:
         class_logits: (B, P, 2) background, face.
-        box_deltas: (B, P, 4) relative to the priors, with the deltas of earlier stages added in.
+        box_deltas: (B, P, 4) relative to the priors; where stages sum, with the deltas of earlier ones added in.
         landmark_deltas: (B, P, 10) x, y of five points relative to the priors, or None for a model without landmarks.
         iou_logits: (B, P) of the IoU-aware branch, or None where the model has none.
+        priors: (B, P, 4) cxcywh, normalised to the image: the boxes of the stage before, where this one starts from
+            them; None for the fixed priors of the pyramid.
     """
 
     class_logits: Tensor
     box_deltas: Tensor
     landmark_deltas: Tensor | None
     iou_logits: Tensor | None
+    priors: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def select(self, chosen: Tensor) -> Detections:
+        """Those that a mask or indices choose."""
+        landmarks = None if self.landmarks is None else self.landmarks[chosen]
+        return Detections(self.boxes[chosen], self.scores[chosen], landmarks)
 
     def cpu(self) -> Detections:
         landmarks = None if self.landmarks is None else self.landmarks.cpu()
@@ -95,5 +104,52 @@ class FaceTargets:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def to(self, device: torch.device) -> FaceTargets:
-        return FaceTargets(self.boxes.to(device), self.landmarks.to(device), self.has_landmarks.to(device))
+
+@dataclass(frozen=True)
+class BatchTargets:
+    """The labelled faces of B training images, one image after the other.
+
+    Attributes:
+        boxes: (N, 4) float xyxy, normalised to the image, of positive area.
+        landmarks: (N, 5, 2) float x, y, normalised to the image; zeros for faces without.
+        has_landmarks: (N,) bool.
+        image_indices: (N,) int64 in ascending order: the image of each face in the batch.
+        batch_size: B, for images at the end may have no faces.
+    """
+
+    boxes: Tensor
+    landmarks: Tensor
+    has_landmarks: Tensor
+    image_indices: Tensor
+    batch_size: int
+
+    @classmethod
+    def of(cls, images: Sequence[FaceTargets]) -> BatchTargets:
+        """Join the faces of one image or more."""
+        counts = torch.tensor([len(faces) for faces in images])
+        return cls(
+            boxes=torch.cat([faces.boxes for faces in images]),
+            landmarks=torch.cat([faces.landmarks for faces in images]),
+            has_landmarks=torch.cat([faces.has_landmarks for faces in images]),
+            image_indices=torch.arange(len(images)).repeat_interleave(counts),
+            batch_size=len(images),
+        )
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def to(self, device: torch.device) -> BatchTargets:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> BatchTargets:
+        """For the loader: copies in memory from which a CUDA device reads without waiting."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> BatchTargets:
+        return BatchTargets(
+            change(self.boxes),
+            change(self.landmarks),
+            change(self.has_landmarks),
+            change(self.image_indices),
+            self.batch_size,
+        )

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from config import LossConfig, ModelConfig
-from layers.matcher import BACKGROUND, match_priors
-from layers.multibox_loss import MultiBoxLoss, mined_cross_entropy
+from config import LossConfig, ModelConfig, StageConfig
+from layers.matcher import match_priors
+from layers.multibox_loss import MultiBoxLoss, focal_loss, mined_cross_entropy, wing_loss
 from layers.prior_box import prior_boxes
 from utils.boxes import encode_boxes, encode_landmarks
-from utils.structures import FaceTargets, StageOutput
+from utils.structures import BatchTargets, FaceTargets, StageOutput
 
 SIZE = (32, 64)
 MODEL = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2)
@@ -33,9 +36,19 @@ def zero_output(images: int) -> StageOutput:
     return StageOutput(*(torch.zeros(shape, requires_grad=True) for shape in shapes))
 
 
-def values(outputs: list[StageOutput], targets: list[FaceTargets], loss: LossConfig | None = None) -> dict[str, float]:
+def predictions(output: StageOutput) -> list[torch.Tensor]:
+    """What has been predicted, in the order of `StageOutput`."""
+    return [value for name, value in vars(output).items() if value is not None and name != "priors"]
+
+
+def values(
+    outputs: list[StageOutput],
+    targets: list[FaceTargets],
+    loss: LossConfig | None = None,
+    model: ModelConfig = MODEL,
+) -> dict[str, float]:
     """The terms as plain numbers."""
-    terms = MultiBoxLoss(loss or LossConfig(), MODEL)(outputs, targets, SIZE)
+    terms = MultiBoxLoss(loss or LossConfig(), model)(outputs, BatchTargets.of(targets), SIZE)
     return {name: term.item() for name, term in terms.items()}
 
 
@@ -66,11 +79,11 @@ def test_weights_multiply_their_terms() -> None:
 
 
 def test_untrained_classification_costs_the_logarithm_of_two_per_mined_prior() -> None:
-    """Two positives bring fourteen negatives: 16 priors at log 2, divided by 2 positives."""
+    """Two positives bring fourteen negatives: 16 priors at log 2."""
     positive = torch.zeros(1, 40, dtype=torch.bool)
     positive[0, :2] = True
-    loss = mined_cross_entropy(torch.zeros(1, 40, 2), positive, negative_ratio=7)
-    assert float(loss) == pytest.approx(16 * math.log(2) / 2)
+    loss = mined_cross_entropy(torch.zeros(1, 40, 2), positive, ~positive, negative_ratio=7)
+    assert float(loss) == pytest.approx(16 * math.log(2))
 
 
 def test_the_hardest_negatives_are_mined() -> None:
@@ -79,28 +92,206 @@ def test_the_hardest_negatives_are_mined() -> None:
     logits[0, :, 1] = torch.tensor([9.0, 5.0, 4.0, -9.0, -9.0, -9.0])
     logits.requires_grad_()
     positive = torch.tensor([[True, False, False, False, False, False]])
-    mined_cross_entropy(logits, positive, negative_ratio=2).backward()
+    mined_cross_entropy(logits, positive, ~positive, negative_ratio=2).backward()
     assert logits.grad is not None
     assert logits.grad.abs().sum(dim=2).gt(0).tolist() == [[True, True, True, False, False, False]]
 
 
+def test_no_more_negatives_are_mined_than_there_are() -> None:
+    """Of four priors one is the face and one ignored: two remain for the seven that are wanted."""
+    positive = torch.tensor([[True, False, False, False]])
+    background = torch.tensor([[False, True, True, False]])
+    loss = mined_cross_entropy(torch.zeros(1, 4, 2), positive, background, negative_ratio=7)
+    assert float(loss) == pytest.approx(3 * math.log(2))
+
+
+LOSSES = [
+    LossConfig(),
+    LossConfig(classification="focal", box_regression="diou", landmark_regression="wing"),
+    LossConfig(box_regression="ciou"),
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.classification}-{loss.box_regression}")
+@pytest.mark.parametrize("refinement", ["sum", "rematch"])
 @pytest.mark.parametrize(
     "targets",
-    [[no_faces(), no_faces()], [one_face(), no_faces()], [one_face(has_landmarks=False), one_face()]],
-    ids=["no faces", "one image without", "no landmarks"],
+    [
+        [no_faces(), no_faces()],
+        [one_face(), no_faces()],
+        [one_face(has_landmarks=False), one_face()],
+        [FaceTargets(torch.tensor([[0.3, 0.4, 0.3, 0.9]]), torch.zeros(1, 5, 2), torch.tensor([True])), no_faces()],
+    ],
+    ids=["no faces", "one image without", "no landmarks", "a face without width"],
 )
-def test_losses_and_gradients_are_finite(targets: list[FaceTargets], device: torch.device) -> None:
+def test_losses_and_gradients_are_finite(
+    targets: list[FaceTargets], refinement: str, loss: LossConfig, device: torch.device
+) -> None:
+    model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, refinement=refinement)
     outputs = []
-    for _ in range(2):
-        cpu = zero_output(2)
-        outputs.append(StageOutput(*(t.detach().to(device).requires_grad_() for t in vars(cpu).values())))
-    terms = MultiBoxLoss(LossConfig(), MODEL)(outputs, [faces.to(device) for faces in targets], SIZE)
+    for priors in (None, PRIORS.repeat(2, 1, 1).to(device)):
+        output = StageOutput(*(tensor.detach().to(device).requires_grad_() for tensor in predictions(zero_output(2))))
+        outputs.append(dataclasses.replace(output, priors=priors if refinement == "rematch" else None))
+    terms = MultiBoxLoss(loss, model)(outputs, BatchTargets.of(targets).to(device), SIZE)
     torch.stack(list(terms.values())).sum().backward()
     assert all(torch.isfinite(term) for term in terms.values())
     for output in outputs:
-        for tensor in vars(output).values():
+        for tensor in predictions(output):
             assert tensor.grad is not None
             assert torch.isfinite(tensor.grad).all()
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.classification}-{loss.box_regression}")
+def test_a_network_gone_astray_has_finite_losses(loss: LossConfig) -> None:
+    """exp(0.2 * 1000) is more than float32 holds."""
+    output = zero_output(1)
+    deltas = torch.full_like(output.box_deltas, 1000.0, requires_grad=True)
+    astray = dataclasses.replace(output, box_deltas=deltas)
+    terms = MultiBoxLoss(loss, MODEL)([astray, astray], BatchTargets.of([one_face()]), SIZE)
+    torch.stack(list(terms.values())).sum().backward()
+    assert all(torch.isfinite(term) for term in terms.values())
+    assert deltas.grad is not None
+    assert torch.isfinite(deltas.grad).all()
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.classification}-{loss.box_regression}")
+def test_predictions_of_16_bits_cost_what_they_do_in_32(loss: LossConfig) -> None:
+    random = torch.Generator().manual_seed(0)
+    halves = [torch.randn(tensor.shape, generator=random).half() for tensor in predictions(zero_output(2))]
+    low, high = StageOutput(*halves), StageOutput(*(tensor.float() for tensor in halves))
+    targets = [one_face(), no_faces()]
+    assert values([low, low], targets, loss) == values([high, high], targets, loss)
+
+
+def test_priors_made_while_detecting_serve_for_learning() -> None:
+    """They are cached, and tensors of inference mode may not be saved for a gradient."""
+    prior_boxes.cache_clear()
+    with torch.inference_mode():
+        prior_boxes(SIZE, MODEL.anchor_sizes, MODEL.strides, torch.device("cpu"))
+    output = zero_output(1)
+    loss = MultiBoxLoss(LossConfig(box_regression="diou"), MODEL)
+    loss([output, output], BatchTargets.of([one_face()]), SIZE)["stage1/box"].backward()
+    assert output.box_deltas.grad is not None
+    assert output.box_deltas.grad.any()
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for a CUDA device: values or shapes that depend on values, and copies to it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function).split(".")[1]
+        by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
+        waits = ("nonzero", "_local_scalar_dense", "masked_select", "lift_fresh", "repeat_interleave", "unique")
+        if by_mask or name in waits:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss", [LossConfig(), LossConfig(classification="focal", landmark_regression="wing")])
+@pytest.mark.parametrize(("refinement", "expected"), [("sum", 1), ("rematch", 2)])
+def test_the_device_is_waited_for_once_per_matching(refinement: str, expected: int, loss: LossConfig) -> None:
+    """To know how many priors have a face; two stages that match the same priors alike share that.
+
+    torchvision's IoU losses wait on their own account: they index by a mask.
+    """
+    model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, refinement=refinement)
+    first = zero_output(2)
+    second = dataclasses.replace(first, priors=PRIORS.repeat(2, 1, 1) if refinement == "rematch" else None)
+    targets = BatchTargets.of([one_face(), no_faces()])
+    with HostReads() as reads:
+        MultiBoxLoss(loss, model)([first, second], targets, SIZE)
+    assert reads.names == ["nonzero"] * expected
+
+
+def single_stage(face: FaceTargets, box: list[float], **options: Any) -> dict[str, float]:
+    """The terms of one stage that predicts the box, xyxy in pixels, for every prior, under weights of 1."""
+    model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, cascade=False)
+    normalised = torch.tensor(box) / torch.tensor([SIZE[1], SIZE[0]] * 2)
+    deltas = encode_boxes(normalised.expand(len(PRIORS), 4), PRIORS, MODEL.variances)[None]
+    output = dataclasses.replace(zero_output(1), box_deltas=deltas)
+    return values([output], [face], LossConfig(box_weight=1.0, **options), model)
+
+
+def test_box_losses_on_the_iou_by_hand() -> None:
+    """The face lies at x 16 to 32 and y 8 to 24, in pixels of an image that is twice as wide as high.
+
+    Moved right by half its width, the box shares 8 x 16 of a union of 24 x 16 pixels: IoU 1/3. The centres are 8 apart,
+    the corners of the hull 24 and 16. The proportions are equal, so the complete IoU adds nothing.
+    """
+    moved = [24.0, 8, 40, 24]
+    distance = 1 - 1 / 3 + 8**2 / (24**2 + 16**2)
+    assert single_stage(one_face(), moved, box_regression="diou")["stage1/box"] == pytest.approx(distance, rel=1e-4)
+    assert single_stage(one_face(), moved, box_regression="ciou")["stage1/box"] == pytest.approx(distance, rel=1e-4)
+
+
+def test_the_complete_iou_adds_the_proportions() -> None:
+    """Twice as wide about the same centre: IoU 1/2, no distance, and the angles of the diagonals differ."""
+    wide = [8.0, 8, 40, 24]
+    difference = 4 / math.pi**2 * (math.atan(2) - math.atan(1)) ** 2
+    complete = 1 - 1 / 2 + difference**2 / (1 - 1 / 2 + difference)
+    assert single_stage(one_face(), wide, box_regression="diou")["stage1/box"] == pytest.approx(1 / 2, rel=1e-4)
+    assert single_stage(one_face(), wide, box_regression="ciou")["stage1/box"] == pytest.approx(complete, rel=1e-4)
+
+
+def test_focal_loss_by_hand() -> None:
+    """A face at p = 0.8 costs 0.25 * 0.2^2 * -ln 0.8; a background at p = 0.1 costs 0.75 * 0.1^2 * -ln 0.9."""
+    logits = torch.tensor([[[0.2, 0.8], [0.9, 0.1], [0.5, 0.5]]]).log()
+    positive = torch.tensor([[True, False, False]])
+    background = torch.tensor([[False, True, False]])  # the last is ignored
+    expected = -0.25 * 0.04 * math.log(0.8) - 0.75 * 0.01 * math.log(0.9)
+    assert float(focal_loss(logits, positive, background)) == pytest.approx(expected, rel=1e-5)
+    both = focal_loss(logits.repeat(2, 1, 1), positive.repeat(2, 1), background.repeat(2, 1))
+    assert float(both) == pytest.approx(2 * expected, rel=1e-5)
+
+
+def test_wing_loss_by_hand() -> None:
+    """ln(1 + 0.2 / 0.2) = ln 2; from 1 on the slope is 1, and at 1 both forms give ln 6."""
+    losses = wing_loss(torch.tensor([0.0, 0.2, -0.2, 1.0, -3.0]))
+    expected = [0, math.log(2), math.log(2), math.log(6), math.log(6) + 2]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_wing_loss_is_summed_over_the_coordinates_of_a_landmark_as_smooth_l1_is() -> None:
+    """All five points lie ten deltas right of what is predicted for every prior, and at its height."""
+    model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, cascade=False)
+    face = one_face()
+    targets = encode_landmarks(face.landmarks.expand(len(PRIORS), 5, 2), PRIORS, MODEL.variances)
+    deltas = targets - torch.tensor([10.0, 0.0]).repeat(5)
+    output = dataclasses.replace(zero_output(1), landmark_deltas=deltas[None])
+    wing = values([output], [face], LossConfig(landmark_regression="wing"), model)["stage1/landmark"]
+    assert wing == pytest.approx(5 * (math.log(6) + 9), rel=1e-4)
+    smooth = values([output], [face], LossConfig(), model)["stage1/landmark"]
+    assert smooth == pytest.approx(5 * 9.5, rel=1e-4)
+
+
+def test_ignored_priors_are_not_taught_a_class() -> None:
+    """With a band from nearly nothing, whatever touches the face without matching it is left alone."""
+    stage = StageConfig(match_iou=0.6, negative_iou=0.001)
+    model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, stages=(stage,))
+    for classification in ("ohem_ce", "focal"):
+        output = zero_output(1)
+        loss = LossConfig(classification=classification, negative_ratio=len(PRIORS))
+        targets = BatchTargets.of([one_face()])
+        MultiBoxLoss(loss, model)([output], targets, SIZE)["stage1/class"].backward()
+        assert output.class_logits.grad is not None
+        taught = output.class_logits.grad[0].abs().sum(dim=1) > 0
+        assert torch.equal(taught, match_priors(targets, PRIORS, 0.6, 0.001)[0] != -2)
+        assert not taught.all()
+
+
+def test_a_later_stage_is_matched_with_the_boxes_it_starts_from() -> None:
+    """Every prior has become the face itself, so all answer for it and zero deltas are right."""
+    model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, refinement="rematch")
+    face = torch.tensor([0.375, 0.5, 0.25, 0.5]).expand(1, len(PRIORS), 4)
+    output = zero_output(1)
+    terms = values([output, dataclasses.replace(output, priors=face)], [one_face()], model=model)
+    assert terms["stage1/box"] > 0.1
+    assert terms["stage2/box"] == 0
+    assert terms["stage2/class"] == pytest.approx(math.log(2))  # a positive each, and no negatives
 
 
 def test_faces_without_landmarks_teach_no_landmarks() -> None:
@@ -111,7 +302,7 @@ def test_faces_without_landmarks_teach_no_landmarks() -> None:
 
 def test_iou_branch_does_not_teach_the_boxes() -> None:
     output = zero_output(1)
-    terms = MultiBoxLoss(LossConfig(), MODEL)([output, output], [one_face()], SIZE)
+    terms = MultiBoxLoss(LossConfig(), MODEL)([output, output], BatchTargets.of([one_face()]), SIZE)
     terms["stage1/iou"].backward()
     assert output.iou_logits is not None
     assert output.iou_logits.grad is not None
@@ -124,6 +315,6 @@ def test_faces_of_several_images_are_not_mixed_up() -> None:
     targets = [no_faces(), left, one_face(has_landmarks=False)]
     together = values([zero_output(3)] * 2, targets)
     alone = [values([zero_output(1)] * 2, [faces]) for faces in targets[1:]]
-    counts = [int((match_priors(faces.boxes, PRIORS, 0.35) != BACKGROUND).sum()) for faces in targets[1:]]
+    counts = [int((match_priors(BatchTargets.of([faces]), PRIORS, 0.35) >= 0).sum()) for faces in targets[1:]]
     expected = sum(n * terms["stage1/box"] for n, terms in zip(counts, alone, strict=True)) / sum(counts)
     assert together["stage1/box"] == pytest.approx(expected, rel=1e-5)

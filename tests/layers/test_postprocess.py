@@ -9,6 +9,7 @@ from config import DetectionConfig, ModelConfig
 from layers.postprocess import fuse_scores, postprocess
 from layers.prior_box import prior_boxes
 from utils.boxes import encode_boxes
+from utils.nms import pixel_nms
 from utils.structures import StageOutput
 
 SIZE = (40, 64)
@@ -91,6 +92,32 @@ def test_images_of_a_batch_are_independent() -> None:
     found = postprocess(batch, SIZE, MODEL, EVERYTHING)
     assert [len(image) for image in found] == [0, 1]
     assert found[1].landmarks is None
+
+
+def test_boxes_and_landmarks_start_from_the_priors_of_their_stage(device: torch.device) -> None:
+    """The literal computation of every prior, filtered last."""
+    random = torch.Generator().manual_seed(0)
+    count = len(PRIORS)
+    logits, deltas = torch.randn(2, count, 2, generator=random), torch.randn(2, count, 4, generator=random)
+    points = torch.randn(2, count, 10, generator=random)
+    priors = torch.rand(2, count, 4, generator=random) * 0.4 + 0.1
+    output = StageOutput(logits.to(device), deltas.to(device), points.to(device), None, priors.to(device))
+    settings = dataclasses.replace(EVERYTHING, confidence_threshold=0.6, clip_boxes=False)
+    scale = torch.tensor([SIZE[1], SIZE[0]])
+    for image, found in enumerate(postprocess(output, SIZE, MODEL, settings)):
+        centres, sides = priors[image, :, :2], priors[image, :, 2:]
+        middle = centres + 0.1 * deltas[image, :, :2] * sides
+        half = sides * (0.2 * deltas[image, :, 2:]).exp() / 2
+        boxes = torch.cat([middle - half, middle + half], dim=1) * scale.repeat(2)
+        landmarks = (centres[:, None] + 0.1 * points[image].view(-1, 5, 2) * sides[:, None]) * scale
+        scores = logits[image].softmax(dim=1)[:, 1]
+        above = torch.nonzero(scores > 0.6)[:, 0]
+        chosen = above[pixel_nms(boxes[above], scores[above], 0.3)]
+        assert len(chosen) > 3
+        torch.testing.assert_close(found.boxes.cpu(), boxes[chosen], atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(found.scores.cpu(), scores[chosen])
+        assert found.landmarks is not None
+        torch.testing.assert_close(found.landmarks.cpu(), landmarks[chosen], atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("exponent", "expected"), [(1.0, 0.64), (0.5, 0.4), (0.0, 0.25)])

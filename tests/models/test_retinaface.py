@@ -3,46 +3,63 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from config import BACKBONES, LossConfig, ModelConfig
+from config import BACKBONES, DetectionConfig, LossConfig, ModelConfig
 from layers.multibox_loss import MultiBoxLoss
+from layers.postprocess import postprocess
 from layers.prior_box import prior_boxes
+from models.initialise import expect_few_faces, initialise_from_detector
 from models.retinaface import RetinaFace
-from utils.structures import FaceTargets
+from utils.boxes import decode_boxes, decode_landmarks
+from utils.checkpoint import Checkpoint
+from utils.structures import BatchTargets, FaceTargets, StageOutput
 
+CASCADES = {"single": (False, "sum"), "sum": (True, "sum"), "rematch": (True, "rematch")}
 CONFIGURATIONS = [
     ModelConfig.for_backbone(
-        backbone, num_anchor=anchors, cascade=cascade, model_version=version, landmarks=landmarks, fpn_channels=32
+        backbone,
+        num_anchor=anchors,
+        cascade=cascade,
+        refinement=refinement,
+        model_version=version,
+        landmarks=landmarks,
+        fpn_channels=32,
     )
-    for backbone, anchors, cascade, version, landmarks in [
-        ("mobilenet0.25", 2, False, "retina", True),
-        ("mobilenet0.25", 3, True, "tina", True),
-        ("mobilenet0.25", 2, True, "retina", False),
-        ("resnet18", 3, False, "tina", True),
-        ("resnet18", 2, True, "retina", True),
-    ]
+    for backbone, anchors, landmarks in [("mobilenet0.25", 2, True), ("resnet18", 3, True), ("mobilenet0.25", 3, False)]
+    for version in ("retina", "tina")
+    for cascade, refinement in CASCADES.values()
 ]
+LOSSES = {
+    "default": LossConfig(),
+    "tinaface": LossConfig(classification="focal", box_regression="diou", landmark_regression="wing"),
+}
 
 
+def two_images_with_faces() -> BatchTargets:
+    """Of 64 x 96 pixels. Among their faces every level of the pyramid finds one of its size."""
+    boxes = torch.tensor([[0.1, 0.1, 0.3, 0.4], [0.3, 0.1, 0.9, 0.9], [-1.0, -1.0, 2.0, 2.5]])
+    faces = FaceTargets(boxes, torch.rand(3, 5, 2), torch.ones(3, dtype=torch.bool))
+    return BatchTargets.of([faces, faces])
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 @pytest.mark.parametrize("config", CONFIGURATIONS, ids=lambda config: f"{config.name}-{config.landmarks}")
-def test_every_parameter_gets_a_gradient(config: ModelConfig, device: torch.device) -> None:
+def test_every_parameter_gets_a_gradient(config: ModelConfig, loss: LossConfig, device: torch.device) -> None:
     torch.manual_seed(0)
     network = RetinaFace(config).to(device)
     images = torch.rand(2, 3, 64, 96, device=device) * 255
-    faces = FaceTargets(
-        torch.tensor([[0.1, 0.1, 0.3, 0.4], [0.3, 0.2, 0.9, 0.9]]), torch.rand(2, 5, 2), torch.tensor([True, True])
-    ).to(device)
-    terms = MultiBoxLoss(LossConfig(), config)(network(images), [faces, faces], (64, 96))
+    terms = MultiBoxLoss(loss, config)(network(images), two_images_with_faces().to(device), (64, 96))
     torch.stack(list(terms.values())).sum().backward()
     without = [
         name for name, parameter in network.named_parameters() if parameter.grad is None or not parameter.grad.any()
     ]
-    # A level whose anchors match no face has no box to learn from in this one step.
-    assert not [name for name in without if ".heads." not in name]
-    assert not [name for name, parameter in network.named_parameters() if parameter.grad is None]
+    assert not without
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -82,6 +99,115 @@ def test_second_stage_corrects_the_boxes_of_the_first() -> None:
     torch.testing.assert_close(second.box_deltas, first.box_deltas + 0.5)
 
 
+def cascade_of(refinement: str, **changes: bool) -> RetinaFace:
+    return RetinaFace(ModelConfig.for_backbone("mobilenet0.25", refinement=refinement, **changes)).eval()
+
+
+def fixed_priors(network: RetinaFace) -> Tensor:
+    return prior_boxes((40, 56), network.config.anchor_sizes, network.config.strides)
+
+
+def noise() -> Tensor:
+    return torch.rand(1, 3, 40, 56, generator=torch.Generator().manual_seed(3)) * 255
+
+
+@torch.inference_mode()
+def test_rematched_stage_without_corrections_keeps_the_boxes_of_the_first() -> None:
+    network = cascade_of("rematch")
+    set_parameters(network, lambda name: name.startswith("stages.1.") and ".box_deltas." in name, torch.zeros_like)
+    first, second = network(noise())
+    assert first.priors is None
+    assert second.priors is not None
+    assert not second.box_deltas.any()
+    variances = network.config.variances
+    kept = decode_boxes(first.box_deltas, fixed_priors(network), variances)
+    assert torch.equal(decode_boxes(second.box_deltas, second.priors, variances), kept)
+    everything = DetectionConfig(confidence_threshold=0, nms_threshold=1, clip_boxes=False)
+    (found,) = postprocess(second, (40, 56), network.config, everything)
+    order = found.boxes[:, 0].argsort()
+    boxes = kept[0] * torch.tensor([56, 40, 56, 40])
+    torch.testing.assert_close(found.boxes[order][:, 0], boxes[:, 0].sort().values, atol=1e-3, rtol=0)
+
+
+def test_rematched_stage_does_not_teach_the_first_its_anchors() -> None:
+    network = cascade_of("rematch")
+    terms = MultiBoxLoss(LossConfig(), network.config)(
+        network(torch.rand(2, 3, 64, 96) * 255), two_images_with_faces(), (64, 96)
+    )
+    torch.stack([term for name, term in terms.items() if name.startswith("stage2/")]).sum().backward()
+    assert all(parameter.grad is None for parameter in network.stages[0].parameters())
+    assert all(parameter.grad is not None for parameter in network.fpn.parameters())
+
+
+def test_anchors_of_a_network_gone_astray_are_finite_and_have_area() -> None:
+    network = cascade_of("rematch")
+    for size_delta in (1e4, -1e4):
+        value = torch.tensor(size_delta)
+        set_parameters(network, lambda name: "0.heads." in name and ".box_deltas.bias" in name, value.expand_as)
+        _, second = network(noise())
+        assert second.priors is not None
+        assert second.priors.isfinite().all()
+        assert (second.priors[..., 2:] > 1e-4).all()
+
+
+def test_anchors_are_decoded_in_32_bits() -> None:
+    network = cascade_of("rematch")
+    with torch.autocast("cpu", torch.bfloat16):
+        first, second = network(noise())
+    assert first.box_deltas.dtype == torch.bfloat16
+    assert second.priors is not None
+    assert second.priors.dtype == torch.float32
+
+
+def set_parameters(network: RetinaFace, chosen: Callable[[str], bool], change: Callable[[Tensor], Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if chosen(name):
+                parameter.copy_(change(parameter))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("refinement", ["sum", "rematch"])
+def test_a_cascade_starts_by_finding_what_one_stage_found(refinement: str) -> None:
+    single = cascade_of("sum", cascade=False)
+    set_parameters(single, lambda name: "box_deltas" in name, lambda values: values * 0.1)
+    network = cascade_of(refinement)
+    checkpoint = Checkpoint(Path("single.pth"), single.config, single.state_dict(), "own")
+    assert initialise_from_detector(network, checkpoint) == []
+    assert_starts_from(single(noise())[0], network)
+
+
+@torch.inference_mode()
+def test_a_cascade_that_refines_in_another_way_starts_from_the_first_stage() -> None:
+    old, network = cascade_of("sum"), cascade_of("rematch")
+    checkpoint = Checkpoint(Path("sum.pth"), old.config, old.state_dict(), "own")
+    assert initialise_from_detector(network, checkpoint) == []
+    assert_starts_from(old(noise())[0], network)
+    again = cascade_of("sum")
+    initialise_from_detector(again, checkpoint)
+    torch.testing.assert_close(again(noise())[1].box_deltas, old(noise())[1].box_deltas)
+
+
+def assert_starts_from(single: StageOutput, network: RetinaFace) -> None:
+    """The last stage's scores and boxes are those of `single`, and its landmarks but for the size of its boxes."""
+    variances, priors = network.config.variances, fixed_priors(network)
+    last = network(noise())[-1]
+    torch.testing.assert_close(last.class_logits, single.class_logits)
+    own = priors if last.priors is None else last.priors
+    boxes = decode_boxes(single.box_deltas, priors, variances)
+    torch.testing.assert_close(decode_boxes(last.box_deltas, own, variances), boxes)
+    assert last.landmark_deltas is not None
+    assert single.landmark_deltas is not None
+    expected = decode_landmarks(single.landmark_deltas, priors, variances)
+    found = decode_landmarks(last.landmark_deltas, own, variances)
+    if last.priors is None:
+        torch.testing.assert_close(found, expected)
+    else:  # offsets from the box's centre, stretched as the box is
+        stretch = (last.priors[..., 2:] / priors[:, 2:]).unsqueeze(-2)
+        centres = last.priors[..., :2].unsqueeze(-2)
+        torch.testing.assert_close(found, centres + (expected - centres) * stretch, atol=1e-5, rtol=1e-4)
+
+
 def test_mean_is_subtracted_by_the_network() -> None:
     config = ModelConfig.for_backbone("mobilenet0.25")
     network = RetinaFace(config).eval()
@@ -91,3 +217,17 @@ def test_mean_is_subtracted_by_the_network() -> None:
     with torch.inference_mode():
         mean = torch.tensor(config.pixel_mean).view(1, 3, 1, 1)
         torch.testing.assert_close(network(images)[0].class_logits, centred(images - mean)[0].class_logits)
+
+
+def test_untrained_network_expects_few_faces() -> None:
+    torch.manual_seed(0)
+    network = RetinaFace(ModelConfig.for_backbone("mobilenet0.25"))
+    for name, parameter in network.named_parameters():
+        if name.endswith("class_logits.weight"):
+            torch.nn.init.zeros_(parameter)
+    expect_few_faces(network, probability=0.02)
+    with torch.inference_mode():
+        output = network.eval()(torch.zeros(1, 3, 32, 32))[-1]
+    scores = output.class_logits.softmax(dim=-1)[..., 1]
+    assert scores.min() == pytest.approx(0.02)
+    assert scores.max() == pytest.approx(0.02)

@@ -8,8 +8,20 @@ import cv2
 import numpy as np
 import pytest
 
-from config import DataConfig
-from utils.augment import Sample, augment, change_colours, crop, mirror, mosaic, resize_square
+from config import DataConfig, Flags
+from utils.augment import (
+    Sample,
+    augment,
+    blur,
+    blur_by_motion,
+    change_colours,
+    compress,
+    crop,
+    crop_turned,
+    mirror,
+    mosaic,
+    resize_square,
+)
 
 LANDMARKS = [[12, 14], [18, 14], [15, 18], [13, 22], [17, 22]]  # left eye, right eye, nose, left and right corner
 
@@ -122,9 +134,11 @@ def test_augmented_boxes_lie_around_their_faces(max_scale: float) -> None:
 
 @pytest.mark.parametrize("size_hw", [(1, 1), (1, 50), (50, 1), (7, 5)])
 @pytest.mark.parametrize("boxes", [[], [[0, 0, 1, 1]], [[-9, -9, -1, -1]], [[0, 0, 500, 500]]])
-def test_any_image_and_any_box_give_a_crop(size_hw: tuple[int, int], boxes: list[list[float]]) -> None:
+@pytest.mark.parametrize("degrees", [0, 180])
+def test_any_image_and_any_box_give_a_crop(size_hw: tuple[int, int], boxes: list[list[float]], degrees: float) -> None:
     for seed in range(20):
-        sample = augment(sample_of(boxes, *size_hw), 32, DataConfig(), (104, 117, 123), rng(seed))
+        config = DataConfig(rotation_degrees=degrees, blur_probability=0.5, jpeg_probability=0.5)
+        sample = augment(sample_of(boxes, *size_hw), 32, config, (104, 117, 123), rng(seed))
         assert sample.image.shape == (32, 32, 3)
         assert sample.boxes.shape == (len(sample.has_landmarks), 4)
         assert ((sample.boxes >= 0) & (sample.boxes <= 32)).all()
@@ -174,3 +188,91 @@ def test_crops_lose_their_colour_when_asked(probability: float, grey: bool) -> N
     sample = augment(ONE_FACE, 32, DataConfig(grey_probability=probability), (0, 0, 0), rng(0))
     blue, green, red = np.moveaxis(sample.image, 2, 0)
     assert (np.array_equal(blue, green) and np.array_equal(green, red)) is grey
+
+
+@pytest.mark.parametrize("fill", [(0, 0, 0), (1, 2, 3)])
+@pytest.mark.parametrize("region", [(5, 8, 20, 30), (-2, -3, 70, 51), (0, 0, 60, 40)])
+def test_crop_that_is_not_turned_is_a_plain_crop(region: tuple[int, int, int, int], fill: tuple[int, int, int]) -> None:
+    turned, plain = crop_turned(ONE_FACE, region, 0, fill), crop(ONE_FACE, region, fill)
+    assert np.array_equal(turned.image, plain.image)
+    assert np.array_equal(turned.boxes, plain.boxes)
+    assert np.array_equal(turned.landmarks, plain.landmarks)
+
+
+def test_quarter_turn_moves_boxes_and_landmarks_with_the_pixels() -> None:
+    """About (20, 20), counter-clockwise: what was 5 to the left is 5 below, and the box of 10 x 16 lies down."""
+    turned = crop_turned(ONE_FACE, (0, 0, 40, 40), 90)
+    assert np.array_equal(turned.image, np.rot90(ONE_FACE.image[:, :40]))
+    assert turned.boxes[0].tolist() == pytest.approx([10, 20, 26, 30], abs=1e-4)  # from 10, 10, 20, 26
+    assert turned.landmarks[0].tolist() == [pytest.approx([y, 40 - x], abs=1e-4) for x, y in LANDMARKS]
+
+
+def test_quarter_turn_of_a_region_that_is_not_square() -> None:
+    """30 x 20 about (20, 20) sees the columns from 10 to 30 and the rows from 5 to 35."""
+    turned = crop_turned(ONE_FACE, (5, 10, 30, 20), 90)
+    assert np.array_equal(turned.image, np.rot90(ONE_FACE.image[5:35, 10:30]))
+    assert turned.boxes[0].tolist() == pytest.approx([5, 10, 21, 20], abs=1e-4)
+
+
+@pytest.mark.parametrize("degrees", [17, 45, 90, -133, 180])
+def test_round_box_keeps_its_size_whatever_the_angle(degrees: float) -> None:
+    """A square box holds a circle: its bounds do not grow, and its centre turns exactly."""
+    turned = crop_turned(sample_of([[24, 14, 36, 26]]), (10, 0, 40, 40), degrees)
+    assert turned.boxes[0].tolist() == pytest.approx([14, 14, 26, 26], abs=1e-4)
+
+
+def test_box_of_an_oval_face_is_that_of_the_ellipse() -> None:
+    """Half sides 3 and 4, turned by 45 degrees: both become the root of (9 + 16) / 2."""
+    turned = crop_turned(sample_of([[27, 16, 33, 24]]), (10, 0, 40, 40), 45)
+    assert (turned.boxes[0, 2:] - 20).tolist() == pytest.approx([12.5**0.5] * 2, abs=1e-4)
+
+
+def test_faces_that_turn_out_of_the_region_are_dropped_and_others_clipped() -> None:
+    """About (20, 20) of 40 x 40 by 45 degrees: (1, 1) leaves it, (20, 1) goes to (6.6, 6.6)."""
+    turned = crop_turned(sample_of([[0, 0, 2, 2], [10, -9, 30, 11]]), (0, 0, 40, 40), 45)
+    assert turned.boxes.tolist() == [pytest.approx([0, 0, 16.56, 16.56], abs=0.01)]
+    assert len(turned.landmarks) == len(turned.has_landmarks) == 1
+
+
+def test_what_turns_in_from_outside_the_region_is_the_image_and_from_beyond_that_the_fill() -> None:
+    white = replace(NO_FACE, image=np.full((40, 60, 3), 255, np.uint8))
+    assert (crop_turned(white, (20, 10, 20, 20), 45, (1, 2, 3)).image == 255).all()
+    # Corners lie 28 pixels from the centre: two of them above and below it, where the image has 20, two at its sides,
+    # where it has 30.
+    corners = crop_turned(white, (10, 0, 40, 40), 45, (1, 2, 3)).image[[0, 0, -1, -1], [0, -1, 0, -1]]
+    assert corners.tolist() == [[1, 2, 3], [255] * 3, [255] * 3, [1, 2, 3]]
+    assert len(crop_turned(NO_FACE, (10, 0, 40, 40), 45).boxes) == 0
+
+
+def test_motion_spreads_a_point_along_its_line() -> None:
+    point = np.zeros((7, 9, 3), np.uint8)
+    point[3, 4] = 255
+    across, down = blur_by_motion(point, 1, 0), blur_by_motion(point, 2, 90)
+    assert across[3, 2:7, 0].tolist() == [0, 85, 85, 85, 0]
+    assert down[:, 4, 0].tolist() == [0, 51, 51, 51, 51, 51, 0]
+    assert across.sum(dtype=int) == down.sum(dtype=int) == point.sum(dtype=int)
+
+
+def test_blur_makes_noise_smoother_and_leaves_a_flat_image() -> None:
+    noise = rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    flat = np.full((1, 5, 3), 77, np.uint8)
+    for seed in range(20):
+        assert blur(noise, rng(seed)).std() < 0.8 * noise.std()
+        assert np.array_equal(blur(flat, rng(seed)), flat)
+
+
+def test_compression_loses_more_at_lower_quality() -> None:
+    noise = rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    low, high = (np.abs(compress(noise, quality).astype(int) - noise).mean() for quality in (30, 95))
+    assert 0 < high < low
+
+
+@pytest.mark.parametrize("name", ["rotation_degrees", "blur_probability", "jpeg_probability"])
+def test_pixels_change_only_by_what_is_on(name: str) -> None:
+    noise = replace(ONE_FACE, image=rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    still = DataConfig(flip_probability=0, colour_probability=0, grey_probability=0)
+    before = augment(noise, 40, still, (0, 0, 0), rng(0))
+    after = augment(noise, 40, Flags({name: 1.0}).apply(still), (0, 0, 0), rng(0))
+    assert after.image.shape == before.image.shape
+    assert not np.array_equal(after.image, before.image)
+    assert np.array_equal(after.boxes, before.boxes) is (name != "rotation_degrees")

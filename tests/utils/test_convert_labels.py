@@ -68,8 +68,9 @@ def test_download_becomes_a_dataset_as_a_user_makes_it(download: Path, tmp_path:
         "# 0--Parade/one.jpg\n10 20 30 40\n# 0--Parade/two.jpg\n0 0 10 10\n2 0 10 10\n# 1--Handshaking/none.jpg\n"
     )
     assert (to / "val/gt/wider_easy_val.mat").read_bytes() == b"easy"
-    assert [len(image.boxes) for image in read_split([to], "train")] == [1, 2, 0]  # every image is found
-    assert read_split([to], "val")[0].boxes.tolist() == [[5, 6, 12, 14]]
+    (train,), (val,) = read_split([to], "train"), read_split([to], "val")
+    assert [len(image.boxes) for image in train] == [1, 2, 0]  # every image is found
+    assert val[0].boxes.tolist() == [[5, 6, 12, 14]]
 
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (again.returncode, again.stdout, again.stderr.count("\n")) == (1, "", 1)

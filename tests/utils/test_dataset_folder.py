@@ -34,15 +34,17 @@ def test_datasets_are_found_below_the_root_or_by_path(tmp_path: Path) -> None:
         find_datasets("faces,absent", root)
 
 
-def test_split_joins_the_folders_that_have_it(tmp_path: Path) -> None:
+def test_split_is_read_from_every_folder_that_has_it(tmp_path: Path) -> None:
     make_split(tmp_path / "a" / "train", {"1.png": "1 2 3 4", "sub/2.png": ""})
     make_split(tmp_path / "b" / "train", {"ü 3.png": "5 6 7 8"})
     make_split(tmp_path / "b" / "val", {"4.png": ""})
     folders = [tmp_path / "a", tmp_path / "b"]
     train = read_split(folders, "train")
-    assert [image.path.name for image in train] == ["1.png", "2.png", "ü 3.png"]
-    assert [len(image.boxes) for image in train] == [1, 0, 1]
-    assert [image.path for image in read_split(folders, "val")] == [tmp_path / "b" / "val" / "images" / "4.png"]
+    assert [[image.path.name for image in part] for part in train] == [["1.png", "2.png"], ["ü 3.png"]]
+    assert [[len(image.boxes) for image in part] for part in train] == [[1, 0], [1]]
+    nothing, (image,) = read_split(folders, "val")
+    assert nothing == []
+    assert image.path == tmp_path / "b" / "val" / "images" / "4.png"
 
 
 def test_absent_split_and_absent_images_are_named(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from utils.images import read_image
 from utils.logger import RunLog
+from utils.wider_eval import Curve
 
 pytest.importorskip("tensorboard")
 
@@ -18,7 +20,7 @@ pytest.importorskip("tensorboard")
 def record(folder: Path, epochs: Mapping[int, Mapping[str, float]]) -> None:
     log = RunLog(folder)
     for epoch, metrics in epochs.items():
-        log.epoch(epoch, metrics)
+        log.epoch(epoch, metrics, images_per_second=12.34)
     log.close()
 
 
@@ -34,7 +36,10 @@ def test_every_epoch_is_a_row_and_a_line(tmp_path: Path, capsys: pytest.CaptureF
         {"epoch": "2", "loss": "1.25", "stage1/box": "0.5"},
     ]
     lines = (tmp_path / "logs.txt").read_text(encoding="utf-8").splitlines()
-    assert [line[20:] for line in lines] == ["epoch 1: loss 2.5  stage1/box 1", "epoch 2: loss 1.25  stage1/box 0.5"]
+    assert [line[20:] for line in lines] == [
+        "epoch 1: loss 2.5  stage1/box 1  (12.3 images/s)",
+        "epoch 2: loss 1.25  stage1/box 0.5  (12.3 images/s)",
+    ]
     assert capsys.readouterr().out.splitlines() == lines
     assert list(tmp_path.glob("events.out.tfevents.*"))
     assert read_image(tmp_path / "curves.png").shape[0] > 100
@@ -84,3 +89,36 @@ def test_lines_take_any_text(tmp_path: Path) -> None:
     log.line("100% of ünïcode %s")
     log.close()
     assert (tmp_path / "logs.txt").read_text(encoding="utf-8").endswith("100% of ünïcode %s\n")
+
+
+def test_curves_and_pictures_go_to_tensorboard(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    log = RunLog(tmp_path)
+    log.curves({"hard": Curve(np.linspace(1, 0.5, 1000), np.linspace(0, 0.8, 1000), faces=10)}, epoch=3)
+    log.picture("validation/0", np.full((4, 6, 3), (255, 0, 0), np.uint8), epoch=3)
+    log.step(7, 2.5, 0.01)
+    log.close()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert {"validation/hard"} <= set(events.Tags()["tensors"])
+    assert events.Tags()["images"] == ["validation/0"]
+    (step,) = events.Scalars("step/mean_loss")
+    assert (step.step, step.value) == (7, 2.5)
+
+
+def test_process_with_nothing_to_say_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(None)
+    log.line("text")
+    log.step(1, 1.0, 0.1)
+    log.epoch(1, {"loss": 1.0}, 5.0)
+    log.curves({}, 1)
+    log.picture("a", np.zeros((1, 1, 3), np.uint8), 1)
+    log.close()
+    assert capsys.readouterr().out == ""
+
+
+def test_full_disk_is_not_hidden(tmp_path: Path) -> None:
+    (tmp_path / "logs.txt").symlink_to("/dev/full")
+    log = RunLog(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        log.line("text")

@@ -1,0 +1,94 @@
+"""Which images training shows, in which order and with which randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from config import ConfigError
+
+# Index of an image, and the seed of all that is random about its crop.
+SampleKey = tuple[int, int]
+
+
+class EpochSampler(Sampler[SampleKey]):
+    """One process's share of each epoch's keys.
+
+    The sequence of keys over all processes is a function of the seed and the epoch alone. A step takes the next
+    `batch_size * world_size` of them, so several processes learn from the same images at each step as one process with
+    a batch as large as all of theirs. An epoch ends with the last whole step, and has one at least.
+    """
+
+    def __init__(
+        self,
+        image_count: int,
+        batch_size: int,
+        *,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Prepare for epoch 0.
+
+        Args:
+            image_count: positive.
+            batch_size: of one process; a set that is smaller than the batches of all shrinks it.
+            weights: how often each image is drawn relative to the others, with replacement; None shows each once.
+        """
+        super().__init__()
+        self.batch_size = min(batch_size, max(image_count // world_size, 1))
+        self.image_count = image_count
+        self.seed = seed
+        self.weights = None if weights is None else np.array(weights, np.float64)
+        self.rank = rank
+        self.world_size = world_size
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose what is iterated over next.
+
+        Args:
+            start: keys of the epoch, over all processes, that were used before; a step begun counts as not done.
+        """
+        step = self.batch_size * self.world_size
+        self._epoch = epoch
+        self._start = start // step * step
+        self._end = max(self.image_count // step, 1) * step
+
+    def __len__(self) -> int:
+        """Keys of this process from the start that was set to the end of the epoch."""
+        return max(self._end - self._start, 0) // self.world_size
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        rng = np.random.default_rng((self.seed % 2**64, self._epoch))
+        order = self._draw_images(rng)
+        seeds = rng.integers(2**63, size=len(order))
+        own = slice(self._start + self.rank, self._end, self.world_size)
+        return iter(list(zip(order[own].tolist(), seeds[own].tolist(), strict=True)))
+
+    def _draw_images(self, rng: np.random.Generator) -> np.ndarray:
+        """Indices of as many images as there are, or as one step takes where there are fewer."""
+        count = max(self.image_count, self._end)
+        if self.weights is None:
+            return np.resize(rng.permutation(self.image_count), count)
+        return rng.choice(self.image_count, size=count, p=self.weights / self.weights.sum())
+
+
+def image_weights(dataset_weights: Sequence[float], image_counts: Sequence[int]) -> list[float] | None:
+    """The weight of each image, those of one folder after those of the other; None where no weights are given.
+
+    Raises:
+        ConfigError: there are more or fewer weights than folders.
+    """
+    if not dataset_weights:
+        return None
+    if len(dataset_weights) != len(image_counts):
+        raise ConfigError(
+            f"--dataset_weights has {len(dataset_weights)} weights for the {len(image_counts)} folders of --dataset; "
+            "give one for each, or none"
+        )
+    pairs = zip(dataset_weights, image_counts, strict=True)
+    return [weight for weight, count in pairs for _ in range(count)]

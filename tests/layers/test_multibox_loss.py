@@ -262,9 +262,10 @@ def test_wing_loss_is_summed_over_the_coordinates_of_a_landmark_as_smooth_l1_is(
     targets = encode_landmarks(face.landmarks.expand(len(PRIORS), 5, 2), PRIORS, MODEL.variances)
     deltas = targets - torch.tensor([10.0, 0.0]).repeat(5)
     output = dataclasses.replace(zero_output(1), landmark_deltas=deltas[None])
-    wing = values([output], [face], LossConfig(landmark_regression="wing"), model)["stage1/landmark"]
+    loss = LossConfig(landmark_regression="wing", landmark_weight=1.0)
+    wing = values([output], [face], loss, model)["stage1/landmark"]
     assert wing == pytest.approx(5 * (math.log(6) + 9), rel=1e-4)
-    smooth = values([output], [face], LossConfig(), model)["stage1/landmark"]
+    smooth = values([output], [face], LossConfig(landmark_weight=1.0), model)["stage1/landmark"]
     assert smooth == pytest.approx(5 * 9.5, rel=1e-4)
 
 

@@ -318,7 +318,7 @@ class DataConfig:
     im_size: int = option(640, "side of the training crops in pixels")
     min_crop_scale: float = option(0.3, "smallest crop side as a part of the image's short side")
     max_crop_scale: float = option(1.0, "largest crop side likewise; above 1 the crop is padded and faces get smaller")
-    mosaic_probability: float = option(0.0, "part of the samples that are four crops of half the side, for small faces")
+    mosaic_probability: float = option(0.5, "part of the samples that are four crops of half the side, for small faces")
     rotation_degrees: float = option(0.0, "crops are turned by up to this angle either way; 0 turns none")
     flip_probability: float = option(0.5, "part of the crops that are mirrored")
     colour_probability: float = option(0.5, "probability of each colour change")
@@ -385,7 +385,7 @@ class TrainConfig:
     sync_bn: bool = option(False, "batch normalisation over all processes together (torchrun, CUDA)")
     amp: bool = option(False, "compute in 16 bits where that is safe, on CUDA")
     ema_decay: float = option(0.0, "decay of the averaged weights that are validated and kept as best; 0 averages none")
-    clip_gradient: float = option(0.0, "largest gradient norm; 0 does not clip")
+    clip_gradient: float = option(10.0, "largest gradient norm; 0 does not clip")
     eval_every: int = option(1, "validate every so many epochs (the last is always validated)")
     best_metric: str = option(
         "mean", "AP that makes a checkpoint the best: of a subset, or the mean of all", choices=BEST_METRICS

@@ -54,7 +54,13 @@ def test_other_failures_are_not_hidden() -> None:
 
 
 WHOLE = DataConfig(
-    im_size=128, min_crop_scale=1, flip_probability=0, colour_probability=0, grey_probability=0, num_workers=0
+    im_size=128,
+    min_crop_scale=1,
+    mosaic_probability=0,
+    flip_probability=0,
+    colour_probability=0,
+    grey_probability=0,
+    num_workers=0,
 )
 
 

@@ -20,7 +20,13 @@ from utils.labels import DatasetError
 from utils.sampler import EpochSampler
 
 PLAIN = DataConfig(
-    im_size=64, min_crop_scale=1, max_crop_scale=1, flip_probability=0, colour_probability=0, grey_probability=0
+    im_size=64,
+    min_crop_scale=1,
+    max_crop_scale=1,
+    mosaic_probability=0,
+    flip_probability=0,
+    colour_probability=0,
+    grey_probability=0,
 )
 
 
@@ -200,7 +206,7 @@ def test_faces_follow_an_image_that_is_reduced(tmp_path: Path, kind: str) -> Non
 )
 def test_cache_serves_worker_processes(tmp_path: Path, kind: str, method: str) -> None:
     write_noise(tmp_path, 2)
-    dataset = open_dataset(tmp_path, DataConfig(im_size=32, cache=kind))
+    dataset = open_dataset(tmp_path, replace(PLAIN, im_size=32, cache=kind))
     loader = DataLoader(
         dataset,
         2,

@@ -131,6 +131,7 @@ class Trainer:
         self.validation = validation
         self.log = log
         self.processes = processes
+        self.parallel: nn.Module = self.network
         self._check()
         self.loss = MultiBoxLoss(config.loss, config.model)
         self.batch_size = min(train.batch_size, max(len(images) // processes.count, 1) * processes.count)
@@ -186,7 +187,13 @@ class Trainer:
             )
         self.network.load_state_dict(checkpoint.state)
         asked = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(saved["optimizer"])
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except ValueError as error:
+            raise CheckpointError(
+                f"{checkpoint.path}: its optimiser has other groups of parameters ({error}); "
+                "keep --new_rate_factor and --backbone_rate_factor as they were"
+            ) from None
         for group, options in zip(self.optimizer.param_groups, asked, strict=True):
             group.update(options)
         if self.averaged is not None and saved["averaged"]:
@@ -233,6 +240,8 @@ class Trainer:
         # Before ckpt-last: a run killed in between repeats the epoch and replaces its row, so none is ever missing.
         self.log.epoch(epoch, metrics, images_per_second)
         self._save_last()
+        if epoch < train.epochs and any_of_processes(self.stop.asked, self.device):
+            self._stop()
 
     @property
     def _best_metric(self) -> str:
@@ -266,7 +275,7 @@ class Trainer:
                     if bar.disable:
                         self.log.line(f"epoch {epoch} step {step}/{self.batches}: mean loss {loss:.4f}")
                 if step % self.config.train.accumulate == 0 and step < self.batches:
-                    self._save_in_between(epoch, step)
+                    self._save_in_between(step)
         sums = {name: mean_over_processes(value) for name, value in self.progress.sums.items()}
         means = {name: float(value) / self.batches for name, value in sums.items()}
         return {**means, "learning_rate": float(self.scheduler.get_last_lr()[0])}
@@ -282,11 +291,15 @@ class Trainer:
             freeze_batch_norm(self.network)
         if freezes_backbone:
             freeze_batch_norm(backbone)
-        if self.processes.count == 1:
-            return self.network
-        return DistributedDataParallel(
-            self.network, device_ids=None if self.device.type == "cpu" else [self.device.index]
-        )
+        if self.processes.count > 1 and self._must_wrap(epoch):
+            # Anew where other parameters begin to learn, for it expects gradients of those that did when it was made.
+            devices = None if self.device.type == "cpu" else [self.device.index]
+            self.parallel = DistributedDataParallel(self.network, device_ids=devices)
+        return self.parallel
+
+    def _must_wrap(self, epoch: int) -> bool:
+        """Whether the network is not wrapped yet, or learns with other parameters from this epoch on."""
+        return self.parallel is self.network or epoch == self.config.train.freeze_backbone_epochs + 1
 
     def _learn(self, parallel: nn.Module, batch: Batch, epoch: int) -> None:
         train = self.config.train
@@ -343,7 +356,7 @@ class Trainer:
         done = self.progress.epoch * steps_per_epoch + within
         return build_scheduler(self.optimizer, self.config.train, steps_per_epoch, done)
 
-    def _save_in_between(self, epoch: int, step: int) -> None:
+    def _save_in_between(self, step: int) -> None:
         """Save where time or a signal asks for it; after a signal, end."""
         minutes = (time.monotonic() - self._saved_at) / 60
         due = bool(self.config.train.save_minutes) and minutes >= self.config.train.save_minutes
@@ -352,8 +365,11 @@ class Trainer:
         if due or stop:
             self._save_last()
         if stop:
-            self.log.line(f"stopped in epoch {epoch} after step {step}/{self.batches}; the same command goes on")
-            raise KeyboardInterrupt
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        self.log.line(f"stopped after {self.progress.describe()}; the same command goes on from here")
+        raise KeyboardInterrupt
 
     def _validate(self, validation: EvaluationSet, epoch: int) -> dict[str, float]:
         """The mean average precision as `val/ap`, and where there are several subsets, that of each.

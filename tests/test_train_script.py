@@ -124,8 +124,10 @@ def test_runs_of_one_seed_have_one_table_however_many_workers(dataset: Path, exp
     assert table(experiment) != first
 
 
-def test_interrupted_run_says_how_to_go_on(dataset: Path, experiment: Experiment) -> None:
-    flags = ["--epochs=500", "--save_minutes=0"]
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_interrupted_run_says_how_to_go_on(dataset: Path, experiment: Experiment, batch_size: int) -> None:
+    """In the middle of an epoch or, where it is a single step, between two."""
+    flags = ["--epochs=500", "--save_minutes=0", f"--batch_size={batch_size}"]
     process = subprocess.Popen(
         command(dataset, experiment, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -135,10 +137,10 @@ def test_interrupted_run_says_how_to_go_on(dataset: Path, experiment: Experiment
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate()
     assert process.returncode == 130, errors
-    assert "the same command goes on" in output
+    assert "the same command goes on from here" in output
     assert "Traceback" not in errors
     done = load_checkpoint(experiment.checkpoint("mobilenet0.25", "last")).training["epoch"]
-    resumed = train(dataset, experiment, f"--epochs={done + 1}")
+    resumed = train(dataset, experiment, f"--epochs={done + 1}", f"--batch_size={batch_size}")
     assert f"continuing after epoch {done}" in resumed.stdout
 
 
@@ -238,6 +240,16 @@ def test_accumulated_batches_make_one_step(dataset: Path, experiment: Experiment
     assert result.returncode == 0, result.stderr
     last = load_checkpoint(experiment.checkpoint("mobilenet0.25", "last"))
     assert int(last.training["averaged"]["n_averaged"]) == 2
+
+
+def test_other_rates_of_parts_cannot_begin_in_the_middle(dataset: Path, experiment: Experiment) -> None:
+    assert train(dataset, experiment, "--epochs=1").returncode == 0
+    result = train(dataset, experiment, "--epochs=2", "--backbone_rate_factor=0.1")
+    assert result.returncode == 1
+    assert "keep --new_rate_factor and --backbone_rate_factor as they were" in result.stderr
+    other = train(dataset, experiment, "--epochs=2", "--optimizer=adamw")
+    assert other.returncode == 1
+    assert "was trained with --optimizer=sgd; keep it" in other.stderr
 
 
 def test_longer_run_follows_the_longer_schedule(dataset: Path, experiment: Experiment) -> None:

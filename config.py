@@ -516,10 +516,14 @@ class EvaluationOptions:
         None, "measure predictions that any detector left as <event>/<image>.txt, instead of running one"
     )
     resume: bool = option(False, "keep the predictions of an interrupted run and detect in the other images only")
+    bootstrap: int = option(0, "draw the images anew so many times (100 or more) to give the AP a standard error")
     save_errors: int = option(0, "draw so many false positives and so many missed faces into errors.png")
 
     def __post_init__(self) -> None:
         _check_not_negative(self, "save_errors")
+        _check(
+            self.bootstrap == 0 or self.bootstrap >= 2, f"--bootstrap is 0, or 2 and more samples, got {self.bootstrap}"
+        )
 
 
 @dataclass(frozen=True)

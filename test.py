@@ -49,7 +49,7 @@ OPTIONS = (
     ModelConfig,
 )
 # The flags that mean something where no detector runs.
-_WITH_GIVEN_PREDICTIONS = {"pred_dir", "gt_dir", "dataset", "save_errors", "experiment_name", "gpu_num"}
+_WITH_GIVEN_PREDICTIONS = {"pred_dir", "gt_dir", "dataset", "save_errors", "bootstrap", "experiment_name", "gpu_num"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -74,7 +74,8 @@ def report(predicted: EvaluationRun, detected: Detected, faces: EvaluationSet, o
     if not predictions:
         example = prediction_file(predicted.folder, faces.names[0])
         raise UserError(f"{predicted.folder}: holds no predictions of these images; expected files like {example}")
-    measured = Measurement(predicted, faces, faces.evaluate(predictions), detected, frozenset(predictions))
+    errors = faces.standard_errors(predictions, options.bootstrap) if options.bootstrap else {}
+    measured = Measurement(predicted, faces, faces.evaluate(predictions), detected, frozenset(predictions), errors)
     results = make_folder(results_folder(predicted.experiment))
     with disk_errors(results):
         write_report(results, measured)

@@ -167,14 +167,17 @@ def test_predictions_of_any_detector(results: Path, tmp_path: Path, shared: Path
         boxes = [f"{' '.join(line.split()[:4])} 0.9" for line in lines[start + 1 : end]]
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.txt").write_text("\n".join([name, str(len(boxes)), *boxes]) + "\n")
-    result = measure(results, f"--pred_dir={tmp_path}", f"--gt_dir={shared / 'data/widerface/val/gt'}")
+    ground_truth = shared / "data/widerface/val/gt"
+    result = measure(results, f"--pred_dir={tmp_path}", f"--gt_dir={ground_truth}", "--bootstrap=50")
     assert result.returncode == 0, result.stderr
     assert "200 of 400 images have no predictions and count as empty; first " in result.stdout
     words = result.stdout.splitlines()[-1].split()
     assert (words[:3], words[4:7], words[8:11]) == (["Easy", "AP", ":"], ["Medium", "AP", ":"], ["Hard", "AP", ":"])
     figures = [float(words[index]) for index in (3, 7, 11)]
     assert all(0.4 < figure < 0.6 for figure in figures)
-    assert list(json.loads((results / "results.json").read_text())["ap"].values()) == pytest.approx(figures, abs=1e-4)
+    about = json.loads((results / "results.json").read_text())
+    assert all(0.01 < error < 0.1 for error in about["ap_standard_errors"].values())
+    assert list(about["ap"].values()) == pytest.approx(figures, abs=1e-4)
 
 
 def test_biubug6_reaches_the_figures_of_its_own_evaluation(results: Path, shared: Path) -> None:

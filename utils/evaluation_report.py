@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -49,6 +49,7 @@ class Measurement:
         evaluation: how the two compare.
         detected: nothing, where the predictions were given.
         with_predictions: the images that have predictions, be they empty.
+        standard_errors: of the average precisions, by subset; empty where they were not asked for.
     """
 
     predicted: EvaluationRun
@@ -56,6 +57,7 @@ class Measurement:
     evaluation: Evaluation
     detected: Detected
     with_predictions: Set[str]
+    standard_errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def without_predictions(self) -> list[str]:
@@ -112,6 +114,9 @@ def describe(measured: Measurement) -> list[str]:
     lines.append(f"{f'face height ({subset} faces)':<24}{'faces':>7}{'recall':>9}{f'score >= {SURE_SCORE}':>14}")
     for row in recall_by_height(measured.faces, measured.evaluation):
         lines.append(f"{row.heights + ' px':<24}{row.faces:>7}{row.recall:>9.3f}{row.recall_sure:>14.3f}")
+    if measured.standard_errors:
+        errors = "   ".join(f"{subset} {error:.4f}" for subset, error in measured.standard_errors.items())
+        lines.append(f"standard error of the AP over such images: {errors}")
     precisions = measured.evaluation.average_precisions
     if measured.faces.official:
         lines.append("   ".join(f"{subset.capitalize()} AP : {value:.4f}" for subset, value in precisions.items()))
@@ -148,6 +153,7 @@ def _as_json(measured: Measurement) -> dict[str, Any]:
         "images": len(measured.faces.truths),
         "faces": {subset: curve.faces for subset, curve in measured.evaluation.curves.items()},
         "ap": measured.evaluation.average_precisions,
+        "ap_standard_errors": dict(measured.standard_errors),
         "recall_by_height": [vars(row) for row in recall_by_height(measured.faces, measured.evaluation)],
         "detected_in_this_run": measured.detected.images,
         "seconds": round(measured.detected.seconds, 2),

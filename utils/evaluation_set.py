@@ -12,7 +12,7 @@ import numpy as np
 from config import ROOT
 from utils.dataset_folder import check_that_they_exist, part_of
 from utils.labels import DatasetError, LabelledImage, read_labels
-from utils.wider_eval import Evaluation, GroundTruth, evaluate, load_ground_truth
+from utils.wider_eval import Evaluation, GroundTruth, bootstrap, evaluate, load_ground_truth
 
 ALL_FACES = "all"
 
@@ -51,6 +51,11 @@ class EvaluationSet:
     def evaluate(self, predictions: dict[str, np.ndarray]) -> Evaluation:
         """See `wider_eval.evaluate`."""
         return evaluate(predictions, self.truths, count_negatives=not self.official)
+
+    def standard_errors(self, predictions: dict[str, np.ndarray], samples: int) -> dict[str, float]:
+        """Of the average precisions, by `wider_eval.bootstrap`."""
+        drawn = bootstrap(predictions, self.truths, count_negatives=not self.official, samples=samples)
+        return {subset: float(values.std(ddof=1)) for subset, values in drawn.items()}
 
 
 def open_evaluation_set(dataset: Path | None, gt_dir: Path | None, *, need_images: bool) -> EvaluationSet:

@@ -131,29 +131,76 @@ def evaluate(
         truths: of one image or more; all have the same subsets.
         count_negatives: whether predictions in images without faces are false. The official tool leaves them out.
     """
-    subsets = tuple(truths[0].subsets)
-    proposals = {subset: np.zeros(len(_THRESHOLDS)) for subset in subsets}
-    found = {subset: np.zeros(len(_THRESHOLDS)) for subset in subsets}
-    lowest, span = _score_range([predictions[truth.name] for truth in truths if truth.name in predictions])
     all_matches = []
+    totals = np.zeros((len(truths[0].subsets), 2, len(_THRESHOLDS)))
+    for matches, counts in _compare_images(predictions, truths, count_negatives):
+        all_matches.append(matches)
+        totals += counts
+    faces = _faces_by_image(truths).sum(axis=0)
+    curves = {
+        subset: _curve(proposals, found, int(count))
+        for subset, (proposals, found), count in zip(truths[0].subsets, totals, faces, strict=True)
+    }
+    return Evaluation(curves, all_matches)
+
+
+def bootstrap(
+    predictions: Mapping[str, np.ndarray],
+    truths: Sequence[GroundTruth],
+    *,
+    count_negatives: bool = False,
+    samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """How much the average precision depends on which images happen to be in the set.
+
+    Images are drawn anew with replacement, as many as there are (Efron, 1979); scores stay scaled as over all of them.
+    Arguments are those of `evaluate`.
+
+    Returns:
+        For each subset, (samples,) average precisions. Their standard deviation is the standard error.
+    """
+    generator = np.random.default_rng(seed)
+    counts = np.stack([each for _, each in _compare_images(predictions, truths, count_negatives)])
+    faces = _faces_by_image(truths)
+    subsets = tuple(truths[0].subsets)
+    precisions = np.zeros((len(subsets), samples))
+    for sample in range(samples):
+        drawn = np.bincount(generator.integers(len(truths), size=len(truths)), minlength=len(truths))
+        totals = np.tensordot(drawn.astype(counts.dtype), counts, axes=1)
+        for number, ((proposals, found), count) in enumerate(zip(totals, drawn @ faces, strict=True)):
+            precisions[number, sample] = _curve(proposals, found, int(count)).average_precision
+    return dict(zip(subsets, precisions, strict=True))
+
+
+def _compare_images(
+    predictions: Mapping[str, np.ndarray], truths: Sequence[GroundTruth], count_negatives: bool
+) -> Iterator[tuple[Matches, np.ndarray]]:
+    """For each image its matches and, by subset and threshold, how many boxes are proposed and how many faces found.
+
+    The counts are (S, 2, 1000).
+    """
+    lowest, span = _score_range([predictions[truth.name] for truth in truths if truth.name in predictions])
     for truth in truths:
         rows = predictions.get(truth.name, np.zeros((0, 5)))
         order = np.argsort(-rows[:, 4], kind="stable")
         matches = _match(rows, order, truth.boxes)
-        all_matches.append(matches)
-        if len(rows) == 0 or (len(truth.boxes) == 0 and not count_negatives):
-            continue
-        scaled = (rows[order, 4] - lowest) / span if span else np.ones(len(rows))
-        # How many predictions, best first, pass each threshold.
-        passing = np.searchsorted(-scaled, -_THRESHOLDS, side="right")
-        finds, is_first = matches.finds[order], matches.is_first[order]
-        for subset in subsets:
-            counts = np.append(truth.subsets[subset], True)[finds]  # -1: a prediction that hits no face is false
-            proposals[subset] += _sums_of_first(counts, passing)
-            found[subset] += _sums_of_first(is_first & counts, passing)
-    faces = {subset: sum(int(truth.subsets[subset].sum()) for truth in truths) for subset in subsets}
-    curves = {subset: _curve(proposals[subset], found[subset], faces[subset]) for subset in subsets}
-    return Evaluation(curves, all_matches)
+        counts = np.zeros((len(truth.subsets), 2, len(_THRESHOLDS)), np.float32)  # exact up to 2^24
+        if len(rows) and (len(truth.boxes) or count_negatives):
+            scaled = (rows[order, 4] - lowest) / span if span else np.ones(len(rows))
+            # How many predictions, best first, pass each threshold.
+            passing = np.searchsorted(-scaled, -_THRESHOLDS, side="right")
+            finds, is_first = matches.finds[order], matches.is_first[order]
+            for number, counted in enumerate(truth.subsets.values()):
+                is_counted = np.append(counted, True)[finds]  # -1: a prediction that hits no face is false
+                counts[number, 0] = _sums_of_first(is_counted, passing)
+                counts[number, 1] = _sums_of_first(is_first & is_counted & (finds >= 0), passing)
+        yield matches, counts
+
+
+def _faces_by_image(truths: Sequence[GroundTruth]) -> np.ndarray:
+    """(I, S) how many faces of each image count in each subset."""
+    return np.array([[int(counted.sum()) for counted in truth.subsets.values()] for truth in truths])
 
 
 def _score_range(predictions: Sequence[np.ndarray]) -> tuple[float, float]:
@@ -208,5 +255,6 @@ def _pixel_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _curve(proposals: np.ndarray, found: np.ndarray, faces: int) -> Curve:
+    proposals, found = proposals.astype(np.float64), found.astype(np.float64)
     precision = np.divide(found, proposals, out=np.zeros_like(found), where=proposals > 0)
     return Curve(precision, found / max(faces, 1), faces)

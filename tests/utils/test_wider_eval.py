@@ -11,7 +11,7 @@ import pytest
 
 from config import UserError
 from tests.ground_truth import save_ground_truth
-from utils.wider_eval import SUBSETS, GroundTruth, evaluate, load_ground_truth
+from utils.wider_eval import SUBSETS, GroundTruth, bootstrap, evaluate, load_ground_truth
 from utils.wider_predictions import read_predictions
 
 
@@ -139,6 +139,21 @@ def test_crowds_are_matched_in_parts_to_the_same_end(monkeypatch: pytest.MonkeyP
     whole = evaluate(rows, [crowd]).average_precisions
     monkeypatch.setattr("utils.wider_eval._OVERLAPS_AT_ONCE", 31)
     assert evaluate(rows, [crowd]).average_precisions == whole
+
+
+def test_bootstrap_draws_images_with_replacement() -> None:
+    """Of two images one is found and one is not: a sample has none, one or two of the found, at 1/4, 1/2 and 1/4."""
+    found, missed = truth("event/a", [[0, 0, 10, 10]], [True]), truth("event/b", [[0, 0, 10, 10]], [True])
+    values = bootstrap({"event/a": np.array([[0, 0, 10, 10, 0.9]])}, [found, missed], samples=4000)["hard"]
+    parts = [np.mean(np.isclose(values, expected)) for expected in (0, 0.5, 1)]
+    assert parts == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
+    assert values.mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_bootstrap_of_images_that_are_alike_has_no_spread() -> None:
+    alike = [truth(f"event/{number}", [[0, 0, 10, 10]], [True]) for number in range(5)]
+    rows = {image.name: np.array([[0, 0, 10, 10, 0.9], [50, 50, 9, 9, 0.1]]) for image in alike}
+    assert bootstrap(rows, alike, samples=20)["easy"].tolist() == pytest.approx([1] * 20)
 
 
 def literal_evaluation(predictions: dict[str, np.ndarray], truths: list[GroundTruth], subset: str) -> float:

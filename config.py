@@ -531,7 +531,9 @@ class InferenceOptions:
     """What inference.py reads and writes."""
 
     inference_dir: str = option(
-        "sample_widerface/images/", "folder under data/ or any path, a single image, a video, or a camera index"
+        "sample_widerface/images/",
+        "folder under data/ or any path, an image, a pattern such as 'photos/*.jpg', a .txt with a path a line, "
+        "a video, or a camera's index",
     )
     inference_save_folder: str = option("inference_results", "where results are written")
     infer_imsize_same: bool = option(True, "images of one size are batched; never changes the result")

@@ -40,13 +40,15 @@ from utils.logger import RunLog
 from utils.optimise import build_average, build_optimizer, build_scheduler, freeze_batch_norm
 from utils.sampler import EpochSampler
 from utils.signals import StopRequest
-from utils.sources import Picture, read_picture
+from utils.sources import Picture, read_pictures
 from utils.structures import Detections
 from utils.wider_predictions import write_predictions
 
 _LOG_EVERY_STEPS = 20
 _ASK_EVERY_STEPS = 10  # steps after which processes agree whether to stop, for to ask costs a message
 _PICTURES_IN_LOG = 4
+# A network that has learnt little finds faces everywhere, and to sort them out takes minutes; a trained one has fewer.
+_VALIDATION_TOP_K = 10_000
 _BATCH_SIZE = 8  # images of one size that share a pass at inference
 _NOTHING = Detections(torch.zeros(0, 4), torch.zeros(0), None)
 
@@ -377,7 +379,8 @@ class Trainer:
         Every process detects in its share of the images.
         """
         copy_from_main(self.result)
-        detector = FaceDetector(self.result, self.config.evaluation)
+        thresholds = self.config.evaluation
+        detector = FaceDetector(self.result, replace(thresholds, top_k=thresholds.top_k or _VALIDATION_TOP_K))
         files = list(zip(validation.names, validation.images or [], strict=True))
         own = files[self.processes.rank :: self.processes.count]
         quiet = None if self.processes.is_main else True
@@ -418,7 +421,7 @@ def detect_files(
     detector: BatchDetector, files: Iterable[tuple[str, Path]], batch_same_sizes: bool = True
 ) -> Iterator[tuple[Picture, Detections]]:
     """Detect in image files, each with its name, in their order; see `detect_pictures`."""
-    return detect_pictures(detector, (read_picture(path, name) for name, path in files), batch_same_sizes)
+    return detect_pictures(detector, read_pictures(files), batch_same_sizes)
 
 
 def predict_files(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -31,10 +32,20 @@ def build_optimizer(network: nn.Module, config: TrainConfig, new_parameters: Seq
 
 
 def build_average(network: nn.Module, decay: float) -> AveragedModel | None:
-    """An exponential moving average of the weights, and of batch normalisation's statistics; None for a decay of 0."""
+    """An exponential moving average of the weights, and of batch normalisation's statistics; None for a decay of 0.
+
+    The decay is smaller in the first steps, (1 + n) / (10 + n) after n of them, or a short run would end with an
+    average in which the untrained weights still weigh.
+    """
     if decay == 0:
         return None
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    @torch.no_grad()
+    def average(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor) -> None:
+        steps = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averaged, current, count)
+
+    return AveragedModel(network, multi_avg_fn=average, use_buffers=True)
 
 
 def build_scheduler(optimizer: Optimizer, config: TrainConfig, steps_per_epoch: int, steps_done: int = 0) -> LambdaLR:

@@ -1,9 +1,12 @@
-"""Where pictures come from: a folder, one file, a video or a camera."""
+"""Where pictures come from: a folder, one file, a list or a pattern of files, a video or a camera."""
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Iterator, Set
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +19,9 @@ from utils.experiment import user_path
 from utils.images import IMAGE_SUFFIXES, UnreadableImageError, read_image
 from utils.writers import OUTPUT_FOLDERS
 
+LIST_SUFFIXES = frozenset([".txt", ".lst"])
 VIDEO_SUFFIXES = frozenset(".mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg .wmv .flv .ts .3gp".split())
+_READERS = 2  # threads; what they hold ready is all that memory is needed for
 
 
 class SourceError(UserError):
@@ -72,15 +77,40 @@ def open_source(name: str, data_root: Path, exclude: Path, max_frames: int) -> S
     """
     candidates = [data_root / name, user_path(name)]
     found = next((path for path in candidates if path.exists()), None)
+    if found is None and any(mark in name for mark in "*?["):
+        return _match_pattern(name, candidates)
     if found is None and name.isdecimal():
         return Video(int(name), f"camera{name}", max_frames)
     if found is None:
         raise SourceError(f"--inference_dir {name}: neither {candidates[0]} nor {candidates[1]} exists")
     if found.is_dir():
         return ImageFolder(found, exclude)
+    if found.suffix.lower() in LIST_SUFFIXES:
+        return _read_list(found)
     if found.suffix.lower() in VIDEO_SUFFIXES:
         return Video(found, found.stem, max_frames)
     return ImageFile(found)
+
+
+def _match_pattern(pattern: str, candidates: Sequence[Path]) -> Source:
+    for candidate in candidates:
+        matched = [Path(path) for path in sorted(glob.glob(str(candidate), recursive=True))]  # noqa: PTH207, the pattern may be absolute
+        paths = [path for path in matched if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
+        if paths:
+            return ImageList(paths, pattern)
+    raise SourceError(f"--inference_dir {pattern}: no image matches it, here or in {candidates[0].parent}")
+
+
+def _read_list(file: Path) -> Source:
+    """The paths in a text file, one a line, from where the command runs or, if nothing is there, from the file."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise SourceError(f"{file}: cannot be read ({error.strerror})") from None
+    paths = [Path(line.strip()) for line in lines if line.strip()]
+    if not paths:
+        raise SourceError(f"{file}: names no image; expected a path a line")
+    return ImageList(list(dict.fromkeys(path if path.exists() else file.parent / path for path in paths)), str(file))
 
 
 class ImageFile:
@@ -117,8 +147,29 @@ class ImageFolder:
             raise SourceError(f"{folder}: holds no image (looked for {suffixes}, in any case)")
 
     def __iter__(self) -> Iterator[Picture]:
-        for name in self.names:
-            yield read_picture(self.folder / name, name)
+        return read_pictures((name, self.folder / name) for name in self.names)
+
+
+class ImageList:
+    """Image files that a pattern or a list names, in its order, each under its path from the folder that holds all.
+
+    A file that does not exist comes out with its problem, like one that cannot be read.
+    """
+
+    ignored = 0
+    frames_per_second: float | None = None
+
+    def __init__(self, paths: Sequence[Path], description: str) -> None:
+        """`paths` holds one or more, none of them twice."""
+        self.description = description
+        absolute = [path.absolute() for path in paths]
+        folder = Path(os.path.commonpath([path.parent for path in absolute]))
+        self.paths = absolute
+        self.names = [path.relative_to(folder).as_posix() for path in absolute]
+        self.total: int | None = len(absolute)
+
+    def __iter__(self) -> Iterator[Picture]:
+        return read_pictures(zip(self.names, self.paths, strict=True))
 
 
 class Video:
@@ -151,6 +202,25 @@ class Video:
         self._capture.release()
         if number == 0:
             raise SourceError(f"{self.description}: holds no frame that OpenCV reads")
+
+
+def read_pictures(files: Iterable[tuple[str, Path]]) -> Iterator[Picture]:
+    """Read image files, each under a name, in their order.
+
+    Threads read and decode the next few while the one that came out is worked on; no more are held in memory.
+    """
+    waiting: deque[Future[Picture]] = deque()
+    with ThreadPoolExecutor(_READERS) as readers:
+        try:
+            for name, path in files:
+                waiting.append(readers.submit(read_picture, path, name))
+                if len(waiting) > _READERS:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for reading in waiting:
+                reading.cancel()
 
 
 def read_picture(path: Path, name: str) -> Picture:

@@ -72,15 +72,18 @@ def test_schedule_can_begin_anywhere() -> None:
 
 
 def test_average_moves_by_what_the_decay_leaves() -> None:
+    """After the first step the decay may be 2/11, and after 99 of them 100/109, but no more than is asked for."""
     module = nn.Linear(1, 1, bias=False)
-    nn.init.constant_(module.weight, 0.0)
-    averaged = build_average(module, 0.75)
-    assert averaged is not None
-    averaged.update_parameters(module)
-    nn.init.constant_(module.weight, 1.0)
-    averaged.update_parameters(module)
-    (weight,) = averaged.module.parameters()
-    assert weight.tolist() == [[pytest.approx(0.25)]]
+    for decay, steps, expected in ((0.1, 1, 0.9), (0.9, 1, 9 / 11), (0.75, 99, 0.25), (0.99, 99, 9 / 109)):
+        averaged = build_average(module, decay)
+        assert averaged is not None
+        nn.init.constant_(module.weight, 0.0)
+        for _ in range(steps):
+            averaged.update_parameters(module)
+        nn.init.constant_(module.weight, 1.0)
+        averaged.update_parameters(module)
+        (weight,) = averaged.module.parameters()
+        assert weight.tolist() == [[pytest.approx(expected)]]
     assert build_average(module, 0) is None
 
 

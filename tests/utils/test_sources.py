@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from utils.images import write_image
-from utils.sources import Source, SourceError, open_source
+from utils.sources import Source, SourceError, open_source, read_pictures
 
 
 def save(path: Path, width: int = 3, height: int = 2) -> None:
@@ -145,3 +146,48 @@ def test_broken_video_is_refused(video: Path, tmp_path: Path, part: float) -> No
     broken.write_bytes(video.read_bytes()[: int(part * video.stat().st_size)])
     with pytest.raises(SourceError, match=r"broken\.MP4: (cannot be opened; not a video|holds no frame)"):
         names_of(open_path(broken))
+
+
+def test_pattern_matches_images_in_any_depth(tmp_path: Path) -> None:
+    for name in ("a.png", "sub/b.png", "sub/deep/c.png"):
+        save(tmp_path / name)
+    (tmp_path / "sub/notes.txt").touch()
+    assert open_path(tmp_path / "*.png").names == ["a.png"]
+    assert open_path(tmp_path / "**/*").names == ["a.png", "sub/b.png", "sub/deep/c.png"]
+    assert names_of(open_path(tmp_path / "sub/**/*.png")) == ["b.png", "deep/c.png"]
+    with pytest.raises(SourceError, match="no image matches it"):
+        open_path(tmp_path / "*.jpg")
+
+
+def test_list_names_pictures_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the working folder, from the list's own, and absolute; one twice, and one that is not there."""
+    for name in ("here/a.png", "lists/b.png", "far/c.png"):
+        save(tmp_path / name)
+    file = tmp_path / "lists/all.txt"
+    file.write_text(f"a.png\n\nb.png\n{tmp_path}/far/c.png\na.png\ngone.png\n")
+    monkeypatch.chdir(tmp_path / "here")
+    source = open_path(file)
+    assert source.names == ["here/a.png", "lists/b.png", "far/c.png", "lists/gone.png"]
+    assert [picture.problem for picture in source] == [None, None, None, "No such file or directory"]
+    file.write_text("\n")
+    with pytest.raises(SourceError, match="names no image; expected a path a line"):
+        open_path(file)
+
+
+def test_pictures_are_read_a_few_ahead_and_in_order(tmp_path: Path) -> None:
+    files = [(f"{number}.png", tmp_path / f"{number}.png") for number in range(12)]
+    for number, (_, path) in enumerate(files):
+        save(path, width=number + 1)
+    given: list[str] = []
+
+    def counted() -> Iterator[tuple[str, Path]]:
+        for name, path in files:
+            given.append(name)
+            yield name, path
+
+    pictures = read_pictures(counted())
+    assert next(pictures).name == "0.png"
+    assert len(given) == 3  # it came out, and two are being read
+    widths = [picture.image.shape[1] for picture in pictures if picture.image is not None]
+    assert widths == list(range(2, 13))
+    assert list(read_pictures([])) == []

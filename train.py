@@ -77,7 +77,7 @@ def train(flags: Flags, device: torch.device, processes: Processes) -> None:
             log.line(f"started from {checkpoint.path.name} ({checkpoint.kind}); {len(new)} tensors start at random")
         if processes.is_main:
             config.save(experiment.config_file)
-        log.line(f"{experiment.folder}: {len(images)} training images on {device}, {processes.count} process(es)")
+        log.line(f"{len(images)} training images on {device}, {processes.count} process(es)", f", {experiment.folder}")
         if validation:
             kind = "mean of easy, medium and hard AP" if validation.official else "AP over all labelled faces"
             log.line(f"validation: {kind} on the {len(validation.truths)} images of {validation.source}")
@@ -85,7 +85,7 @@ def train(flags: Flags, device: torch.device, processes: Processes) -> None:
             log.line("no val/ with label.txt or gt/: ckpt-best will be the newest epoch, not the best one")
         trainer.fit()
     best = experiment.checkpoint(config.model.backbone, "best")
-    log.line(f"done: {best}" + (f", validation AP {trainer.progress.best_ap:.4f}" if validation else ""))
+    log.line("done" + (f", best validation AP {trainer.progress.best_ap:.4f}" if validation else ""), f": {best}")
     log.close()
 
 

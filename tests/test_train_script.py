@@ -68,6 +68,11 @@ def table(experiment: Experiment) -> bytes:
     return (experiment.log_folder / "metrics.csv").read_bytes()
 
 
+def log_lines(experiment: Experiment) -> list[str]:
+    """Without the time of day."""
+    return [line[20:] for line in (experiment.log_folder / "logs.txt").read_text().splitlines()]
+
+
 def losses(experiment: Experiment) -> list[float]:
     with (experiment.log_folder / "metrics.csv").open() as file:
         return [float(row["loss"]) for row in csv.DictReader(file)]
@@ -118,8 +123,11 @@ def test_runs_of_one_seed_have_one_table_however_many_workers(dataset: Path, exp
     flags = ["--epochs=2", "--mosaic_probability=0.5"]
     assert train(dataset, experiment, *flags, "--num_workers=0").returncode == 0
     first = table(experiment)
+    lines = log_lines(experiment)
+    shutil.rmtree(experiment.folder)
     assert train(dataset, experiment, *flags, "--num_workers=2", "--resume=False").returncode == 0
     assert table(experiment) == first
+    assert log_lines(experiment) == lines
     assert train(dataset, experiment, *flags, "--seed=1", "--resume=False").returncode == 0
     assert table(experiment) != first
 

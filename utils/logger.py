@@ -19,8 +19,8 @@ _CURVE_POINTS = 100
 class RunLog:
     """Writes `logs.txt`, `metrics.csv`, `curves.png` and TensorBoard events into a folder, and lines to the terminal.
 
-    A resumed run appends; rows of epochs that are trained again are replaced. The table holds only what two runs of
-    one seed have in common, not how fast they were.
+    A resumed run appends; rows of epochs that are trained again are replaced. Apart from the time of day, files of lines
+    and numbers hold only what two runs of one seed have in common; how fast they were is for the terminal.
 
     Raises:
         OSError: in all methods, where a file cannot be written.
@@ -37,14 +37,19 @@ class RunLog:
         self._logger = logging.getLogger(f"training.{folder}")
         self._logger.setLevel(logging.INFO)
         self._logger.propagate = False
-        for handler in (logging.StreamHandler(sys.stdout), _FileHandler(folder / "logs.txt", encoding="utf-8")):
-            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handlers: dict[str, logging.Handler] = {
+            "%(asctime)s %(message)s%(aside)s": logging.StreamHandler(sys.stdout),
+            "%(asctime)s %(message)s": _FileHandler(folder / "logs.txt", encoding="utf-8"),
+        }
+        for line_format, handler in handlers.items():
+            handler.setFormatter(logging.Formatter(line_format, "%Y-%m-%d %H:%M:%S"))
             self._logger.addHandler(handler)
         self._rows: dict[int, dict[str, float]] = _read_table(folder / "metrics.csv")
 
-    def line(self, text: str) -> None:
+    def line(self, text: str, aside: str = "") -> None:
+        """Write a line; `aside` goes behind it on the terminal alone."""
         if self.folder:
-            self._logger.info(text)
+            self._logger.info(text, extra={"aside": aside})
 
     def step(self, step: int, loss: float, learning_rate: float) -> None:
         """Record how training goes within an epoch; steps are counted over all epochs."""
@@ -83,7 +88,7 @@ class RunLog:
         _write_table(self.folder / "metrics.csv", self._rows)
         _draw_curves(self.folder / "curves.png", self._rows)
         means = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        self.line(f"epoch {epoch}: {means}  ({images_per_second:.1f} images/s)")
+        self.line(f"epoch {epoch}: {means}", aside=f"  ({images_per_second:.1f} images/s)")
 
     def close(self) -> None:
         if not self.folder:

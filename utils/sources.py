@@ -94,7 +94,8 @@ def open_source(name: str, data_root: Path, exclude: Path, max_frames: int) -> S
 
 def _match_pattern(pattern: str, candidates: Sequence[Path]) -> Source:
     for candidate in candidates:
-        matched = [Path(path) for path in sorted(glob.glob(str(candidate), recursive=True))]  # noqa: PTH207, the pattern may be absolute
+        # Path.glob takes no absolute pattern.
+        matched = map(Path, sorted(glob.glob(str(candidate), recursive=True)))  # noqa: PTH207
         paths = [path for path in matched if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
         if paths:
             return ImageList(paths, pattern)

@@ -19,8 +19,8 @@ _CURVE_POINTS = 100
 class RunLog:
     """Writes `logs.txt`, `metrics.csv`, `curves.png` and TensorBoard events into a folder, and lines to the terminal.
 
-    A resumed run appends; rows of epochs that are trained again are replaced. Apart from the time of day, files of lines
-    and numbers hold only what two runs of one seed have in common; how fast they were is for the terminal.
+    A resumed run appends; rows of epochs that are trained again are replaced. Apart from the time of day, lines and
+    numbers in files are what two runs of one seed have in common; how fast they were is for the terminal.
 
     Raises:
         OSError: in all methods, where a file cannot be written.

@@ -13,6 +13,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from config import TrainConfig
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 _WARMUP_START = 0.01  # of the peak
 
 
@@ -41,7 +43,7 @@ def build_average(network: nn.Module, decay: float) -> AveragedModel | None:
         return None
 
     @torch.no_grad()
-    def average(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor) -> None:
+    def average(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
         steps = int(count)
         get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averaged, current, count)
 

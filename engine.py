@@ -417,11 +417,9 @@ class Trainer:
             save_checkpoint(path, self.config, network.state_dict(), **training)
 
 
-def detect_files(
-    detector: BatchDetector, files: Iterable[tuple[str, Path]], batch_same_sizes: bool = True
-) -> Iterator[tuple[Picture, Detections]]:
+def detect_files(detector: BatchDetector, files: Iterable[tuple[str, Path]]) -> Iterator[tuple[Picture, Detections]]:
     """Detect in image files, each with its name, in their order; see `detect_pictures`."""
-    return detect_pictures(detector, read_pictures(files), batch_same_sizes)
+    return detect_pictures(detector, read_pictures(files), batch_same_sizes=True)
 
 
 def predict_files(

@@ -131,6 +131,8 @@ def detect(
     }
     stamp = describe_protocol(protocol, detector.detection)
     predicted = EvaluationRun.of_detector(results_folder(name), name, checkpoint.path.name, stamp, settings)
+    if processes.is_main and not options.resume and (former := predicted.files):
+        print(f"{predicted.folder}: replacing {len(former)} predictions of an earlier run (--resume keeps them)")
     kept = set(value_of_main(predicted.begin(faces.names, resume=options.resume) if processes.is_main else None))
     missing = [file for file in zip(faces.names, faces.images or [], strict=True) if file[0] not in kept]
     files = missing[processes.rank :: processes.count]

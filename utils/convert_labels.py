@@ -24,7 +24,7 @@ from torchvision.ops import box_iou
 from config import ROOT, UserError
 from utils.cli import run
 from utils.experiment import make_folder, user_path
-from utils.files import replacing
+from utils.files import disk_errors, replacing
 from utils.labels import LabelledImage, read_labels, write_labels
 
 _MATCH_IOU = 0.5
@@ -93,10 +93,8 @@ def write_parts(parts: Sequence[Part], overwrite: bool) -> None:
             print(f"{part.target}: skipped, for there is no {part.source}")
             continue
         make_folder(part.target.parent)
-        try:
+        with disk_errors(part.target):
             result = part.write(part.source, part.target)
-        except OSError as error:
-            raise UserError(f"{part.target}: cannot be written ({error})") from None
         print(f"{part.target}: {result}", flush=True)
 
 

@@ -57,6 +57,11 @@ class EvaluationRun:
         """Predictions that are to be made below the folder `results`."""
         return cls(experiment, results / _FOLDER, checkpoint, protocol, settings)
 
+    @property
+    def files(self) -> list[Path]:
+        """The prediction files that are there."""
+        return list(self.folder.rglob("*.txt"))
+
     def begin(self, names: Sequence[str], *, resume: bool) -> list[str]:
         """Make the folder ready.
 
@@ -72,7 +77,7 @@ class EvaluationRun:
             UserError: the folder cannot be written to.
         """
         with disk_errors(make_folder(self.folder)):
-            former = list(self.folder.rglob("*.txt"))
+            former = self.files
             run_file = self.folder.parent / _RUN_FILE
             if resume and former:
                 self._check_same(_read_run_file(run_file).get("settings"))
@@ -87,8 +92,6 @@ class EvaluationRun:
                     "settings": self.settings,
                 }
                 temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            if former:
-                print(f"{self.folder}: replacing {len(former)} predictions of an earlier run (--resume keeps them)")
             return []
 
     def _check_same(self, saved: Mapping[str, Any] | None) -> None:

@@ -61,11 +61,19 @@ BACKBONES: dict[str, tuple[int, float]] = {
     "resnet152": (256, 0.0),
 }
 
-# Side lengths in pixels of the square anchors of one cell, one tuple a pyramid level.
-ANCHOR_SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
-    2: ((16, 32), (64, 128), (256, 512)),
-    3: ((8, 16, 32), (32, 64, 128), (128, 256, 512)),
-}
+# Strides of the pyramid's levels: biubug6's three, or four that begin an octave finer.
+PYRAMIDS: tuple[tuple[int, ...], ...] = ((8, 16, 32), (4, 8, 16, 32))
+
+# Sides of the square anchors of one cell of the finest level, in strides. Every coarser level has four times its sides.
+ANCHOR_SCALES: dict[int, tuple[int, ...]] = {2: (2, 4), 3: (1, 2, 4)}
+
+
+def anchor_sizes_for(num_anchor: int, strides: Sequence[int] = PYRAMIDS[0]) -> tuple[tuple[int, ...], ...]:
+    """The anchor sides in pixels, one tuple a level, that belong to `--num_anchor` and `--strides`."""
+    if num_anchor not in ANCHOR_SCALES:
+        raise ConfigError(f"--num_anchor must be one of {sorted(ANCHOR_SCALES)}, got {num_anchor}")
+    bases = [strides[0] * 4**level for level in range(len(strides))]
+    return tuple(tuple(base * scale for scale in ANCHOR_SCALES[num_anchor]) for base in bases)
 
 
 def option(
@@ -150,7 +158,13 @@ class ModelConfig:
     backbone: str = option("resnet50", "feature extractor", choices=tuple(BACKBONES))
     model_version: str = option("tina", "tina adds the IoU-aware branch to retina", choices=("retina", "tina"))
     anchor_sizes: tuple[tuple[int, ...], ...] = option(
-        ANCHOR_SIZES[3], "anchor sides in pixels, e.g. 16,32/64,128/256,512", kind=parse_anchor_sizes
+        anchor_sizes_for(3), "anchor sides in pixels, e.g. 16,32/64,128/256,512", kind=parse_anchor_sizes
+    )
+    strides: tuple[int, ...] = option(
+        PYRAMIDS[0],
+        "pixels per cell of each pyramid level; 4,8,16,32 sees small faces at twice the resolution and costs four "
+        "times as much",
+        kind=parse_integers,
     )
     activation_slope: float = option(BACKBONES["resnet50"][1], "negative slope of the LeakyReLUs")
     fpn_channels: int = option(BACKBONES["resnet50"][0], "channels of the pyramid and the context modules")
@@ -164,7 +178,6 @@ class ModelConfig:
         choices=REFINEMENTS,
     )
     landmarks: bool = True
-    strides: tuple[int, ...] = (8, 16, 32)
     variances: tuple[float, float] = (0.1, 0.2)
     pixel_mean: tuple[float, float, float] = (104.0, 117.0, 123.0)  # BGR
     stages: tuple[StageConfig, ...] = (StageConfig(), StageConfig())
@@ -172,6 +185,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check(self.backbone in BACKBONES, f"unknown backbone {self.backbone!r}; choose from {', '.join(BACKBONES)}")
         _check(self.model_version in ("retina", "tina"), f"model_version is retina or tina, got {self.model_version!r}")
+        _check(self.strides in PYRAMIDS, f"--strides is 8,16,32 or 4,8,16,32, got {','.join(map(str, self.strides))}")
         _check(
             len(self.anchor_sizes) == len(self.strides),
             f"{len(self.anchor_sizes)} levels of anchor_sizes for {len(self.strides)} strides",
@@ -202,7 +216,7 @@ class ModelConfig:
         defaults: dict[str, Any] = {
             "fpn_channels": channels,
             "activation_slope": slope,
-            "anchor_sizes": anchor_sizes_for(num_anchor),
+            "anchor_sizes": anchor_sizes_for(num_anchor, changes.get("strides", PYRAMIDS[0])),
             "refinement": refinement,
             "stages": stages_for(cascade, refinement),
         }
@@ -231,13 +245,6 @@ class ModelConfig:
         cascade = "T" if self.cascade else "F"
         cascade += "" if self.refinement == "sum" else f"-{self.refinement}"
         return f"{self.backbone}_{version}anc{self.num_anchor}_cas{cascade}_fpn{len(self.strides)}"
-
-
-def anchor_sizes_for(num_anchor: int) -> tuple[tuple[int, ...], ...]:
-    """The anchor sides that belong to `--num_anchor`."""
-    if num_anchor not in ANCHOR_SIZES:
-        raise ConfigError(f"--num_anchor must be one of {sorted(ANCHOR_SIZES)}, got {num_anchor}")
-    return ANCHOR_SIZES[num_anchor]
 
 
 def stages_for(cascade: bool, refinement: str = "sum") -> tuple[StageConfig, ...]:
@@ -597,7 +604,7 @@ def parse_flags(description: str, groups: Sequence[Any], argv: Sequence[str] | N
                 default = "the experiment's" if group is cls else getattr(group, item.name)
                 _add_flag(section, item, hints[item.name], default)
         if cls is ModelConfig:
-            section.add_argument("--num_anchor", type=int, choices=sorted(ANCHOR_SIZES), help="anchors per cell")
+            section.add_argument("--num_anchor", type=int, choices=sorted(ANCHOR_SCALES), help="anchors per cell")
             section.add_argument("--cascade", help="two stages, or one", **_BOOLEAN)
             section.add_argument("--landmark_loss", help="False: a model without landmarks", **_BOOLEAN)
     namespace = parser.parse_args(argv)
@@ -630,10 +637,15 @@ def model_config_from_flags(flags: Flags, base: ModelConfig | None = None) -> Mo
         base = ModelConfig.for_backbone(given.get("backbone", ModelConfig.backbone))
     elif given.get("backbone", base.backbone) != base.backbone:
         base = ModelConfig.for_backbone(
-            given["backbone"], anchor_sizes=base.anchor_sizes, refinement=base.refinement, stages=base.stages
+            given["backbone"],
+            strides=base.strides,
+            anchor_sizes=base.anchor_sizes,
+            refinement=base.refinement,
+            stages=base.stages,
         )
-    if "num_anchor" in given and "anchor_sizes" not in given and given["num_anchor"] != base.num_anchor:
-        given["anchor_sizes"] = anchor_sizes_for(given["num_anchor"])
+    wanted = given.get("num_anchor", base.num_anchor), given.get("strides", base.strides)
+    if "anchor_sizes" not in given and wanted != (base.num_anchor, base.strides):
+        given["anchor_sizes"] = anchor_sizes_for(*wanted)
     if not given.get("cascade", base.cascade):
         given.setdefault("refinement", "sum")  # there is nothing to refine
     cascade, refinement = given.get("cascade", base.cascade), given.get("refinement", base.refinement)

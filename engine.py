@@ -290,7 +290,7 @@ class Trainer:
         backbone = self.network.backbone
         backbone.requires_grad_(not freezes_backbone)
         if train.freeze_bn:
-            freeze_batch_norm(self.network)
+            freeze_batch_norm(self.network, self.new_parameters)
         if freezes_backbone:
             freeze_batch_norm(backbone)
         if self.processes.count > 1 and self._must_wrap(epoch):

@@ -63,6 +63,10 @@ def initialise_from_detector(network: RetinaFace, checkpoint: Checkpoint) -> lis
     copy of the first one with box corrections of zero, so that the new cascade begins by finding what the old detector
     found. Branches that it lacks keep their random start.
 
+    Where the pyramid begins an octave finer than the checkpoint's, each level starts as that level of the checkpoint
+    which sees faces of twice the size, and the network as one that sees the picture at twice its size. A level that
+    the checkpoint lacks begins with the heads of its coarsest one.
+
     Returns:
         Names of the tensors that kept their random start.
 
@@ -74,7 +78,13 @@ def initialise_from_detector(network: RetinaFace, checkpoint: Checkpoint) -> lis
             f"{checkpoint.path}: a detector with {checkpoint.model.backbone}, but the model's backbone is "
             f"{network.config.backbone}; give --backbone={checkpoint.model.backbone}"
         )
-    sources = checkpoint.state
+    sources = dict(checkpoint.state)
+    was, now = checkpoint.model.strides, network.config.strides
+    if (was[0], now[0], network.config.backbone) == (8, 4, "mobilenet0.25"):
+        sources[_STEM] = _as_if_enlarged(sources[_STEM])
+    for name in list(sources):
+        for level in range(len(was), len(now)):
+            sources[re.sub(rf"\.(context|heads)\.{len(was) - 1}\.", rf".\1.{level}.", name)] = sources[name]
     if checkpoint.model.refinement != network.config.refinement:
         sources = {name: tensor for name, tensor in sources.items() if re.match(r"stages\.[1-9]", name) is None}
     state = network.state_dict()
@@ -89,6 +99,19 @@ def initialise_from_detector(network: RetinaFace, checkpoint: Checkpoint) -> lis
             state[name] = source
     network.load_state_dict(state)
     return left
+
+
+_STEM = "backbone.stage1.0.0.weight"
+
+
+def _as_if_enlarged(weight: Tensor) -> Tensor:
+    """A (..., 3, 3) kernel of stride 1 that sees what `weight`, of stride 2, sees in the picture at twice its size.
+
+    The same but for the borders: every pixel of the picture enlarged by bilinear interpolation is a quarter of one
+    pixel and three quarters of its neighbour.
+    """
+    interpolation = weight.new_tensor([[0.75, 0.25, 0.0], [0.25, 0.75, 0.75], [0.0, 0.0, 0.25]])
+    return interpolation @ weight @ interpolation.T
 
 
 def expect_few_faces(network: RetinaFace, probability: float = 0.01) -> None:

@@ -27,8 +27,10 @@ class RetinaFace(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(config.backbone, config.activation_slope)
-        self.fpn = FPN(self.backbone.out_channels, config.fpn_channels, config.activation_slope)  # type: ignore[arg-type]
+        backbone = build_backbone(config.backbone, config.activation_slope, config.strides[0])
+        channels: tuple[int, ...] = backbone.out_channels  # type: ignore[assignment]
+        self.backbone = backbone
+        self.fpn = FPN(channels, config.fpn_channels, config.activation_slope, len(config.strides))
         self.stages = nn.ModuleList(Stage(config) for _ in config.stages)
         # The configuration owns the mean, so checkpoints need not carry it.
         mean = torch.tensor(config.pixel_mean).view(1, 3, 1, 1)

@@ -81,8 +81,11 @@ def rate_factor(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], fl
     return factor
 
 
-def freeze_batch_norm(network: nn.Module) -> None:
-    """Let batch normalisation use and keep its running statistics; its scale and shift still learn."""
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+def freeze_batch_norm(network: nn.Module, new_parameters: Sequence[str] = ()) -> None:
+    """Let batch normalisation use and keep its running statistics; its scale and shift still learn.
+
+    Where its scale is among `new_parameters` it has no statistics yet, and goes on to gather them.
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" not in new_parameters:
             module.eval()

@@ -470,6 +470,25 @@ class WeightOptions:
     )
 
 
+BACKENDS = ("auto", "torch", "compile", "onnx")
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    """How the network is computed; the faces found do not depend on it."""
+
+    backend: str = option(
+        "auto",
+        "what runs the network: torch; compile, which takes up to a minute to start; onnx, ONNX Runtime on the CPU, "
+        "which takes some seconds the first time; auto is onnx once it has been prepared, and torch otherwise",
+        choices=BACKENDS,
+    )
+    fuse: bool = option(True, "fold batch normalisation into the convolutions before it")
+
+    def __post_init__(self) -> None:
+        _check(self.backend in BACKENDS, f"--backend is one of {', '.join(BACKENDS)}, got {self.backend!r}")
+
+
 @dataclass(frozen=True)
 class StartOptions:
     """What training starts from."""

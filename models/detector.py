@@ -11,11 +11,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from config import DEFAULT_EXPERIMENT, ROOT, DetectionConfig, ExperimentConfig, Flags, RunOptions, WeightOptions
+from config import (
+    DEFAULT_EXPERIMENT,
+    ROOT,
+    DetectionConfig,
+    ExperimentConfig,
+    Flags,
+    RunOptions,
+    SpeedOptions,
+    WeightOptions,
+)
 from layers.postprocess import postprocess
+from models.backend import Backend, TorchBackend, build_backend
 from models.retinaface import RetinaFace
 from utils.checkpoint import Checkpoint, CheckpointError, State, load_checkpoint, locate_checkpoint
 from utils.structures import Detections
+
+# For callers in Python: starts at once, and writes nothing.
+_FUSED = SpeedOptions(backend="torch")
 
 
 class FaceDetector:
@@ -26,10 +39,18 @@ class FaceDetector:
     >>> detections.boxes, detections.scores, detections.landmarks
     """
 
-    def __init__(self, network: RetinaFace, detection: DetectionConfig) -> None:
-        """Take a network on its device; it is put into evaluation mode."""
+    def __init__(self, network: RetinaFace, detection: DetectionConfig, speed: SpeedOptions | None = None) -> None:
+        """Take a network on its device; it is put into evaluation mode.
+
+        Args:
+            speed: how a network that learns no more is computed; None computes the network itself, as it is then.
+
+        Raises:
+            ConfigError: the backend that was asked for cannot be had.
+        """
         self.network = network.eval().to(memory_format=torch.channels_last)
         self.detection = detection
+        self.backend: Backend = TorchBackend(self.network) if speed is None else build_backend(self.network, speed)
 
     @classmethod
     def from_experiment(
@@ -38,25 +59,34 @@ class FaceDetector:
         model_weight: str = "ckpt-best.pth",
         device: torch.device | str = "cpu",
         experiments: Path = ROOT / "experiments",
+        speed: SpeedOptions = _FUSED,
         **detection: Any,
     ) -> FaceDetector:
         """The detector of `experiments/<name>/`; keywords such as `confidence_threshold=0.3` replace its thresholds.
 
         Raises:
             CheckpointError: there is no such experiment or checkpoint, or it cannot be read.
+            ConfigError: the backend that `speed` asks for cannot be had.
         """
-        return cls.from_checkpoint(locate_checkpoint(experiments, name, model_weight), device, **detection)
+        return cls.from_checkpoint(locate_checkpoint(experiments, name, model_weight), device, speed, **detection)
 
     @classmethod
-    def from_checkpoint(cls, path: Path | str, device: torch.device | str = "cpu", **detection: Any) -> FaceDetector:
+    def from_checkpoint(
+        cls,
+        path: Path | str,
+        device: torch.device | str = "cpu",
+        speed: SpeedOptions = _FUSED,
+        **detection: Any,
+    ) -> FaceDetector:
         """The detector of any supported checkpoint file: ours, the original's or biubug6's.
 
         Raises:
             CheckpointError: the file cannot be read or is of no kind that is known here.
+            ConfigError: the backend that `speed` asks for cannot be had.
         """
         checkpoint = load_checkpoint(Path(path), Flags({}))
         thresholds = (checkpoint.experiment or ExperimentConfig()).inference
-        return cls(build_network(checkpoint).to(device), dataclasses.replace(thresholds, **detection))
+        return cls(build_network(checkpoint).to(device), dataclasses.replace(thresholds, **detection), speed)
 
     def detect(self, image: np.ndarray) -> Detections:
         """The faces of one image.
@@ -74,8 +104,7 @@ class FaceDetector:
         """The faces of images of one size, in one pass; see `detect`."""
         stacked = torch.from_numpy(np.stack(images)).to(self.network.pixel_mean.device)
         height, width = stacked.shape[1:3]
-        outputs = self.network(stacked.permute(0, 3, 1, 2))
-        detections = postprocess(outputs[-1], (height, width), self.network.config, self.detection)
+        detections = postprocess(self.backend(stacked), (height, width), self.network.config, self.detection)
         return [found.cpu() for found in detections]
 
 
@@ -85,7 +114,7 @@ def open_detector(
     """The detector that a command line asks for.
 
     Args:
-        flags: of `RunOptions`, `WeightOptions`, `ModelConfig` and `DetectionConfig`.
+        flags: of `RunOptions`, `WeightOptions`, `ModelConfig`, `DetectionConfig` and `SpeedOptions`.
         purpose: whose saved thresholds hold where no flag is given.
 
     Returns:
@@ -94,12 +123,13 @@ def open_detector(
 
     Raises:
         CheckpointError: there is no such checkpoint, it cannot be read, or a flag contradicts it.
+        ConfigError: the backend that was asked for cannot be had.
     """
     asked_name = flags.apply(RunOptions()).experiment_name
     path = locate_checkpoint(experiments, asked_name or DEFAULT_EXPERIMENT, flags.apply(WeightOptions()).model_weight)
     checkpoint = load_checkpoint(path, flags)
     thresholds = getattr(checkpoint.experiment or ExperimentConfig(), purpose)
-    detector = FaceDetector(build_network(checkpoint).to(device), flags.apply(thresholds))
+    detector = FaceDetector(build_network(checkpoint).to(device), flags.apply(thresholds), flags.apply(SpeedOptions()))
     is_in_experiment = path.parent.parent.parent == experiments
     return detector, checkpoint, asked_name or (path.parent.parent.name if is_in_experiment else path.stem)
 

@@ -293,6 +293,7 @@ class LossConfig:
     box_weight: float = option(2.0, "weight of the box loss")
     landmark_weight: float = option(0.1, "weight of the landmark loss")
     iou_weight: float = option(1.0, "weight of the IoU branch's loss (tina)")
+    distil_weight: float = option(1.0, "weight of the loss towards the scores of --teacher")
     negative_ratio: int = option(7, "hard negatives mined per positive prior by ohem_ce")
 
     def __post_init__(self) -> None:
@@ -304,6 +305,7 @@ class LossConfig:
             chosen = getattr(self, name)
             _check(chosen in losses, f"--{name} is one of {', '.join(losses)}, got {chosen!r}")
         _check_positive(self, "class_weight", "box_weight", "landmark_weight", "iou_weight", "negative_ratio")
+        _check_positive(self, "distil_weight")
 
 
 CACHES = ("none", "ram", "disk")
@@ -379,6 +381,11 @@ class TrainConfig:
     freeze_backbone_epochs: int = option(0, "epochs at the beginning in which the backbone does not learn")
     new_rate_factor: float = option(
         1.0, "learning rate of what --pretrained_detector lacks, such as the IoU branch, relative to the rest"
+    )
+    teacher: str | None = option(
+        None,
+        "checkpoint of a detector with the same anchors whose scores, averaged over a crop and its mirror image, are "
+        "learnt besides the labels",
     )
     momentum: float = option(0.9, "momentum of SGD")
     weight_decay: float = option(5e-4, "weight decay")

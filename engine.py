@@ -22,6 +22,7 @@ from config import ExperimentConfig, UserError
 from layers.multibox_loss import MultiBoxLoss
 from models.detector import FaceDetector
 from models.retinaface import RetinaFace
+from models.teacher import Teacher
 from utils.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from utils.datasets import Batch, FaceDataset, collate
 from utils.distributed import (
@@ -109,6 +110,7 @@ class Trainer:
         weights: Sequence[float] | None = None,
         processes: Processes = ALONE,
         new_parameters: Sequence[str] = (),
+        teacher: Teacher | None = None,
     ) -> None:
         """Prepare a run.
 
@@ -118,6 +120,7 @@ class Trainer:
             weights: how often each is drawn relative to the others; None draws each once an epoch.
             validation: what decides which checkpoint is the best.
             new_parameters: names of those that start at random while the others do not.
+            teacher: on the same device, of the same priors.
 
         Raises:
             TrainingError: what is asked for needs CUDA, or the batch cannot be shared.
@@ -131,6 +134,7 @@ class Trainer:
         self.experiment = experiment
         self.images = images
         self.validation = validation
+        self.teacher = teacher
         self.log = log
         self.processes = processes
         self.parallel: nn.Module = self.network
@@ -313,7 +317,8 @@ class Trainer:
         images = batch.images.to(self.device, non_blocking=True).float().contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.float16, enabled=train.amp):
             outputs = parallel(images)
-        terms = self.loss(outputs, batch.targets.to(self.device), (images.shape[2], images.shape[3]))
+            lesson = self.teacher(images) if self.teacher else None
+        terms = self.loss(outputs, batch.targets.to(self.device), (images.shape[2], images.shape[3]), lesson)
         total = torch.stack(list(terms.values())).sum()
         first_of_group = (step - 1) // train.accumulate * train.accumulate
         self.scaler.scale(total / (min(first_of_group + train.accumulate, self.batches) - first_of_group)).backward()

@@ -22,8 +22,10 @@ from config import (
     parse_flags,
 )
 from engine import Trainer
+from models.detector import build_network
 from models.initialise import expect_few_faces, initialise_backbone, initialise_from_detector
 from models.retinaface import RetinaFace
+from models.teacher import Teacher
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.cli import choose_device, run
 from utils.contact_sheet import write_contact_sheet
@@ -62,7 +64,16 @@ def train(flags: Flags, device: torch.device, processes: Processes) -> None:
     log = RunLog(make_folder(experiment.log_folder) if processes.is_main else None)
     network.to(device)
     trainer = Trainer(
-        network, config, experiment, images, validation, log, weights=weights, processes=processes, new_parameters=new
+        network,
+        config,
+        experiment,
+        images,
+        validation,
+        log,
+        weights=weights,
+        processes=processes,
+        new_parameters=new,
+        teacher=open_teacher(config, device),
     )
     with disk_errors(experiment.folder):
         if start.show_batch:
@@ -117,6 +128,20 @@ def open_experiment(
         evaluation=saved.evaluation,
     )
     return named or Experiment(ROOT / "experiments" / model.name), config, checkpoint
+
+
+def open_teacher(config: ExperimentConfig, device: torch.device) -> Teacher | None:
+    """The detector that `--teacher` names, if it does."""
+    if config.train.teacher is None:
+        return None
+    checkpoint = load_checkpoint(user_path(config.train.teacher))
+    for name in ("strides", "anchor_sizes"):
+        his, ours = getattr(checkpoint.model, name), getattr(config.model, name)
+        if his != ours:
+            raise ConfigError(
+                f"--teacher {checkpoint.path.name}: its {name} are {his}, the model's {ours}; they must agree"
+            )
+    return Teacher(build_network(checkpoint).to(device))
 
 
 def initialise(network: RetinaFace, start: StartOptions, checkpoint: Checkpoint | None, loss: LossConfig) -> list[str]:

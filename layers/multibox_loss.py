@@ -40,7 +40,11 @@ class MultiBoxLoss:
         self.model = model
 
     def __call__(
-        self, outputs: Sequence[StageOutput], targets: BatchTargets, image_size_hw: tuple[int, int]
+        self,
+        outputs: Sequence[StageOutput],
+        targets: BatchTargets,
+        image_size_hw: tuple[int, int],
+        teacher_scores: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Weighted terms, `stage1/class` and so on; their sum is what to minimise.
 
@@ -51,6 +55,7 @@ class MultiBoxLoss:
             outputs: one a stage, B images each.
             targets: of B images, on the device of the outputs.
             image_size_hw: height and width of the network's input in pixels.
+            teacher_scores: (B, P) in [0, 1], what a teacher says of every prior.
         """
         device = outputs[0].class_logits.device
         fixed = prior_boxes(image_size_hw, self.model.anchor_sizes, self.model.strides, device)
@@ -60,7 +65,11 @@ class MultiBoxLoss:
             thresholds = (stage.match_iou, stage.background_iou)
             priors = output.priors
             matched = match_fixed(*thresholds) if priors is None else Matched.of(targets, priors, *thresholds)
-            for name, value in self._stage_terms(_in_float32(output), matched, image_size_hw).items():
+            found = _in_float32(output)
+            values = self._stage_terms(found, matched, image_size_hw)
+            if teacher_scores is not None:
+                values["distil"] = distillation_loss(found.class_logits, teacher_scores) / matched.count
+            for name, value in values.items():
                 terms[f"stage{number}/{name}"] = self._weight(stage, name) * value
         return terms
 
@@ -199,6 +208,21 @@ def focal_loss(class_logits: Tensor, positive: Tensor, background: Tensor) -> Te
     face_logits = class_logits[..., 1] - class_logits[..., 0]
     losses = sigmoid_focal_loss(face_logits, positive.to(face_logits.dtype), alpha=0.25, gamma=2.0)
     return torch.where(positive | background, losses, 0.0).sum()
+
+
+def distillation_loss(class_logits: Tensor, teacher_scores: Tensor) -> Tensor:
+    """How far the face scores are from a teacher's, as the divergence of two Bernoullis (arXiv:1503.02531).
+
+    Args:
+        class_logits: (B, P, 2).
+        teacher_scores: (B, P) in [0, 1].
+
+    Returns:
+        The sum over all priors; 0 where the scores are equal.
+    """
+    face_logits = class_logits[..., 1] - class_logits[..., 0]
+    cross_entropy = F.binary_cross_entropy_with_logits(face_logits, teacher_scores, reduction="sum")
+    return cross_entropy - F.binary_cross_entropy(teacher_scores, teacher_scores, reduction="sum")
 
 
 def wing_loss(errors: Tensor) -> Tensor:

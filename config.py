@@ -61,19 +61,30 @@ BACKBONES: dict[str, tuple[int, float]] = {
     "resnet152": (256, 0.0),
 }
 
-# Strides of the pyramid's levels: biubug6's three, or four that begin an octave finer.
-PYRAMIDS: tuple[tuple[int, ...], ...] = ((8, 16, 32), (4, 8, 16, 32))
+# Side lengths in pixels of the square anchors of one cell, one tuple a pyramid level, of strides 8, 16 and 32.
+ANCHOR_SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
+    2: ((16, 32), (64, 128), (256, 512)),
+    3: ((8, 16, 32), (32, 64, 128), (128, 256, 512)),
+}
+# How many of four levels may be fine: see `ModelConfig.fine_levels`.
+FINE_LEVELS = (0, 1, 2, 3)
 
-# Sides of the square anchors of one cell of the finest level, in strides. Every coarser level has four times its sides.
-ANCHOR_SCALES: dict[int, tuple[int, ...]] = {2: (2, 4), 3: (1, 2, 4)}
+
+def anchor_sizes_for(num_anchor: int, fine_levels: int = 0) -> tuple[tuple[int, ...], ...]:
+    """The anchor sides in pixels that belong to `--num_anchor` and `--fine_levels`.
+
+    Fine levels have the anchors of the enlarged picture: half as large, seen from its original.
+    """
+    if num_anchor not in ANCHOR_SIZES:
+        raise ConfigError(f"--num_anchor must be one of {sorted(ANCHOR_SIZES)}, got {num_anchor}")
+    usual = ANCHOR_SIZES[num_anchor]
+    fine = tuple(tuple(size // 2 for size in level) for level in usual[:fine_levels])
+    return fine + usual[max(fine_levels - 1, 0) :]
 
 
-def anchor_sizes_for(num_anchor: int, strides: Sequence[int] = PYRAMIDS[0]) -> tuple[tuple[int, ...], ...]:
-    """The anchor sides in pixels, one tuple a level, that belong to `--num_anchor` and `--strides`."""
-    if num_anchor not in ANCHOR_SCALES:
-        raise ConfigError(f"--num_anchor must be one of {sorted(ANCHOR_SCALES)}, got {num_anchor}")
-    bases = [strides[0] * 4**level for level in range(len(strides))]
-    return tuple(tuple(base * scale for scale in ANCHOR_SCALES[num_anchor]) for base in bases)
+def strides_for(fine_levels: int) -> tuple[int, ...]:
+    """Pixels per cell of every pyramid level."""
+    return (4, 8, 16, 32) if fine_levels else (8, 16, 32)
 
 
 def option(
@@ -158,13 +169,13 @@ class ModelConfig:
     backbone: str = option("resnet50", "feature extractor", choices=tuple(BACKBONES))
     model_version: str = option("tina", "tina adds the IoU-aware branch to retina", choices=("retina", "tina"))
     anchor_sizes: tuple[tuple[int, ...], ...] = option(
-        anchor_sizes_for(3), "anchor sides in pixels, e.g. 16,32/64,128/256,512", kind=parse_anchor_sizes
+        ANCHOR_SIZES[3], "anchor sides in pixels, e.g. 16,32/64,128/256,512", kind=parse_anchor_sizes
     )
-    strides: tuple[int, ...] = option(
-        PYRAMIDS[0],
-        "pixels per cell of each pyramid level; 4,8,16,32 sees small faces at twice the resolution and costs four "
-        "times as much",
-        kind=parse_integers,
+    fine_levels: int = option(
+        0,
+        "pyramid levels taken from the picture at twice its size, for faces down to half the size, at about five times "
+        "the cost: of the four levels of strides 4, 8, 16 and 32 the first so many; 0 has three levels and none of it",
+        choices=FINE_LEVELS,
     )
     activation_slope: float = option(BACKBONES["resnet50"][1], "negative slope of the LeakyReLUs")
     fpn_channels: int = option(BACKBONES["resnet50"][0], "channels of the pyramid and the context modules")
@@ -178,6 +189,7 @@ class ModelConfig:
         choices=REFINEMENTS,
     )
     landmarks: bool = True
+    strides: tuple[int, ...] = (8, 16, 32)
     variances: tuple[float, float] = (0.1, 0.2)
     pixel_mean: tuple[float, float, float] = (104.0, 117.0, 123.0)  # BGR
     stages: tuple[StageConfig, ...] = (StageConfig(), StageConfig())
@@ -185,7 +197,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check(self.backbone in BACKBONES, f"unknown backbone {self.backbone!r}; choose from {', '.join(BACKBONES)}")
         _check(self.model_version in ("retina", "tina"), f"model_version is retina or tina, got {self.model_version!r}")
-        _check(self.strides in PYRAMIDS, f"--strides is 8,16,32 or 4,8,16,32, got {','.join(map(str, self.strides))}")
+        _check(self.fine_levels in FINE_LEVELS, f"--fine_levels is one of {FINE_LEVELS}, got {self.fine_levels}")
+        _check(
+            self.strides == strides_for(self.fine_levels),
+            f"--fine_levels={self.fine_levels} has strides {strides_for(self.fine_levels)}, got {self.strides}",
+        )
         _check(
             len(self.anchor_sizes) == len(self.strides),
             f"{len(self.anchor_sizes)} levels of anchor_sizes for {len(self.strides)} strides",
@@ -207,7 +223,14 @@ class ModelConfig:
 
     @classmethod
     def for_backbone(
-        cls, backbone: str, *, num_anchor: int = 3, cascade: bool = True, refinement: str = "sum", **changes: Any
+        cls,
+        backbone: str,
+        *,
+        num_anchor: int = 3,
+        fine_levels: int = 0,
+        cascade: bool = True,
+        refinement: str = "sum",
+        **changes: Any,
     ) -> ModelConfig:
         """The usual configuration of a backbone; `changes` are fields set otherwise."""
         if backbone not in BACKBONES:
@@ -216,7 +239,9 @@ class ModelConfig:
         defaults: dict[str, Any] = {
             "fpn_channels": channels,
             "activation_slope": slope,
-            "anchor_sizes": anchor_sizes_for(num_anchor, changes.get("strides", PYRAMIDS[0])),
+            "anchor_sizes": anchor_sizes_for(num_anchor, fine_levels),
+            "fine_levels": fine_levels,
+            "strides": strides_for(fine_levels),
             "refinement": refinement,
             "stages": stages_for(cascade, refinement),
         }
@@ -304,8 +329,8 @@ class LossConfig:
         ):
             chosen = getattr(self, name)
             _check(chosen in losses, f"--{name} is one of {', '.join(losses)}, got {chosen!r}")
-        _check_positive(self, "class_weight", "box_weight", "landmark_weight", "iou_weight", "negative_ratio")
-        _check_positive(self, "distil_weight")
+        _check_positive(self, "class_weight", "box_weight", "landmark_weight", "iou_weight", "distil_weight")
+        _check_positive(self, "negative_ratio")
 
 
 CACHES = ("none", "ram", "disk")
@@ -384,8 +409,8 @@ class TrainConfig:
     )
     teacher: str | None = option(
         None,
-        "checkpoint of a detector with the same anchors whose scores, averaged over a crop and its mirror image, are "
-        "learnt besides the labels",
+        "checkpoint of a detector whose scores, averaged over a crop and its mirror image, are learnt besides the "
+        "labels; it is built with the model's fine levels",
     )
     momentum: float = option(0.9, "momentum of SGD")
     weight_decay: float = option(5e-4, "weight decay")
@@ -630,7 +655,7 @@ def parse_flags(description: str, groups: Sequence[Any], argv: Sequence[str] | N
                 default = "the experiment's" if group is cls else getattr(group, item.name)
                 _add_flag(section, item, hints[item.name], default)
         if cls is ModelConfig:
-            section.add_argument("--num_anchor", type=int, choices=sorted(ANCHOR_SCALES), help="anchors per cell")
+            section.add_argument("--num_anchor", type=int, choices=sorted(ANCHOR_SIZES), help="anchors per cell")
             section.add_argument("--cascade", help="two stages, or one", **_BOOLEAN)
             section.add_argument("--landmark_loss", help="False: a model without landmarks", **_BOOLEAN)
     namespace = parser.parse_args(argv)
@@ -664,14 +689,15 @@ def model_config_from_flags(flags: Flags, base: ModelConfig | None = None) -> Mo
     elif given.get("backbone", base.backbone) != base.backbone:
         base = ModelConfig.for_backbone(
             given["backbone"],
-            strides=base.strides,
             anchor_sizes=base.anchor_sizes,
+            fine_levels=base.fine_levels,
             refinement=base.refinement,
             stages=base.stages,
         )
-    wanted = given.get("num_anchor", base.num_anchor), given.get("strides", base.strides)
-    if "anchor_sizes" not in given and wanted != (base.num_anchor, base.strides):
-        given["anchor_sizes"] = anchor_sizes_for(*wanted)
+    priors = given.get("num_anchor", base.num_anchor), given.get("fine_levels", base.fine_levels)
+    if "anchor_sizes" not in given and priors != (base.num_anchor, base.fine_levels):
+        given["anchor_sizes"] = anchor_sizes_for(*priors)
+    given["strides"] = strides_for(priors[1])
     if not given.get("cascade", base.cascade):
         given.setdefault("refinement", "sum")  # there is nothing to refine
     cascade, refinement = given.get("cascade", base.cascade), given.get("refinement", base.refinement)

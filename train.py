@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from itertools import chain
 
@@ -22,7 +23,6 @@ from config import (
     parse_flags,
 )
 from engine import Trainer
-from models.detector import build_network
 from models.initialise import expect_few_faces, initialise_backbone, initialise_from_detector
 from models.retinaface import RetinaFace
 from models.teacher import Teacher
@@ -131,17 +131,15 @@ def open_experiment(
 
 
 def open_teacher(config: ExperimentConfig, device: torch.device) -> Teacher | None:
-    """The detector that `--teacher` names, if it does."""
+    """The detector that `--teacher` names, if it does, with the levels of the model."""
     if config.train.teacher is None:
         return None
     checkpoint = load_checkpoint(user_path(config.train.teacher))
-    for name in ("strides", "anchor_sizes"):
-        his, ours = getattr(checkpoint.model, name), getattr(config.model, name)
-        if his != ours:
-            raise ConfigError(
-                f"--teacher {checkpoint.path.name}: its {name} are {his}, the model's {ours}; they must agree"
-            )
-    return Teacher(build_network(checkpoint).to(device))
+    levels = {name: getattr(config.model, name) for name in ("fine_levels", "strides", "anchor_sizes")}
+    network = RetinaFace(dataclasses.replace(checkpoint.model, **levels))
+    if initialise_from_detector(network, checkpoint):
+        raise ConfigError(f"--teacher {checkpoint.path}: its anchors are not those of the model; choose another")
+    return Teacher(network.to(device))
 
 
 def initialise(network: RetinaFace, start: StartOptions, checkpoint: Checkpoint | None, loss: LossConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""Feature extractors: modules that return features of doubling strides from 4 or 8 on, finest first."""
+"""Feature extractors: modules that return features of strides 8, 16 and 32, finest first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol, cast
 import torchvision
 from torch import Tensor, nn
 
-from models.net import conv_bn_act, depthwise_separable
+from models.net import conv_bn_act
 
 
 class Backbone(Protocol):
@@ -21,18 +21,15 @@ class Backbone(Protocol):
 
 
 class MobileNetV1(nn.Module):
-    """MobileNetV1 (arXiv:1704.04861) at a quarter of its width, cut after each of its last three strides.
-
-    They are 8, 16 and 32. With a finest stride of 4 the first convolution has a stride of 1, which halves them all.
-    """
+    """MobileNetV1 (arXiv:1704.04861) at a quarter of its width, cut after strides 8, 16 and 32."""
 
     out_channels = (64, 128, 256)
 
-    def __init__(self, slope: float, finest_stride: int) -> None:
+    def __init__(self, slope: float) -> None:
         super().__init__()
-        separable = partial(depthwise_separable, slope=slope)
+        separable = partial(_depthwise_separable, slope=slope)
         self.stage1 = nn.Sequential(
-            conv_bn_act(3, 8, 3, slope, stride=finest_stride // 4),
+            conv_bn_act(3, 8, 3, slope, stride=2),
             separable(8, 16),
             separable(16, 32, stride=2),
             separable(32, 32),
@@ -49,42 +46,41 @@ class MobileNetV1(nn.Module):
         return features
 
 
+def _depthwise_separable(in_channels: int, out_channels: int, slope: float, stride: int = 1) -> nn.Sequential:
+    depthwise = conv_bn_act(in_channels, in_channels, 3, slope, stride, groups=in_channels)
+    return depthwise.extend(conv_bn_act(in_channels, out_channels, 1, slope))
+
+
 class ResNet(nn.Module):
-    """torchvision's ResNet without its classifier, cut after `layer2`, `layer3` and `layer4` (strides 8, 16 and 32).
+    """torchvision's ResNet without its classifier, cut after `layer2`, `layer3` and `layer4`."""
 
-    With a finest stride of 4 also after `layer1`.
-    """
-
-    def __init__(self, architecture: str, finest_stride: int) -> None:
+    def __init__(self, architecture: str) -> None:
         super().__init__()
         network = cast(torchvision.models.ResNet, torchvision.models.get_model(architecture, weights=None))
         widest = network.fc.in_features
-        self.out_channels = (widest // 8, widest // 4, widest // 2, widest)[0 if finest_stride == 4 else 1 :]
+        self.out_channels = (widest // 4, widest // 2, widest)
         self.conv1, self.bn1, self.relu, self.maxpool = network.conv1, network.bn1, network.relu, network.maxpool
         self.layer1, self.layer2 = network.layer1, network.layer2
         self.layer3, self.layer4 = network.layer3, network.layer4
 
     def forward(self, images: Tensor) -> list[Tensor]:
         stem = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        features = [self.layer1(stem)]
-        for layer in (self.layer2, self.layer3, self.layer4):
+        features = [self.layer2(self.layer1(stem))]
+        for layer in (self.layer3, self.layer4):
             features.append(layer(features[-1]))
-        return features[-len(self.out_channels) :]
+        return features
 
 
-def _build_resnet(architecture: str, _slope: float, finest_stride: int) -> nn.Module:
-    return ResNet(architecture, finest_stride)
+def _build_resnet(architecture: str, _slope: float) -> nn.Module:
+    return ResNet(architecture)
 
 
-_BUILDERS: dict[str, Callable[[float, int], nn.Module]] = {
+_BUILDERS: dict[str, Callable[[float], nn.Module]] = {
     "mobilenet0.25": MobileNetV1,
     **{name: partial(_build_resnet, name) for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
 }
 
 
-def build_backbone(name: str, slope: float, finest_stride: int = 8) -> nn.Module:
-    """A randomly initialised backbone; `slope` is for those with LeakyReLU (a ResNet keeps its ReLU).
-
-    Its features begin at `finest_stride`, 4 or 8, and end at 16 or 32: see the classes.
-    """
-    return _BUILDERS[name](slope, finest_stride)
+def build_backbone(name: str, slope: float) -> nn.Module:
+    """A randomly initialised backbone; `slope` is for those with LeakyReLU (a ResNet keeps its ReLU)."""
+    return _BUILDERS[name](slope)

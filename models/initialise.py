@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from config import UserError
+from config import ModelConfig, UserError
 from models.detector import load_strictly
 from models.retinaface import RetinaFace
 from utils.checkpoint import Checkpoint, CheckpointError, State, load_backbone
@@ -63,9 +63,8 @@ def initialise_from_detector(network: RetinaFace, checkpoint: Checkpoint) -> lis
     copy of the first one with box corrections of zero, so that the new cascade begins by finding what the old detector
     found. Branches that it lacks keep their random start.
 
-    Where the pyramid begins an octave finer than the checkpoint's, each level starts as that level of the checkpoint
-    which sees faces of twice the size, and the network as one that sees the picture at twice its size. A level that
-    the checkpoint lacks begins with the heads of its coarsest one.
+    Levels correspond by their strides in the picture that they see, so a network with fine levels begins as the
+    detector that is shown the picture at both sizes.
 
     Returns:
         Names of the tensors that kept their random start.
@@ -78,13 +77,7 @@ def initialise_from_detector(network: RetinaFace, checkpoint: Checkpoint) -> lis
             f"{checkpoint.path}: a detector with {checkpoint.model.backbone}, but the model's backbone is "
             f"{network.config.backbone}; give --backbone={checkpoint.model.backbone}"
         )
-    sources = dict(checkpoint.state)
-    was, now = checkpoint.model.strides, network.config.strides
-    if (was[0], now[0], network.config.backbone) == (8, 4, "mobilenet0.25"):
-        sources[_STEM] = _as_if_enlarged(sources[_STEM])
-    for name in list(sources):
-        for level in range(len(was), len(now)):
-            sources[re.sub(rf"\.(context|heads)\.{len(was) - 1}\.", rf".\1.{level}.", name)] = sources[name]
+    sources = _by_level_of(network.config, checkpoint)
     if checkpoint.model.refinement != network.config.refinement:
         sources = {name: tensor for name, tensor in sources.items() if re.match(r"stages\.[1-9]", name) is None}
     state = network.state_dict()
@@ -101,17 +94,26 @@ def initialise_from_detector(network: RetinaFace, checkpoint: Checkpoint) -> lis
     return left
 
 
-_STEM = "backbone.stage1.0.0.weight"
+def _by_level_of(model: ModelConfig, checkpoint: Checkpoint) -> State:
+    """The checkpoint's tensors, those of its levels under the numbers that the levels have in `model`."""
+    own = _strides_seen(checkpoint.model)
+    if _strides_seen(model) == own:
+        return checkpoint.state
+    sources = {}
+    for name, tensor in checkpoint.state.items():
+        part = re.fullmatch(r"(stages\.\d+\.(?:context|heads))\.(\d+)\.(.+)", name)
+        if part is None:
+            sources[name] = tensor
+            continue
+        for level, stride in enumerate(_strides_seen(model)):
+            if own.index(stride) == int(part[2]):  # of a fine and another level of one stride, the first
+                sources[f"{part[1]}.{level}.{part[3]}"] = tensor
+    return sources
 
 
-def _as_if_enlarged(weight: Tensor) -> Tensor:
-    """A (..., 3, 3) kernel of stride 1 that sees what `weight`, of stride 2, sees in the picture at twice its size.
-
-    The same but for the borders: every pixel of the picture enlarged by bilinear interpolation is a quarter of one
-    pixel and three quarters of its neighbour.
-    """
-    interpolation = weight.new_tensor([[0.75, 0.25, 0.0], [0.25, 0.75, 0.75], [0.0, 0.0, 0.25]])
-    return interpolation @ weight @ interpolation.T
+def _strides_seen(model: ModelConfig) -> list[int]:
+    """The stride of every level in the picture that it is computed from, which for fine levels is the enlarged one."""
+    return [stride * (2 if level < model.fine_levels else 1) for level, stride in enumerate(model.strides)]
 
 
 def expect_few_faces(network: RetinaFace, probability: float = 0.01) -> None:

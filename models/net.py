@@ -25,44 +25,24 @@ def conv_bn_act(
     return block.append(nn.LeakyReLU(slope, inplace=True))
 
 
-def depthwise_separable(in_channels: int, out_channels: int, slope: float, stride: int = 1) -> nn.Sequential:
-    """The block of MobileNetV1 (arXiv:1704.04861): a 3x3 convolution of each channel, then a 1x1 of all."""
-    depthwise = conv_bn_act(in_channels, in_channels, 3, slope, stride, groups=in_channels)
-    return depthwise.extend(conv_bn_act(in_channels, out_channels, 1, slope))
-
-
 class FPN(nn.Module):
-    """Feature pyramid (arXiv:1612.03144) of the levels given, finest first, and of coarser ones made from the last.
+    """Feature pyramid (arXiv:1612.03144) of exactly the levels given, finest first.
 
-    The coarsest level given is its lateral projection; every finer one is merged with the level above by a 3x3
-    convolution. Levels beyond come from the coarsest feature by convolutions of stride 2, as P6 of RetinaNet
-    (arXiv:1708.02002) does, and take no part in the merging.
+    The coarsest level is its lateral projection; every finer one is merged with the level above by a 3x3 convolution.
     """
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int, slope: float, levels: int) -> None:
+    def __init__(self, in_channels: Sequence[int], out_channels: int, slope: float) -> None:
         super().__init__()
         self.lateral = nn.ModuleList(conv_bn_act(channels, out_channels, 1, slope) for channels in in_channels)
         self.merge = nn.ModuleList(conv_bn_act(out_channels, out_channels, 3, slope) for _ in in_channels[1:])
-        coarsest = in_channels[-1]
-        self.extra = nn.ModuleList(
-            nn.Sequential(
-                depthwise_separable(coarsest, coarsest, slope, stride=2), depthwise_separable(coarsest, coarsest, slope)
-            )
-            for _ in range(levels - len(in_channels))
-        )
-        self.extra_lateral = nn.ModuleList(conv_bn_act(coarsest, out_channels, 1, slope) for _ in self.extra)
 
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors (B, C_l, H_l, W_l), finest first, to (B, out_channels, H_l, W_l) of these levels and the extra."""
-        laterals = [project(feature) for project, feature in zip(self.lateral, features, strict=True)]
+    def forward(self, features: Sequence[Tensor], first: int = 0) -> list[Tensor]:
+        """L tensors (B, C_l, H_l, W_l), finest first, to (B, out_channels, H_l, W_l) of the levels from `first` on."""
+        laterals = [project(feature) for project, feature in zip(self.lateral[first:], features[first:], strict=True)]
         pyramid = [laterals[-1]]
-        for lateral, merge in zip(reversed(laterals[:-1]), reversed(self.merge), strict=True):
+        for lateral, merge in zip(reversed(laterals[:-1]), reversed(self.merge[first:]), strict=True):
             upsampled = F.interpolate(pyramid[0], size=lateral.shape[-2:], mode="nearest")
             pyramid.insert(0, merge(lateral + upsampled))
-        coarsest = features[-1]
-        for extra, project in zip(self.extra, self.extra_lateral, strict=True):
-            coarsest = extra(coarsest)
-            pyramid.append(project(coarsest))
         return pyramid
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
-from layers.prior_box import prior_boxes
+from layers.prior_box import feature_sizes, prior_boxes
 from models.backbone import build_backbone
 from models.heads import Stage
 from models.net import FPN
@@ -27,10 +28,8 @@ class RetinaFace(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        backbone = build_backbone(config.backbone, config.activation_slope, config.strides[0])
-        channels: tuple[int, ...] = backbone.out_channels  # type: ignore[assignment]
-        self.backbone = backbone
-        self.fpn = FPN(channels, config.fpn_channels, config.activation_slope, len(config.strides))
+        self.backbone = build_backbone(config.backbone, config.activation_slope)
+        self.fpn = FPN(self.backbone.out_channels, config.fpn_channels, config.activation_slope)  # type: ignore[arg-type]
         self.stages = nn.ModuleList(Stage(config) for _ in config.stages)
         # The configuration owns the mean, so checkpoints need not carry it.
         mean = torch.tensor(config.pixel_mean).view(1, 3, 1, 1)
@@ -45,12 +44,29 @@ class RetinaFace(nn.Module):
         Returns:
             One `StageOutput` a stage; the last is the refined one.
         """
-        pyramid = self.fpn(self.backbone(images - self.pixel_mean))
+        pyramid = self._pyramid(images - self.pixel_mean)
         outputs: list[StageOutput] = []
         for stage in self.stages:
             output = stage(pyramid)
             outputs.append(self._refined(outputs[-1], output, images.shape) if outputs else output)
         return outputs
+
+    def _pyramid(self, images: Tensor) -> list[Tensor]:
+        """The features of every level, finest first.
+
+        Fine levels are those of the picture at twice its size, where a face is twice as large: an image pyramid of
+        shared weights (arXiv:1612.04402) within the network. Of the picture itself the coarser levels remain.
+        """
+        fine_levels = self.config.fine_levels
+        if not fine_levels:
+            return self.fpn(self.backbone(images))
+        height, width = images.shape[2:]
+        enlarged = F.interpolate(images, size=(2 * height, 2 * width), mode="bilinear")
+        fine = self.fpn(self.backbone(enlarged))[:fine_levels]
+        # An odd size leaves the enlarged picture a cell more than the level has.
+        sizes = feature_sizes((height, width), self.config.strides)
+        fine = [level[..., :rows, :columns] for level, (rows, columns) in zip(fine, sizes, strict=False)]
+        return fine + self.fpn(self.backbone(images), first=fine_levels - 1)
 
     def _refined(self, previous: StageOutput, output: StageOutput, images_shape: torch.Size) -> StageOutput:
         """`output` as a correction of `previous`: of its deltas, or of the boxes that they decode to."""

@@ -97,6 +97,11 @@ def test_architecture_flags_fill_in_what_belongs_together() -> None:
     assert model == ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, cascade=False)
     assert (model.fpn_channels, model.activation_slope) == BACKBONES["mobilenet0.25"]
     assert model_config_from_flags(parse("--landmark_loss=False")).landmarks is False
+    fine = model_config_from_flags(parse("--fine_levels=2", "--num_anchor=2"))
+    assert (fine.strides, fine.anchor_sizes) == ((4, 8, 16, 32), ((8, 16), (32, 64), (64, 128), (256, 512)))
+    assert model_config_from_flags(parse("--num_anchor=3"), fine).anchor_sizes[3] == (128, 256, 512)
+    assert model_config_from_flags(parse("--backbone=resnet18"), fine).strides == fine.strides
+    assert model_config_from_flags(parse("--fine_levels=0"), fine).strides == (8, 16, 32)
 
 
 def test_flags_change_only_what_they_name_of_a_saved_architecture() -> None:
@@ -154,6 +159,8 @@ def test_an_older_architecture_means_what_it_meant() -> None:
     [
         lambda: ModelConfig(anchor_sizes=((16,), (32, 64), (128, 256))),
         lambda: ModelConfig(anchor_sizes=((16, 32), (64, 128))),
+        lambda: ModelConfig(strides=(4, 8, 16, 32)),
+        lambda: ModelConfig(fine_levels=4),
         lambda: ModelConfig(fpn_channels=30),
         lambda: ModelConfig(stages=()),
         lambda: StageConfig(match_iou=1.5),

@@ -261,8 +261,8 @@ def _own_name(name: str) -> str:
 def _agree(checkpoint: Checkpoint, flags: Flags) -> Checkpoint:
     """Refuse flags that contradict the checkpoint; leave out the parts of it that they do without."""
     saved, asked = checkpoint.model, model_config_from_flags(flags, base=checkpoint.model)
-    told = ("backbone", "model_version", "strides", "num_anchor", "anchor_sizes", "activation_slope", "fpn_channels")
-    for name in told:
+    anchors = ("fine_levels", "num_anchor", "anchor_sizes")
+    for name in ("backbone", "model_version", *anchors, "activation_slope", "fpn_channels"):
         if getattr(asked, name) != getattr(saved, name):
             raise CheckpointError(
                 f"{checkpoint.path}: trained with {name} {getattr(saved, name)}, but --{name}={getattr(asked, name)}; "

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import LossConfig, ModelConfig, StageConfig
 from layers.matcher import match_priors
-from layers.multibox_loss import MultiBoxLoss, focal_loss, mined_cross_entropy, wing_loss
+from layers.multibox_loss import MultiBoxLoss, distillation_loss, focal_loss, mined_cross_entropy, wing_loss
 from layers.prior_box import prior_boxes
 from utils.boxes import encode_boxes, encode_landmarks
 from utils.structures import BatchTargets, FaceTargets, StageOutput
@@ -50,6 +50,30 @@ def values(
     """The terms as plain numbers."""
     terms = MultiBoxLoss(loss or LossConfig(), model)(outputs, BatchTargets.of(targets), SIZE)
     return {name: term.item() for name, term in terms.items()}
+
+
+def test_a_teacher_adds_a_term_to_every_stage() -> None:
+    outputs = [zero_output(1)] * 2
+    scores = torch.full((1, len(PRIORS)), 0.5)
+    loss = MultiBoxLoss(LossConfig(distil_weight=3.0), MODEL)
+    agreed = loss(outputs, BatchTargets.of([one_face()]), SIZE, scores)
+    assert {name for name, value in agreed.items() if name.endswith("distil") and value.abs() < 1e-4} == {
+        "stage1/distil",
+        "stage2/distil",
+    }
+    scores[0, 0] = 1.0  # where the network says one half
+    differ = loss(outputs, BatchTargets.of([no_faces()]), SIZE, scores)
+    assert differ["stage1/distil"].item() == pytest.approx(3 * math.log(2), rel=1e-4)
+
+
+def test_distillation_is_the_divergence_of_the_scores() -> None:
+    logits = torch.tensor([[[0.3, 1.0], [2.0, -1.0]]])
+    scores = torch.tensor([[0.2, 0.9]])
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Bernoulli(probs=scores),
+        torch.distributions.Bernoulli(logits=logits[..., 1] - logits[..., 0]),
+    ).sum()
+    torch.testing.assert_close(distillation_loss(logits, scores), expected)
 
 
 def test_terms_are_named_by_stage() -> None:

@@ -6,7 +6,7 @@ from math import ceil
 import pytest
 import torch
 
-from config import anchor_sizes_for
+from config import ANCHOR_SIZES
 from layers.prior_box import feature_sizes, prior_boxes
 
 STRIDES = (8, 16, 32)
@@ -25,7 +25,7 @@ def priors_by_loops(height: int, width: int, anchor_sizes: tuple[tuple[int, ...]
 @pytest.mark.parametrize("num_anchor", [2, 3])
 @pytest.mark.parametrize("size", [(640, 640), (1, 1), (37, 1024), (683, 513)])
 def test_equal_to_the_loops_to_the_bit(size: tuple[int, int], num_anchor: int, device: torch.device) -> None:
-    anchor_sizes = anchor_sizes_for(num_anchor)
+    anchor_sizes = ANCHOR_SIZES[num_anchor]
     priors = prior_boxes(size, anchor_sizes, STRIDES, device)
     assert priors.device.type == device.type
     assert torch.equal(priors.cpu(), priors_by_loops(*size, anchor_sizes))

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from config import BACKBONES, DetectionConfig, LossConfig, ModelConfig
+from config import BACKBONES, FINE_LEVELS, DetectionConfig, LossConfig, ModelConfig
 from layers.multibox_loss import MultiBoxLoss
 from layers.postprocess import postprocess
 from layers.prior_box import prior_boxes
@@ -34,6 +35,10 @@ CONFIGURATIONS = [
     for backbone, anchors, landmarks in [("mobilenet0.25", 2, True), ("resnet18", 3, True), ("mobilenet0.25", 3, False)]
     for version in ("retina", "tina")
     for cascade, refinement in CASCADES.values()
+]
+CONFIGURATIONS += [
+    ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, cascade=False, fine_levels=fine_levels, fpn_channels=32)
+    for fine_levels in FINE_LEVELS[1:]
 ]
 LOSSES = {
     "default": LossConfig(),
@@ -62,10 +67,11 @@ def test_every_parameter_gets_a_gradient(config: ModelConfig, loss: LossConfig, 
     assert not without
 
 
+@pytest.mark.parametrize("fine_levels", FINE_LEVELS)
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_outputs_pair_with_the_priors(backbone: str) -> None:
+def test_outputs_pair_with_the_priors(backbone: str, fine_levels: int) -> None:
     """An odd size: every level rounds up as `feature_sizes` does."""
-    config = ModelConfig.for_backbone(backbone, fpn_channels=16)
+    config = ModelConfig.for_backbone(backbone, fpn_channels=16, fine_levels=fine_levels)
     network = RetinaFace(config).eval()
     with torch.inference_mode():
         outputs = network(torch.zeros(1, 3, 33, 70, dtype=torch.uint8))
@@ -99,8 +105,9 @@ def test_second_stage_corrects_the_boxes_of_the_first() -> None:
     torch.testing.assert_close(second.box_deltas, first.box_deltas + 0.5)
 
 
-def cascade_of(refinement: str, **changes: bool) -> RetinaFace:
-    return RetinaFace(ModelConfig.for_backbone("mobilenet0.25", refinement=refinement, **changes)).eval()
+def cascade_of(refinement: str, cascade: bool = True, fine_levels: int = 0) -> RetinaFace:
+    config = ModelConfig.for_backbone("mobilenet0.25", refinement=refinement, cascade=cascade, fine_levels=fine_levels)
+    return RetinaFace(config).eval()
 
 
 def fixed_priors(network: RetinaFace) -> Tensor:
@@ -186,6 +193,24 @@ def test_a_cascade_that_refines_in_another_way_starts_from_the_first_stage() -> 
     again = cascade_of("sum")
     initialise_from_detector(again, checkpoint)
     torch.testing.assert_close(again(noise())[1].box_deltas, old(noise())[1].box_deltas)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("fine_levels", FINE_LEVELS[1:])
+def test_fine_levels_start_by_finding_what_the_detector_found_in_the_enlarged_picture(fine_levels: int) -> None:
+    usual = cascade_of("sum", cascade=False)
+    fine = cascade_of("sum", cascade=False, fine_levels=fine_levels)
+    assert initialise_from_detector(fine, Checkpoint(Path("usual.pth"), usual.config, usual.state_dict(), "own")) == []
+    found = fine(noise())[0]
+    enlarged = usual(F.interpolate(noise(), scale_factor=2, mode="bilinear"))[0]
+    plain = usual(noise())[0]
+    # 40 x 56 pixels, three anchors a cell: the enlarged picture's levels have 10 x 14 cells and so on.
+    finest = sum(rows * columns * 3 for rows, columns in [(10, 14), (5, 7), (3, 4)][:fine_levels])
+    coarsest = sum(rows * columns * 3 for rows, columns in [(5, 7), (3, 4), (2, 2)][fine_levels - 1 :])
+    for name in ("class_logits", "box_deltas", "landmark_deltas", "iou_logits"):
+        value = getattr(found, name)
+        torch.testing.assert_close(value[:, :finest], getattr(enlarged, name)[:, :finest])
+        torch.testing.assert_close(value[:, finest:], getattr(plain, name)[:, -coarsest:])
 
 
 def assert_starts_from(single: StageOutput, network: RetinaFace) -> None:

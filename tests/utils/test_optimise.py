@@ -87,6 +87,12 @@ def test_average_moves_by_what_the_decay_leaves() -> None:
     assert build_average(module, 0) is None
 
 
+def test_batch_norm_without_statistics_gathers_them_though_frozen() -> None:
+    module = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2)).train()
+    freeze_batch_norm(module, ["1.weight", "1.bias"])
+    assert [norm.training for norm in module] == [False, True]
+
+
 def test_frozen_batch_norm_keeps_its_statistics_and_learns_its_scale() -> None:
     module = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).train()
     freeze_batch_norm(module)

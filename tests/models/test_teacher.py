@@ -1,0 +1,41 @@
+"""A teacher's scores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from config import ModelConfig, UserError
+from models.retinaface import RetinaFace
+from models.teacher import Teacher
+
+
+def untrained() -> RetinaFace:
+    torch.manual_seed(2)
+    return RetinaFace(ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, fpn_channels=16))
+
+
+def test_scores_are_the_mean_over_the_picture_and_its_mirror_image() -> None:
+    network = untrained()
+    images = torch.rand(2, 3, 64, 96) * 255
+    scores = Teacher(network)(images)
+    with torch.no_grad():
+        plain, mirrored = (network(view)[-1].class_logits.softmax(2)[..., 1] for view in (images, images.flip(3)))
+    # The finest level has 8 rows of 12 cells of 2 anchors; cell (3, 1) of the picture is (3, 10) of its mirror image.
+    cell, mirror_cell = (3 * 12 + 1) * 2 + 1, (3 * 12 + 10) * 2 + 1
+    torch.testing.assert_close(scores[:, cell], (plain[:, cell] + mirrored[:, mirror_cell]) / 2)
+    # The coarsest has 2 rows of 3 cells, and its last cell is the first but two of the mirror image's last row.
+    torch.testing.assert_close(scores[:, -1], (plain[:, -1] + mirrored[:, -5]) / 2)
+    assert not scores.requires_grad
+
+
+def test_scores_of_a_symmetric_picture_are_symmetric() -> None:
+    half = torch.rand(1, 3, 32, 32) * 255
+    scores = Teacher(untrained())(torch.cat([half, half.flip(3)], dim=3))
+    finest = scores[:, : 4 * 8 * 2].view(4, 8, 2)
+    torch.testing.assert_close(finest, finest.flip(1))
+
+
+def test_a_width_that_has_no_mirror_image_of_its_cells_is_refused() -> None:
+    with pytest.raises(UserError, match="--im_size that is a multiple of 32, got 72"):
+        Teacher(untrained())(torch.zeros(1, 3, 64, 72))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -64,7 +65,8 @@ def initialise_from_detector(network: RetinaFace, checkpoint: Checkpoint) -> lis
     found. Branches that it lacks keep their random start.
 
     Levels correspond by their strides in the picture that they see, so a network with fine levels begins as the
-    detector that is shown the picture at both sizes.
+    detector that is shown the picture at both sizes; and anchors by their sizes, so a network with more of them begins
+    by finding the same faces.
 
     Returns:
         Names of the tensors that kept their random start.
@@ -95,25 +97,54 @@ def initialise_from_detector(network: RetinaFace, checkpoint: Checkpoint) -> lis
 
 
 def _by_level_of(model: ModelConfig, checkpoint: Checkpoint) -> State:
-    """The checkpoint's tensors, those of its levels under the numbers that the levels have in `model`."""
-    own = _strides_seen(checkpoint.model)
-    if _strides_seen(model) == own:
+    """The checkpoint's tensors, those of its levels as the levels and anchors of `model` would have them."""
+    own, wanted = _seen_levels(checkpoint.model), _seen_levels(model)
+    if own == wanted:
         return checkpoint.state
     sources = {}
     for name, tensor in checkpoint.state.items():
-        part = re.fullmatch(r"(stages\.\d+\.(?:context|heads))\.(\d+)\.(.+)", name)
+        part = re.fullmatch(r"(stages\.\d+)\.(context|heads)\.(\d+)\.(.+)", name)
         if part is None:
             sources[name] = tensor
             continue
-        for level, stride in enumerate(_strides_seen(model)):
-            if own.index(stride) == int(part[2]):  # of a fine and another level of one stride, the first
-                sources[f"{part[1]}.{level}.{part[3]}"] = tensor
+        stage, kind, own_level, rest = part.groups()
+        own_stride, own_sizes = own[int(own_level)]
+        for level, (stride, sizes) in enumerate(wanted):
+            if stride == own_stride:
+                adapted = tensor if kind == "context" else _for_anchors(tensor, rest, own_sizes, sizes, model.variances)
+                sources[f"{stage}.{kind}.{level}.{rest}"] = adapted
     return sources
 
 
-def _strides_seen(model: ModelConfig) -> list[int]:
-    """The stride of every level in the picture that it is computed from, which for fine levels is the enlarged one."""
-    return [stride * (2 if level < model.fine_levels else 1) for level, stride in enumerate(model.strides)]
+def _seen_levels(model: ModelConfig) -> list[tuple[int, tuple[int, ...]]]:
+    """Stride and anchor sizes of every level in the picture that it sees, which for fine levels is the enlarged one."""
+    scales = [2 if level < model.fine_levels else 1 for level in range(len(model.strides))]
+    levels = zip(model.strides, model.anchor_sizes, scales, strict=True)
+    return [(stride * scale, tuple(size * scale for size in sizes)) for stride, sizes, scale in levels]
+
+
+def _for_anchors(
+    head: Tensor, name: str, own: Sequence[int], wanted: Sequence[int], variances: tuple[float, float]
+) -> Tensor:
+    """A head's weights or biases for other anchors: each says what the nearest in size of its `own` anchors said.
+
+    What it says is then measured in another anchor's sides. For more than one anchor of the same nearest the network
+    begins by finding a face more than once, which the suppression sees to.
+    """
+    per_anchor = head.unflatten(0, (len(own), -1))
+    adapted = []
+    for size in wanted:
+        nearest = min(range(len(own)), key=lambda index: abs(math.log(own[index] / size)))
+        values, ratio = per_anchor[nearest].clone(), own[nearest] / size
+        branch, _, kind = name.partition(".")
+        if branch == "landmark_deltas":
+            values *= ratio
+        elif branch == "box_deltas":
+            values[:2] *= ratio
+            if kind == "bias":
+                values[2:] += math.log(ratio) / variances[1]
+        adapted.append(values)
+    return torch.stack(adapted).flatten(0, 1)
 
 
 def expect_few_faces(network: RetinaFace, probability: float = 0.01) -> None:

@@ -213,6 +213,29 @@ def test_fine_levels_start_by_finding_what_the_detector_found_in_the_enlarged_pi
         torch.testing.assert_close(value[:, finest:], getattr(plain, name)[:, -coarsest:])
 
 
+@torch.inference_mode()
+def test_other_anchors_start_by_finding_the_same_boxes() -> None:
+    two, three = (
+        RetinaFace(ModelConfig.for_backbone("mobilenet0.25", num_anchor=anchors, cascade=False)).eval()
+        for anchors in (2, 3)
+    )
+    set_parameters(two, lambda name: "box_deltas" in name, lambda values: values * 0.1)
+    assert initialise_from_detector(three, Checkpoint(Path("two.pth"), two.config, two.state_dict(), "own")) == []
+    variances = two.config.variances
+    old, new = two(noise())[0], three(noise())[0]
+    old_boxes = decode_boxes(old.box_deltas, fixed_priors(two), variances).unflatten(1, (-1, 2))
+    new_boxes = decode_boxes(new.box_deltas, fixed_priors(three), variances).unflatten(1, (-1, 3))
+    assert old.landmark_deltas is not None
+    assert new.landmark_deltas is not None
+    old_points = decode_landmarks(old.landmark_deltas, fixed_priors(two), variances).unflatten(1, (-1, 2))
+    new_points = decode_landmarks(new.landmark_deltas, fixed_priors(three), variances).unflatten(1, (-1, 3))
+    old_scores, new_scores = old.class_logits.unflatten(1, (-1, 2)), new.class_logits.unflatten(1, (-1, 3))
+    for anchor, source in enumerate((0, 0, 1)):  # of 8, 16 and 32 pixels; the first two say what that of 16 said
+        torch.testing.assert_close(new_boxes[:, :, anchor], old_boxes[:, :, source])
+        torch.testing.assert_close(new_points[:, :, anchor], old_points[:, :, source])
+        torch.testing.assert_close(new_scores[:, :, anchor], old_scores[:, :, source])
+
+
 def assert_starts_from(single: StageOutput, network: RetinaFace) -> None:
     """The last stage's scores and boxes are those of `single`, and its landmarks but for the size of its boxes."""
     variances, priors = network.config.variances, fixed_priors(network)

@@ -479,8 +479,8 @@ class SpeedOptions:
 
     backend: str = option(
         "auto",
-        "what runs the network: torch; compile, which takes up to a minute to start; onnx, ONNX Runtime on the CPU, "
-        "which takes some seconds the first time; auto is onnx once it has been prepared, and torch otherwise",
+        "what runs the network: torch; compile, which takes up to a minute to start; onnx, ONNX Runtime on the CPU; "
+        "auto is the fastest that is installed, onnx on a CPU and torch elsewhere",
         choices=BACKENDS,
     )
     fuse: bool = option(True, "fold batch normalisation into the convolutions before it")

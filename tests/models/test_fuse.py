@@ -8,17 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from config import ModelConfig
+from config import PYRAMIDS, ModelConfig
 from models.fuse import fuse_batch_norm
 from models.retinaface import RetinaFace
 
 CASCADES = {"single": (False, "sum"), "sum": (True, "sum"), "rematch": (True, "rematch")}
+PYRAMID_OF = {"mobilenet0.25": PYRAMIDS[1], "resnet18": PYRAMIDS[0], "resnet50": PYRAMIDS[1]}
 
 
 def trained_like(backbone: str, cascade: bool = True, refinement: str = "sum") -> RetinaFace:
     """A network whose batch normalisations all do something."""
     generator = torch.Generator().manual_seed(5)
-    model = ModelConfig.for_backbone(backbone, cascade=cascade, refinement=refinement, fpn_channels=32)
+    model = ModelConfig.for_backbone(
+        backbone, cascade=cascade, refinement=refinement, fpn_channels=32, strides=PYRAMID_OF[backbone]
+    )
     network = RetinaFace(model).eval()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, cast
@@ -22,6 +22,7 @@ from config import ExperimentConfig, UserError
 from layers.multibox_loss import MultiBoxLoss
 from models.detector import FaceDetector
 from models.retinaface import RetinaFace
+from utils.background import Background
 from utils.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from utils.datasets import Batch, FaceDataset, collate
 from utils.distributed import (
@@ -424,18 +425,24 @@ def detect_files(detector: BatchDetector, files: Iterable[tuple[str, Path]]) -> 
 
 def predict_files(
     detector: BatchDetector, files: Iterable[tuple[str, Path]], folder: Path, integer_boxes: bool
-) -> Iterator[Picture]:
-    """Detect in image files and write the predictions of each below `folder` before it comes out.
+) -> Generator[Picture, None, None]:
+    """Detect in image files and write the predictions of each below `folder`.
 
+    A thread writes them while the next are detected; all are there when the iterator ends, is closed or fails.
     Pictures that come out with a `problem` have no predictions. See `write_predictions`.
 
     Raises:
         OSError: predictions cannot be written.
     """
-    for picture, detections in detect_files(detector, files):
-        if picture.problem is None:
-            write_predictions(folder, picture.name, prediction_rows(detections), integer_boxes=integer_boxes)
-        yield picture
+    with Background() as background:
+        for picture, detections in detect_files(detector, files):
+            if picture.problem is None:
+                background.submit(_write_predictions, folder, picture.name, detections, integer_boxes)
+            yield picture
+
+
+def _write_predictions(folder: Path, name: str, detections: Detections, integer_boxes: bool) -> None:
+    write_predictions(folder, name, prediction_rows(detections), integer_boxes=integer_boxes)
 
 
 def prediction_rows(detections: Detections) -> np.ndarray:

@@ -490,6 +490,19 @@ class SpeedOptions:
 
 
 @dataclass(frozen=True)
+class MemoryOptions:
+    """What bounds the memory."""
+
+    max_pixels: int = option(
+        25_000_000,
+        "the network sees larger pictures reduced to so many pixels; boxes stay in the original's. 0 is no limit",
+    )
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "max_pixels")
+
+
+@dataclass(frozen=True)
 class StartOptions:
     """What training starts from."""
 

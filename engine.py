@@ -51,6 +51,7 @@ _PICTURES_IN_LOG = 4
 # A network that has learnt little finds faces everywhere, and to sort them out takes minutes; a trained one has fewer.
 _VALIDATION_TOP_K = 10_000
 _BATCH_SIZE = 8  # images of one size that share a pass at inference
+_BATCH_PIXELS = 8 << 20  # that they have together at most
 _NOTHING = Detections(torch.zeros(0, 4), torch.zeros(0), None)
 
 
@@ -85,6 +86,9 @@ class Progress:
 
 class BatchDetector(Protocol):
     """What finds faces in images of one size; `FaceDetector` and `ProtocolDetector` do."""
+
+    @property
+    def max_pixels(self) -> int: ...
 
     def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]: ...
 
@@ -461,18 +465,28 @@ def detect_pictures(
     Args:
         batch_same_sizes: pass neighbours of one size through the network together.
     """
-    limit = _BATCH_SIZE if batch_same_sizes else 1
     waiting: list[Picture] = []
+    shape, limit = None, 1
     for picture in pictures:
-        shape = None if picture.image is None else picture.image.shape
-        if waiting and (shape is None or len(waiting) == limit or waiting[0].image.shape != shape):  # type: ignore[union-attr]
+        if waiting and (picture.image is None or len(waiting) >= limit or picture.image.shape != shape):
             yield from _detect_batch(detector, waiting)
             waiting = []
-        if shape is None:
+        if picture.image is None:
             yield picture, _NOTHING
-        else:
-            waiting.append(picture)
+            continue
+        if not waiting:
+            shape = picture.image.shape
+            limit = min(_BATCH_SIZE, _BATCH_PIXELS // (shape[0] * shape[1])) if batch_same_sizes else 1
+        _say_if_reduced(picture.name, picture.image, detector.max_pixels)
+        waiting.append(picture)
     yield from _detect_batch(detector, waiting)
+
+
+def _say_if_reduced(name: str, image: np.ndarray, max_pixels: int) -> None:
+    height, width = image.shape[:2]
+    if max_pixels and height * width > max_pixels:
+        # Beside the progress bar.
+        tqdm.write(f"note: {name}: {width}x{height} pixels, more than --max_pixels={max_pixels}; detecting in less")
 
 
 def _detect_batch(detector: BatchDetector, pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Detections]]:

@@ -12,6 +12,7 @@ from config import (
     ExperimentConfig,
     Flags,
     InferenceOptions,
+    MemoryOptions,
     ModelConfig,
     RunOptions,
     SpeedOptions,
@@ -34,6 +35,7 @@ OPTIONS = (
     WeightOptions(),
     InferenceOptions(),
     SpeedOptions(),
+    MemoryOptions(),
     ExperimentConfig().inference,
     ModelConfig,
 )

@@ -19,6 +19,7 @@ from config import (
     EvaluationOptions,
     ExperimentConfig,
     Flags,
+    MemoryOptions,
     ModelConfig,
     ProtocolConfig,
     RunOptions,
@@ -46,6 +47,7 @@ OPTIONS = (
     RunOptions(),
     EvaluationOptions(),
     SpeedOptions(),
+    MemoryOptions(),
     ProtocolConfig(),
     ExperimentConfig().evaluation,
     WeightOptions(),
@@ -130,6 +132,7 @@ def detect(
         "model": to_dict(detector.network.config),
         "protocol": dataclasses.asdict(protocol),
         "detection": dataclasses.asdict(detector.detection),
+        "max_pixels": detector.max_pixels,
         "ground_truth": faces.source_name,
     }
     stamp = describe_protocol(protocol, detector.detection)

@@ -61,9 +61,8 @@ class OnnxBackend:
         options.intra_op_num_threads = torch.get_num_threads()
         # Threads that wait by spinning slow the post-processing that runs next.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Photographs come in many sizes. A pattern would be kept for each, and an arena never gives memory back.
+        # A pattern is kept for every size of image, and photographs come in many.
         options.enable_mem_pattern = False
-        options.enable_cpu_mem_arena = False
         content = graph if isinstance(graph, bytes) else str(graph)
         self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self._names = [output.name for output in self._session.get_outputs()]

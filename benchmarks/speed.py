@@ -1,9 +1,9 @@
 """Images a second, stage by stage and end to end: python -m benchmarks.speed --images=FOLDER.
 
 Ours runs against `reference_detect`, a literal restatement of biubug6/Pytorch_Retinaface's pipeline with the same
-weights: the network in PyTorch's default layout with its batch normalisation, priors by nested loops for each image, everything
-decoded, suppression box by box in NumPy, 5,000 candidates at most and 750 faces. All read the same files and write the
-same text. The contenders of a table take turns; each figure is a median.
+weights: the network in PyTorch's default layout with its batch normalisation, priors by nested loops for each image,
+everything decoded, suppression box by box in NumPy, 5,000 candidates at most and 750 faces. All read the same files and
+write the same text. The contenders of a table take turns; each figure is a median.
 """
 
 from __future__ import annotations

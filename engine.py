@@ -466,7 +466,8 @@ def detect_pictures(
         batch_same_sizes: pass neighbours of one size through the network together.
     """
     waiting: list[Picture] = []
-    shape, limit = None, 1
+    shape: tuple[int, ...] = ()
+    limit = 1
     for picture in pictures:
         if waiting and (picture.image is None or len(waiting) >= limit or picture.image.shape != shape):
             yield from _detect_batch(detector, waiting)

@@ -52,8 +52,7 @@ def reference_detect(network: RetinaFace, image: np.ndarray) -> np.ndarray:
     """(N, 5) x1, y1, x2, y2, score of an image, as the reference finds them."""
     model = network.config
     height, width = image.shape[:2]
-    pixels = np.float32(image)
-    pixels -= model.pixel_mean
+    pixels = image.astype(np.float32) - np.array(model.pixel_mean, np.float32)
     tensor = torch.from_numpy(pixels.transpose(2, 0, 1)).unsqueeze(0)
     output = network(tensor + network.pixel_mean)[-1]  # our network subtracts it once more
 

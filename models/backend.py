@@ -219,7 +219,7 @@ def _export(
         torch.onnx.export(
             module.eval(),
             (torch.zeros(example_shape, dtype=torch.uint8),),
-            content,
+            content,  # type: ignore[arg-type]  # it takes files as well as paths
             dynamo=False,
             opset_version=_OPSET,
             input_names=["images"],

@@ -147,7 +147,7 @@ class HeadSegmenter:
         region = cut(image, head_box)
         mask = np.zeros(region.shape[:2], np.uint8)
         if region.size:
-            mask = cv2.compare(self._confidence(region), _PERSON_CONFIDENCE, cv2.CMP_GT)
+            mask = (self._confidence(region) > _PERSON_CONFIDENCE).astype(np.uint8) * np.uint8(255)
         return Head(head_box, face_box, mask)
 
     def _confidence(self, region: np.ndarray) -> np.ndarray:

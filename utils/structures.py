@@ -63,7 +63,9 @@ class Detections:
 
     def split(self, counts: Sequence[int]) -> list[Detections]:
         """Consecutive parts of so many each."""
-        landmarks = [None] * len(counts) if self.landmarks is None else self.landmarks.split(list(counts))
+        landmarks: Sequence[Tensor | None] = [None] * len(counts)
+        if self.landmarks is not None:
+            landmarks = self.landmarks.split(list(counts))
         parts = zip(self.boxes.split(list(counts)), self.scores.split(list(counts)), landmarks, strict=True)
         return [Detections(*part) for part in parts]
 

@@ -1,10 +1,10 @@
-# make demo | test | check | train-sample; everything is installed into .venv on first use.
+# make demo | test | check | bench | train-sample; everything is installed into .venv on first use.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SAMPLE_DATA ?= sample_widerface/
 
-.PHONY: demo test check train-sample clean
+.PHONY: demo test check bench train-sample clean
 
 demo: $(VENV)/runtime-installed
 	$(RUN) inference.py --save_img
@@ -17,6 +17,15 @@ check: $(VENV)/dev-installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy .
+
+# How fast it is, on BENCH_IMAGES; training too where BENCH_DATA names a dataset as data/README.md describes it.
+BENCH_IMAGES ?= data/sample_widerface/images
+BENCH_FLAGS ?=
+BENCH_DATA ?=
+bench: $(VENV)/dev-installed
+	$(RUN) -m benchmarks.speed --images=$(BENCH_IMAGES) $(BENCH_FLAGS)
+	$(RUN) -m benchmarks.evaluator --largest=1e6
+	$(if $(BENCH_DATA),$(RUN) -m benchmarks.training --dataset=$(BENCH_DATA))
 
 # A short training run on SAMPLE_DATA, a dataset as data/README.md describes it.
 train-sample: $(VENV)/runtime-installed

@@ -511,14 +511,27 @@ class SpeedOptions:
 
     backend: str = option(
         "auto",
-        "what runs the network: torch; compile, which takes up to a minute to start; onnx, ONNX Runtime on the CPU, "
-        "which takes some seconds the first time; auto is onnx once it has been prepared, and torch otherwise",
+        "what runs the network: torch; compile, which takes up to a minute to start; onnx, ONNX Runtime on the CPU; "
+        "auto is the fastest that is installed, onnx on a CPU and torch elsewhere",
         choices=BACKENDS,
     )
     fuse: bool = option(True, "fold batch normalisation into the convolutions before it")
 
     def __post_init__(self) -> None:
         _check(self.backend in BACKENDS, f"--backend is one of {', '.join(BACKENDS)}, got {self.backend!r}")
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What bounds the memory."""
+
+    max_pixels: int = option(
+        25_000_000,
+        "the network sees larger pictures reduced to so many pixels; boxes stay in the original's. 0 is no limit",
+    )
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "max_pixels")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, cast
@@ -23,6 +23,7 @@ from layers.multibox_loss import MultiBoxLoss
 from models.detector import FaceDetector
 from models.retinaface import RetinaFace
 from models.teacher import Teacher
+from utils.background import Background
 from utils.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from utils.datasets import Batch, FaceDataset, collate
 from utils.distributed import (
@@ -51,6 +52,7 @@ _PICTURES_IN_LOG = 4
 # A network that has learnt little finds faces everywhere, and to sort them out takes minutes; a trained one has fewer.
 _VALIDATION_TOP_K = 10_000
 _BATCH_SIZE = 8  # images of one size that share a pass at inference
+_BATCH_PIXELS = 8 << 20  # that they have together at most
 _NOTHING = Detections(torch.zeros(0, 4), torch.zeros(0), None)
 
 
@@ -85,6 +87,9 @@ class Progress:
 
 class BatchDetector(Protocol):
     """What finds faces in images of one size; `FaceDetector` and `ProtocolDetector` do."""
+
+    @property
+    def max_pixels(self) -> int: ...
 
     def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]: ...
 
@@ -429,18 +434,24 @@ def detect_files(detector: BatchDetector, files: Iterable[tuple[str, Path]]) -> 
 
 def predict_files(
     detector: BatchDetector, files: Iterable[tuple[str, Path]], folder: Path, integer_boxes: bool
-) -> Iterator[Picture]:
-    """Detect in image files and write the predictions of each below `folder` before it comes out.
+) -> Generator[Picture, None, None]:
+    """Detect in image files and write the predictions of each below `folder`.
 
+    A thread writes them while the next are detected; all are there when the iterator ends, is closed or fails.
     Pictures that come out with a `problem` have no predictions. See `write_predictions`.
 
     Raises:
         OSError: predictions cannot be written.
     """
-    for picture, detections in detect_files(detector, files):
-        if picture.problem is None:
-            write_predictions(folder, picture.name, prediction_rows(detections), integer_boxes=integer_boxes)
-        yield picture
+    with Background() as background:
+        for picture, detections in detect_files(detector, files):
+            if picture.problem is None:
+                background.submit(_write_predictions, folder, picture.name, detections, integer_boxes)
+            yield picture
+
+
+def _write_predictions(folder: Path, name: str, detections: Detections, integer_boxes: bool) -> None:
+    write_predictions(folder, name, prediction_rows(detections), integer_boxes=integer_boxes)
 
 
 def prediction_rows(detections: Detections) -> np.ndarray:
@@ -459,18 +470,29 @@ def detect_pictures(
     Args:
         batch_same_sizes: pass neighbours of one size through the network together.
     """
-    limit = _BATCH_SIZE if batch_same_sizes else 1
     waiting: list[Picture] = []
+    shape: tuple[int, ...] = ()
+    limit = 1
     for picture in pictures:
-        shape = None if picture.image is None else picture.image.shape
-        if waiting and (shape is None or len(waiting) == limit or waiting[0].image.shape != shape):  # type: ignore[union-attr]
+        if waiting and (picture.image is None or len(waiting) >= limit or picture.image.shape != shape):
             yield from _detect_batch(detector, waiting)
             waiting = []
-        if shape is None:
+        if picture.image is None:
             yield picture, _NOTHING
-        else:
-            waiting.append(picture)
+            continue
+        if not waiting:
+            shape = picture.image.shape
+            limit = min(_BATCH_SIZE, _BATCH_PIXELS // (shape[0] * shape[1])) if batch_same_sizes else 1
+        _say_if_reduced(picture.name, picture.image, detector.max_pixels)
+        waiting.append(picture)
     yield from _detect_batch(detector, waiting)
+
+
+def _say_if_reduced(name: str, image: np.ndarray, max_pixels: int) -> None:
+    height, width = image.shape[:2]
+    if max_pixels and height * width > max_pixels:
+        # Beside the progress bar.
+        tqdm.write(f"note: {name}: {width}x{height} pixels, more than --max_pixels={max_pixels}; detecting in less")
 
 
 def _detect_batch(detector: BatchDetector, pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Detections]]:

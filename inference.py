@@ -12,14 +12,17 @@ from config import (
     ExperimentConfig,
     Flags,
     InferenceOptions,
+    MemoryOptions,
     ModelConfig,
     RunOptions,
+    SpeedOptions,
     UserError,
     WeightOptions,
     parse_flags,
 )
 from engine import detect_pictures
 from models.detector import open_detector
+from utils.background import Background
 from utils.cli import choose_device, run, show_progress
 from utils.experiment import user_path
 from utils.masks import Head, HeadSegmenter, InferenceResults
@@ -27,7 +30,15 @@ from utils.sources import open_source
 from utils.structures import Detections
 from utils.writers import ResultWriter
 
-OPTIONS = (RunOptions(), WeightOptions(), InferenceOptions(), ExperimentConfig().inference, ModelConfig)
+OPTIONS = (
+    RunOptions(),
+    WeightOptions(),
+    InferenceOptions(),
+    SpeedOptions(),
+    MemoryOptions(),
+    ExperimentConfig().inference,
+    ModelConfig,
+)
 
 
 def inference(argv: Sequence[str] | None = None) -> InferenceResults:
@@ -54,7 +65,8 @@ def _infer(flags: Flags, keep: Callable[[Detections, Sequence[Head]], None]) -> 
     folder = user_path(options.inference_save_folder)
     source = open_source(options.inference_dir, ROOT / "data", exclude=folder, max_frames=options.max_frames)
     about = {"experiment": name, "checkpoint": checkpoint.path.name, "source": source.description}
-    print(f"{source.description}: {source.total or 'unknown'} images; {name} ({checkpoint.kind}) on {device}")
+    what = f"{name} ({checkpoint.kind}) on {device}, {detector.backend.name}"
+    print(f"{source.description}: {source.total or 'unknown'} images; {what}")
 
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -71,15 +83,16 @@ def _infer(flags: Flags, keep: Callable[[Detections, Sequence[Head]], None]) -> 
         )
         stack.enter_context(closing(writer))
         stack.callback(lambda: print(writer.summary.describe(time.perf_counter() - start)))
+        background = stack.enter_context(Background())
         if writer.replaces:
             print(f"{folder}: replacing the results of an earlier run")
         found = detect_pictures(detector, source, options.infer_imsize_same)
         for picture, detections in show_progress(found, source.total):
             if picture.image is None:
-                writer.skip(picture.name, picture.problem or "unreadable")
+                background.submit(writer.skip, picture.name, picture.problem or "unreadable")
                 continue
             heads = [segmenter.segment(picture.image, face) for face in detections.boxes.numpy()] if segmenter else None
-            writer.add(picture.name, picture.image, detections, heads)
+            background.submit(writer.add, picture.name, picture.image, detections, heads)
             keep(detections, heads or [])
     if source.ignored:
         print(f"{source.ignored} files without an image's suffix were left alone")

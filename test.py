@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +19,11 @@ from config import (
     EvaluationOptions,
     ExperimentConfig,
     Flags,
+    MemoryOptions,
     ModelConfig,
     ProtocolConfig,
     RunOptions,
+    SpeedOptions,
     UserError,
     WeightOptions,
     parse_flags,
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
 OPTIONS = (
     RunOptions(),
     EvaluationOptions(),
+    SpeedOptions(),
+    MemoryOptions(),
     ProtocolConfig(),
     ExperimentConfig().evaluation,
     WeightOptions(),
@@ -127,6 +132,7 @@ def detect(
         "model": to_dict(detector.network.config),
         "protocol": dataclasses.asdict(protocol),
         "detection": dataclasses.asdict(detector.detection),
+        "max_pixels": detector.max_pixels,
         "ground_truth": faces.source_name,
     }
     stamp = describe_protocol(protocol, detector.detection)
@@ -137,12 +143,13 @@ def detect(
     missing = [file for file in zip(faces.names, faces.images or [], strict=True) if file[0] not in kept]
     files = missing[processes.rank :: processes.count]
     if processes.is_main:
-        print(f"{name} ({checkpoint.kind}) on {device}: {len(missing)} images, {stamp}", flush=True)
+        where = f"{device}, {detector.backend.name}"
+        print(f"{name} ({checkpoint.kind}) on {where}: {len(missing)} images, {stamp}", flush=True)
 
     start, problems = time.perf_counter(), {}
     found = predict_files(ProtocolDetector(detector, protocol), files, predicted.folder, protocol.integer_boxes)
     try:
-        with disk_errors(predicted.folder):
+        with disk_errors(predicted.folder), closing(found):
             for picture in show_progress(found, len(files)) if processes.is_main else found:
                 problems[picture.name] = picture.problem
     except KeyboardInterrupt:

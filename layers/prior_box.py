@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -13,10 +12,9 @@ from torch import Tensor
 def feature_sizes(image_size_hw: tuple[int, int], strides: Sequence[int]) -> list[tuple[int, int]]:
     """Height and width of every pyramid level: the image's divided by the stride, rounded up."""
     height, width = image_size_hw
-    return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in strides]
+    return [((height + stride - 1) // stride, (width + stride - 1) // stride) for stride in strides]
 
 
-@lru_cache(maxsize=16)
 def prior_boxes(
     image_size_hw: tuple[int, int],
     anchor_sizes: tuple[tuple[int, ...], ...],
@@ -37,6 +35,18 @@ def prior_boxes(
     Returns:
         (P, 4) float32 cxcywh, normalised to the image, not clipped.
     """
+    if torch.jit.is_tracing():  # sizes are tensors then, which the graph computes with and no cache may keep
+        return _prior_boxes(image_size_hw, anchor_sizes, strides).to(device=device, dtype=torch.float32)
+    return _kept_prior_boxes(image_size_hw, anchor_sizes, strides, device)
+
+
+@lru_cache(maxsize=4)  # neighbours of one size; of a large photograph they take some ten megabytes
+def _kept_prior_boxes(
+    image_size_hw: tuple[int, int],
+    anchor_sizes: tuple[tuple[int, ...], ...],
+    strides: tuple[int, ...],
+    device: torch.device | None,
+) -> Tensor:
     with torch.inference_mode(False):  # what is made in inference mode could never take part in training
         return _prior_boxes(image_size_hw, anchor_sizes, strides).to(device=device, dtype=torch.float32)
 

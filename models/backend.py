@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
+import io
 import json
 import logging
-import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from config import ConfigError, ModelConfig, SpeedOptions, to_dict
+from config import ConfigError, DetectionConfig, ModelConfig, SpeedOptions, to_dict
+from layers.postprocess import find_candidates, suppress
 from models.fuse import fuse_batch_norm
 from models.retinaface import RetinaFace
-from utils.files import replacing
 from utils.structures import StageOutput
 
-_ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-_OPSET = 18
-# What the exporter sees of an image. Height, width and number must differ, lest it takes them for the same.
-_EXAMPLE_SHAPE = (2, 96, 128, 3)
+_ONNX_PACKAGES = ("onnx", "onnxruntime")
+_OPSET = 17
+_EXAMPLE_SIZE = (96, 128)  # of the image that is traced
 
 
 class Backend(Protocol):
@@ -52,7 +50,7 @@ class TorchBackend:
 
 
 class OnnxBackend:
-    """An ONNX graph that `export_onnx` wrote, run by ONNX Runtime on the CPU."""
+    """A graph that `network_graph` made, or a file of it, run by ONNX Runtime on the CPU."""
 
     name = "onnx"
 
@@ -93,7 +91,7 @@ def build_backend(network: RetinaFace, options: SpeedOptions) -> Backend:
     ready = fuse_batch_norm(network) if options.fuse else network
     name = _choose(options.backend, ready)
     if name == "onnx":
-        return OnnxBackend(_cached_graph(ready))
+        return OnnxBackend(network_graph(ready))
     if name == "compile":
         return _compiled(ready)
     return TorchBackend(ready)
@@ -102,13 +100,12 @@ def build_backend(network: RetinaFace, options: SpeedOptions) -> Backend:
 def _choose(asked: str, network: RetinaFace) -> str:
     """`torch`, `compile` or `onnx`; see `build_backend`.
 
-    `auto` is ONNX Runtime, the fastest on a CPU, where the graph is there already. To make it takes longer than it
-    saves the shipped network in a thousand images, so that is done only for those who ask.
+    `auto` is the fastest that is installed: ONNX Runtime on a CPU.
     """
     device, missing = network.pixel_mean.device, missing_onnx_packages()
     can_run_onnx = device.type == "cpu" and not missing
     if asked == "auto":
-        return "onnx" if can_run_onnx and _graph_path(network).is_file() else "torch"
+        return "onnx" if can_run_onnx else "torch"
     if asked == "onnx" and missing:
         raise ConfigError(f"--backend=onnx needs {', '.join(missing)}; pip install them, or choose --backend=torch")
     if asked == "onnx" and not can_run_onnx:
@@ -127,7 +124,7 @@ def _compiled(network: RetinaFace) -> Backend:
     backend = TorchBackend(torch.compile(network, dynamic=True), "compile")
     try:
         with _quiet_exporter():
-            backend(torch.zeros(_EXAMPLE_SHAPE, dtype=torch.uint8, device=network.pixel_mean.device))
+            backend(torch.zeros((2, *_EXAMPLE_SIZE, 3), dtype=torch.uint8, device=network.pixel_mean.device))
     except Exception as error:  # whatever compilers and their absence raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"warning: --backend=compile: cannot compile here ({reason}); using torch", file=sys.stderr)
@@ -150,6 +147,22 @@ class _LastStage(nn.Module):
         return tuple(getattr(output, name) for name in output_names(self.network.config))
 
 
+class _Detector(nn.Module):
+    """The graph's form of a whole detector: one image to its boxes, scores and landmarks."""
+
+    def __init__(self, network: RetinaFace, detection: DetectionConfig) -> None:
+        super().__init__()
+        self.network = network
+        self.detection = detection
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        output = self.network(images.permute(0, 3, 1, 2))[-1]
+        size_hw = (images.shape[1], images.shape[2])
+        candidates = find_candidates(output, size_hw, self.network.config, self.detection).above_threshold()
+        found = suppress(candidates.detections, size_hw, self.detection)
+        return (found.boxes, found.scores, *(() if found.landmarks is None else (found.landmarks,)))
+
+
 def output_names(model: ModelConfig) -> list[str]:
     """The fields of `StageOutput` that the last stage of a model fills: the outputs of its graph, in order."""
     present = {
@@ -162,47 +175,66 @@ def output_names(model: ModelConfig) -> list[str]:
     return [name for name, is_present in present.items() if is_present]
 
 
-def export_onnx(network: RetinaFace, path: Path) -> None:
-    """Write a network in evaluation mode on the CPU as an ONNX graph, whole or not at all.
+def detector_output_names(model: ModelConfig) -> list[str]:
+    """The outputs of a graph that ends with detections, in order: fields of `Detections`."""
+    return ["boxes", "scores", *(["landmarks"] if model.landmarks else [])]
+
+
+def network_graph(network: RetinaFace) -> bytes:
+    """A network in evaluation mode on the CPU as an ONNX graph.
 
     Its input is `images`, (B, H, W, 3) uint8 BGR of any number and size; its outputs are `output_names`, with the
     shapes of `StageOutput`. It subtracts the mean, and makes the priors of a rematching cascade for the size it sees.
     Its metadata `model` is the architecture as JSON.
-
-    Raises:
-        OSError: the file cannot be written.
     """
-    # The tracer must be told that the coarsest level has more than one cell; the graph works for one cell too.
-    batch, height, width = (
-        torch.export.Dim(name, min=low) for name, low in (("batch", 1), ("height", 33), ("width", 33))
-    )
-    example = torch.zeros(_EXAMPLE_SHAPE, dtype=torch.uint8)
+    axes = {"images": {0: "batch", 1: "height", 2: "width"}}
+    axes |= {name: {0: "batch", 1: "priors"} for name in output_names(network.config)}
+    return _export(_LastStage(network), (2, *_EXAMPLE_SIZE, 3), axes, {"model": to_dict(network.config)})
+
+
+def detector_graph(network: RetinaFace, detection: DetectionConfig) -> bytes:
+    """A network with decoding and suppression behind it as an ONNX graph; see `network_graph`.
+
+    Its input is `images`, (1, H, W, 3) uint8 BGR; its outputs are `detector_output_names`, with the shapes of
+    `Detections`, in pixels, best first. The thresholds are constants, and metadata `detection` too.
+    """
+    axes = {"images": {1: "height", 2: "width"}}
+    axes |= {name: {0: "faces"} for name in detector_output_names(network.config)}
+    about = {"model": to_dict(network.config), "detection": to_dict(detection)}
+    return _export(_Detector(network, detection), (1, *_EXAMPLE_SIZE, 3), axes, about)
+
+
+@torch.no_grad()
+def _export(
+    module: nn.Module,
+    example_shape: tuple[int, ...],
+    dynamic_axes: Mapping[str, Mapping[int, str]],
+    metadata: Mapping[str, Any],
+) -> bytes:
+    import onnx  # an optional package
+
+    content = io.BytesIO()
     with _quiet_exporter():
-        # Strict: the other way to trace takes len(tensor) for a constant, and stops at the cache of `prior_boxes`.
-        program = torch.export.export(
-            _LastStage(network).eval(),
-            (example,),
-            dynamic_shapes={"images": {0: batch, 1: height, 2: width}},
-            strict=True,
-        )
-        graph = torch.onnx.export(
-            program,
-            dynamo=True,
+        # By tracing, in a fraction of a second: the newer exporter (dynamo=True) takes some ten for the same graph.
+        torch.onnx.export(
+            module.eval(),
+            (torch.zeros(example_shape, dtype=torch.uint8),),
+            content,  # type: ignore[arg-type]  # it takes files as well as paths
+            dynamo=False,
             opset_version=_OPSET,
             input_names=["images"],
-            output_names=output_names(network.config),
-            verbose=False,
+            output_names=[name for name in dynamic_axes if name != "images"],
+            dynamic_axes=dynamic_axes,
         )
-    assert graph is not None
-    graph.model.metadata_props["model"] = json.dumps(to_dict(network.config))
-    with replacing(path) as temporary:
-        graph.save(temporary)
+    graph = onnx.load_from_string(content.getvalue())
+    onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in metadata.items()})
+    return bytes(graph.SerializeToString())
 
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
     """Hold back what PyTorch's tracer says of its own workings."""
-    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch",)]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
@@ -213,41 +245,3 @@ def _quiet_exporter() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _cached_graph(network: RetinaFace) -> Path:
-    """The graph of these very weights, from the cache; the first time it is made, which takes some seconds.
-
-    Raises:
-        ConfigError: the cache cannot be written.
-    """
-    path = _graph_path(network)
-    if not path.is_file():
-        print(f"preparing the network for ONNX Runtime, once; it is kept in {path.parent}", file=sys.stderr)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            export_onnx(network, path)
-        except OSError as error:
-            raise ConfigError(
-                f"{path.parent}: cannot be written ({error.strerror or error}); set XDG_CACHE_HOME, or use "
-                "--backend=torch"
-            ) from None
-    return path
-
-
-def _graph_path(network: RetinaFace) -> Path:
-    return cache_folder() / f"{_fingerprint(network)}.onnx"
-
-
-def cache_folder() -> Path:
-    """Where graphs are kept: below $XDG_CACHE_HOME, or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retinaface_onnx"
-
-
-def _fingerprint(network: RetinaFace) -> str:
-    """Of all that the graph depends on: weights, architecture, and what writes it."""
-    about = [to_dict(network.config), list(network.state_dict()), torch.__version__, _OPSET]
-    digest = hashlib.sha256(json.dumps(about).encode())
-    for tensor in network.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:32]

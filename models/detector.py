@@ -17,6 +17,7 @@ from config import (
     DetectionConfig,
     ExperimentConfig,
     Flags,
+    MemoryOptions,
     RunOptions,
     SpeedOptions,
     WeightOptions,
@@ -25,6 +26,7 @@ from layers.postprocess import postprocess
 from models.backend import Backend, TorchBackend, build_backend
 from models.retinaface import RetinaFace
 from utils.checkpoint import Checkpoint, CheckpointError, State, load_checkpoint, locate_checkpoint
+from utils.images import reduced
 from utils.structures import Detections
 
 # For callers in Python: starts at once, and writes nothing.
@@ -39,17 +41,25 @@ class FaceDetector:
     >>> detections.boxes, detections.scores, detections.landmarks
     """
 
-    def __init__(self, network: RetinaFace, detection: DetectionConfig, speed: SpeedOptions | None = None) -> None:
+    def __init__(
+        self,
+        network: RetinaFace,
+        detection: DetectionConfig,
+        speed: SpeedOptions | None = None,
+        max_pixels: int = MemoryOptions.max_pixels,
+    ) -> None:
         """Take a network on its device; it is put into evaluation mode.
 
         Args:
             speed: how a network that learns no more is computed; None computes the network itself, as it is then.
+            max_pixels: the network sees larger images reduced to so many; 0 is no limit.
 
         Raises:
             ConfigError: the backend that was asked for cannot be had.
         """
         self.network = network.eval().to(memory_format=torch.channels_last)
         self.detection = detection
+        self.max_pixels = max_pixels
         self.backend: Backend = TorchBackend(self.network) if speed is None else build_backend(self.network, speed)
 
     @classmethod
@@ -102,10 +112,21 @@ class FaceDetector:
     @torch.inference_mode()
     def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
         """The faces of images of one size, in one pass; see `detect`."""
-        stacked = torch.from_numpy(np.stack(images)).to(self.network.pixel_mean.device)
-        height, width = stacked.shape[1:3]
-        detections = postprocess(self.backend(stacked), (height, width), self.network.config, self.detection)
-        return [found.cpu() for found in detections]
+        height, width = images[0].shape[:2]
+        shown = self._on_device([reduced(image, self.max_pixels) for image in images])
+        size_hw = (shown.shape[1], shown.shape[2])
+        found = postprocess(self.backend(shown), size_hw, self.network.config, self.detection)
+        if size_hw == (height, width):
+            return found
+        found = [detections.scaled(width / size_hw[1], height / size_hw[0]) for detections in found]
+        return [each.clipped((height, width)) for each in found] if self.detection.clip_boxes else found
+
+    def _on_device(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """Images of one size as a (B, H, W, 3) tensor."""
+        device = self.network.pixel_mean.device
+        stacked = torch.from_numpy(np.ascontiguousarray(images[0])[None] if len(images) == 1 else np.stack(images))
+        # From pinned memory a GPU copies by itself, while this thread hands it the network.
+        return stacked.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else stacked.to(device)
 
 
 def open_detector(
@@ -114,7 +135,7 @@ def open_detector(
     """The detector that a command line asks for.
 
     Args:
-        flags: of `RunOptions`, `WeightOptions`, `ModelConfig`, `DetectionConfig` and `SpeedOptions`.
+        flags: of `RunOptions`, `WeightOptions`, `ModelConfig`, `DetectionConfig`, `SpeedOptions` and `MemoryOptions`.
         purpose: whose saved thresholds hold where no flag is given.
 
     Returns:
@@ -129,7 +150,12 @@ def open_detector(
     path = locate_checkpoint(experiments, asked_name or DEFAULT_EXPERIMENT, flags.apply(WeightOptions()).model_weight)
     checkpoint = load_checkpoint(path, flags)
     thresholds = getattr(checkpoint.experiment or ExperimentConfig(), purpose)
-    detector = FaceDetector(build_network(checkpoint).to(device), flags.apply(thresholds), flags.apply(SpeedOptions()))
+    detector = FaceDetector(
+        build_network(checkpoint).to(device),
+        flags.apply(thresholds),
+        flags.apply(SpeedOptions()),
+        flags.apply(MemoryOptions()).max_pixels,
+    )
     is_in_experiment = path.parent.parent.parent == experiments
     return detector, checkpoint, asked_name or (path.parent.parent.name if is_in_experiment else path.stem)
 

@@ -38,7 +38,7 @@ class PredictionHead(nn.Module):
 
 def _per_prior(prediction: Tensor, values: int) -> Tensor:
     """(B, anchors * values, H, W) to (B, H * W * anchors, values), the order of `prior_boxes`."""
-    return prediction.permute(0, 2, 3, 1).reshape(len(prediction), -1, values)
+    return prediction.permute(0, 2, 3, 1).reshape(prediction.shape[0], -1, values)
 
 
 def _join(levels: Sequence[Tensor | None]) -> Tensor | None:

@@ -34,6 +34,11 @@ class ProtocolDetector:
     def detection(self) -> DetectionConfig:
         return self.detector.detection
 
+    @property
+    def max_pixels(self) -> int:
+        """Of images that are shown at their own size; 0 is no limit."""
+        return self.detector.max_pixels if self.protocol.protocol == "original" else 0
+
     def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
         """The faces of (H, W, 3) uint8 BGR images of one size, in pixels of these images, on the CPU."""
         passes = [

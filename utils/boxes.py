@@ -65,7 +65,7 @@ def encode_landmarks(landmarks: Tensor, priors: Tensor, variances: tuple[float, 
 def decode_landmarks(deltas: Tensor, priors: Tensor, variances: tuple[float, float]) -> Tensor:
     """Invert `encode_landmarks`: (..., P, 2 K) deltas to (..., P, K, 2) points."""
     prior_centres, prior_sizes = priors.unsqueeze(-2).split(2, dim=-1)
-    return prior_centres + deltas.unflatten(-1, (-1, 2)) * variances[0] * prior_sizes
+    return prior_centres + deltas.unflatten(-1, (deltas.shape[-1] // 2, 2)) * variances[0] * prior_sizes
 
 
 def bounded_deltas(deltas: Tensor, variances: tuple[float, float]) -> Tensor:

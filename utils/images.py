@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 from pathlib import Path
 
 import cv2
@@ -64,6 +65,21 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
         raise UnreadableImageError("not an image, or damaged") from None
     except Exception as error:  # its decoders raise whatever a damaged file leads them to
         raise UnreadableImageError(str(error) or type(error).__name__) from None
+
+
+def reduced(image: np.ndarray, max_pixels: int) -> np.ndarray:
+    """The image itself, or if it has more pixels than that, smaller in both directions alike.
+
+    Args:
+        image: (H, W, 3).
+        max_pixels: 0 is no limit.
+    """
+    height, width = image.shape[:2]
+    if not max_pixels or height * width <= max_pixels:
+        return image
+    factor = math.sqrt(max_pixels / (height * width))
+    size = (max(1, int(width * factor)), max(1, int(height * factor)))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def write_image(path: Path, image: np.ndarray) -> None:

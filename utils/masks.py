@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 
 from config import UserError
@@ -146,12 +147,12 @@ class HeadSegmenter:
         region = cut(image, head_box)
         mask = np.zeros(region.shape[:2], np.uint8)
         if region.size:
-            mask[self._confidence(region) > _PERSON_CONFIDENCE] = 255
+            mask = (self._confidence(region) > _PERSON_CONFIDENCE).astype(np.uint8) * np.uint8(255)
         return Head(head_box, face_box, mask)
 
     def _confidence(self, region: np.ndarray) -> np.ndarray:
         """(H, W) float in [0, 1]: how surely each pixel is the person's."""
-        rgb = np.ascontiguousarray(region[:, :, ::-1])
+        rgb = cv2.cvtColor(region, cv2.COLOR_BGR2RGB)
         frame = self._mediapipe.Image(image_format=self._mediapipe.ImageFormat.SRGB, data=rgb)
         # The last of the masks is the person's: selfie models have one, others put the background first.
         confidence: np.ndarray = self._segmenter.segment(frame).confidence_masks[-1].numpy_view()

@@ -61,14 +61,21 @@ class Detections:
         landmarks = None if self.landmarks is None else self.landmarks[chosen]
         return Detections(self.boxes[chosen], self.scores[chosen], landmarks)
 
+    def split(self, counts: Sequence[int]) -> list[Detections]:
+        """Consecutive parts of so many each."""
+        landmarks: Sequence[Tensor | None] = [None] * len(counts)
+        if self.landmarks is not None:
+            landmarks = self.landmarks.split(list(counts))
+        parts = zip(self.boxes.split(list(counts)), self.scores.split(list(counts)), landmarks, strict=True)
+        return [Detections(*part) for part in parts]
+
     def cpu(self) -> Detections:
         landmarks = None if self.landmarks is None else self.landmarks.cpu()
         return Detections(self.boxes.cpu(), self.scores.cpu(), landmarks)
 
     def clipped(self, size_hw: tuple[int, int]) -> Detections:
         """Boxes cut off at the borders of an image of this height and width; landmarks as they are."""
-        height, width = size_hw
-        largest = self.boxes.new_tensor([width, height, width, height])
+        largest = corner_of(size_hw, self.boxes).repeat(2)
         return Detections(self.boxes.clamp(min=0).minimum(largest), self.scores, self.landmarks)
 
     def scaled(self, x_factor: float, y_factor: float) -> Detections:
@@ -85,6 +92,12 @@ class Detections:
             x, y = self.landmarks[:, MIRRORED_LANDMARKS].unbind(dim=2)
             landmarks = torch.stack([width - x, y], dim=2)
         return Detections(torch.stack([width - x2, y1, width - x1, y2], dim=1), self.scores, landmarks)
+
+
+def corner_of(size_hw: tuple[int, int], like: Tensor) -> Tensor:
+    """(2,) x, y of an image's bottom right corner, of the kind of `like`; a trace may make tensors of the sizes."""
+    height, width = size_hw
+    return torch.stack([torch.as_tensor(width), torch.as_tensor(height)]).to(like)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from config import LossConfig, ModelConfig, StageConfig
 from layers.matcher import match_priors
 from layers.multibox_loss import MultiBoxLoss, distillation_loss, focal_loss, mined_cross_entropy, wing_loss
-from layers.prior_box import prior_boxes
+from layers.prior_box import _kept_prior_boxes, prior_boxes
 from utils.boxes import encode_boxes, encode_landmarks
 from utils.structures import BatchTargets, FaceTargets, StageOutput
 
@@ -189,7 +189,7 @@ def test_predictions_of_16_bits_cost_what_they_do_in_32(loss: LossConfig) -> Non
 
 def test_priors_made_while_detecting_serve_for_learning() -> None:
     """They are cached, and tensors of inference mode may not be saved for a gradient."""
-    prior_boxes.cache_clear()
+    _kept_prior_boxes.cache_clear()
     with torch.inference_mode():
         prior_boxes(SIZE, MODEL.anchor_sizes, MODEL.strides, torch.device("cpu"))
     output = zero_output(1)

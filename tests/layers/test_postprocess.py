@@ -41,7 +41,7 @@ def test_nothing_above_the_threshold_is_an_ordinary_result(device: torch.device)
 def test_boxes_come_out_in_pixels_best_first(device: torch.device) -> None:
     output = output_of({3: (0.6, [1, 2, 11, 12]), 20: (0.9, [30, 10, 50, 34])}, device)
     (found,) = postprocess(output, SIZE, MODEL, EVERYTHING)
-    assert found.boxes.device.type == device.type
+    assert found.boxes.device.type == "cpu"
     torch.testing.assert_close(found.boxes.cpu(), torch.tensor([[30.0, 10, 50, 34], [1, 2, 11, 12]]))
     torch.testing.assert_close(found.scores.cpu(), torch.tensor([0.9, 0.6]))
 
@@ -130,3 +130,20 @@ def test_fused_score_by_hand(exponent: float, expected: float) -> None:
 
 def test_score_is_the_probability_where_there_is_no_branch() -> None:
     assert float(fuse_scores(torch.tensor([[0.36, 0.64]]).log(), None, 0.5)) == pytest.approx(0.64)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.02, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("exponent", [0.0, 0.3, 1.0])
+def test_filter_in_logits_keeps_what_the_scores_keep(threshold: float, exponent: float) -> None:
+    """Scores of all priors, computed one by one, say the same; of two images, the first without a face."""
+    generator = torch.Generator().manual_seed(0)
+    model = dataclasses.replace(MODEL, model_version="tina", score_exponent=exponent)
+    logits = torch.randn(2, len(PRIORS), 2, generator=generator) * 4
+    logits[0, :, 0] = 50
+    iou_logits = torch.randn(2, len(PRIORS), generator=generator) * 3
+    output = StageOutput(logits, torch.zeros(2, len(PRIORS), 4), None, iou_logits)
+    detection = DetectionConfig(confidence_threshold=threshold, nms_threshold=1, clip_boxes=False)
+    for image, found in enumerate(postprocess(output, SIZE, model, detection)):
+        scores = fuse_scores(logits[image], iou_logits[image], exponent)
+        expected = scores[scores > threshold].sort(descending=True).values
+        torch.testing.assert_close(found.scores, expected)

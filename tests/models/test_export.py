@@ -15,10 +15,11 @@ from config import ROOT, ModelConfig, from_dict, to_dict
 from models.export import largest_difference
 from models.fuse import fuse_batch_norm
 from models.retinaface import RetinaFace
+from utils.images import read_image
 
 pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(package) is None for package in ("onnx", "onnxruntime", "onnxscript")),
-    reason="onnx, onnxruntime or onnxscript is not installed",
+    any(importlib.util.find_spec(package) is None for package in ("onnx", "onnxruntime")),
+    reason="onnx or onnxruntime is not installed",
 )
 
 
@@ -47,9 +48,25 @@ def test_shipped_experiment_becomes_a_file_that_says_what_it_is(tmp_path: Path) 
     assert torch.is_grad_enabled()
 
 
+def test_with_suppression_it_becomes_a_file_that_finds_faces(tmp_path: Path) -> None:
+    import onnxruntime
+
+    file = tmp_path / "faces.onnx"
+    result = export(f"--output={file}", "--with_nms", "--confidence_threshold=0.6")
+    assert (result.returncode, result.stderr) == (0, "")
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["boxes", "scores", "landmarks"]
+    thresholds = json.loads(session.get_modelmeta().custom_metadata_map["detection"])
+    assert thresholds["confidence_threshold"] == 0.6
+    image = read_image(ROOT / "data/sample_widerface/images/astronaut.jpg")
+    boxes, scores, landmarks = session.run(None, {"images": image[None]})
+    assert (boxes.shape, scores.shape, landmarks.shape) == ((1, 4), (1,), (1, 5, 2))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--top_k=5",), "--top_k does nothing without --with_nms; add it"),
         (("--output=/no/such/folder/faces.onnx",), "there is no folder /no/such/folder"),
         (("--experiment_name=nowhere",), "no such experiment"),
         (("--cascade=True", "--refinement=rematch"), "trained with refinement sum"),

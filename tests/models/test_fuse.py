@@ -13,12 +13,15 @@ from models.fuse import fuse_batch_norm
 from models.retinaface import RetinaFace
 
 CASCADES = {"single": (False, "sum"), "sum": (True, "sum"), "rematch": (True, "rematch")}
+FINE_LEVELS_OF = {"mobilenet0.25": 2, "resnet18": 0, "resnet50": 0}
 
 
 def trained_like(backbone: str, cascade: bool = True, refinement: str = "sum") -> RetinaFace:
     """A network whose batch normalisations all do something."""
     generator = torch.Generator().manual_seed(5)
-    model = ModelConfig.for_backbone(backbone, cascade=cascade, refinement=refinement, fpn_channels=32)
+    model = ModelConfig.for_backbone(
+        backbone, cascade=cascade, refinement=refinement, fpn_channels=32, fine_levels=FINE_LEVELS_OF[backbone]
+    )
     network = RetinaFace(model).eval()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from utils.images import UnreadableImageError, read_image, write_image
+from utils.images import UnreadableImageError, read_image, reduced, write_image
 
 HEIGHT, WIDTH = 40, 64
 
@@ -192,3 +192,10 @@ def test_what_cannot_be_written_leaves_the_former_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         write_image(tmp_path / "file" / "a.png", np.zeros((1, 1, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("max_pixels", "expected"), [(0, (40, 90)), (3600, (40, 90)), (900, (20, 45)), (3599, (39, 89)), (1, (1, 1))]
+)
+def test_reduced_image_keeps_its_shape(max_pixels: int, expected: tuple[int, int]) -> None:
+    assert reduced(np.zeros((40, 90, 3), np.uint8), max_pixels).shape == (*expected, 3)

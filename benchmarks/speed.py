@@ -1,0 +1,260 @@
+"""Images a second, stage by stage and end to end: python -m benchmarks.speed --images=FOLDER.
+
+Ours runs against `reference_detect`, a literal restatement of biubug6/Pytorch_Retinaface's pipeline with the same
+weights: the network in PyTorch's default layout with its batch normalisation, priors by nested loops for each image,
+everything decoded, suppression box by box in NumPy, 5,000 candidates at most and 750 faces. All read the same files and
+write the same text. The contenders of a table take turns; each figure is a median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import cv2
+import numpy as np
+import torch
+
+from config import ROOT, DetectionConfig, Flags, ModelConfig, SpeedOptions
+from engine import predict_files
+from layers.postprocess import postprocess
+from models.backend import missing_onnx_packages
+from models.detector import FaceDetector, build_network
+from models.retinaface import RetinaFace
+from utils.checkpoint import load_checkpoint
+from utils.draw import draw_detections
+from utils.images import IMAGE_SUFFIXES, read_image, write_image
+from utils.wider_predictions import write_predictions
+
+# As in both projects' evaluations.
+_DETECTION = DetectionConfig(confidence_threshold=0.02, nms_threshold=0.4)
+_CANDIDATES, _FACES = 5000, 750
+_SIDE = 640  # of the image that ResNet-50 sees
+
+Contenders = Mapping[str, Callable[[], object]]
+
+
+# ------------------------------------------------------------------------------------ the pipeline of the reference
+
+
+@torch.no_grad()
+def reference_detect(network: RetinaFace, image: np.ndarray) -> np.ndarray:
+    """(N, 5) x1, y1, x2, y2, score of an image, as the reference finds them."""
+    model = network.config
+    height, width = image.shape[:2]
+    pixels = image.astype(np.float32) - np.array(model.pixel_mean, np.float32)
+    tensor = torch.from_numpy(pixels.transpose(2, 0, 1)).unsqueeze(0)
+    output = network(tensor + network.pixel_mean)[-1]  # our network subtracts it once more
+
+    priors = torch.tensor(_priors_by_loops(model, height, width)).view(-1, 4)
+    deltas, (centre, size) = output.box_deltas[0], model.variances
+    boxes = torch.cat(
+        (priors[:, :2] + deltas[:, :2] * centre * priors[:, 2:], priors[:, 2:] * torch.exp(deltas[:, 2:] * size)), 1
+    )
+    boxes[:, :2] -= boxes[:, 2:] / 2
+    boxes[:, 2:] += boxes[:, :2]
+    corners = (boxes * torch.tensor([width, height, width, height])).numpy()
+    scores = output.class_logits[0].softmax(dim=-1)[:, 1].numpy()
+    points = np.empty(0)
+    if output.landmark_deltas is not None:
+        offsets = output.landmark_deltas[0]
+        decoded = [priors[:, :2] + offsets[:, i : i + 2] * centre * priors[:, 2:] for i in range(0, 10, 2)]
+        points = (torch.cat(decoded, dim=1) * torch.tensor([width, height] * 5)).numpy()
+
+    above = np.where(scores > _DETECTION.confidence_threshold)[0]
+    order = above[scores[above].argsort()[::-1][:_CANDIDATES]]
+    candidates = np.hstack((corners[order], scores[order, None])).astype(np.float32)
+    points = points[order] if len(points) else points
+    kept = _suppress_one_by_one(candidates, _DETECTION.nms_threshold)
+    return candidates[kept][:_FACES]
+
+
+def _priors_by_loops(model: ModelConfig, height: int, width: int) -> list[float]:
+    anchors: list[float] = []
+    for sizes, stride in zip(model.anchor_sizes, model.strides, strict=True):
+        for row, column in product(range(math.ceil(height / stride)), range(math.ceil(width / stride))):
+            for side in sizes:
+                anchors += [(column + 0.5) * stride / width, (row + 0.5) * stride / height, side / width, side / height]
+    return anchors
+
+
+def _suppress_one_by_one(boxes: np.ndarray, threshold: float) -> list[int]:
+    x1, y1, x2, y2, scores = boxes.T
+    areas = (x2 - x1 + 1) * (y2 - y1 + 1)
+    order = scores.argsort()[::-1]
+    kept = []
+    while order.size > 0:
+        best, others = order[0], order[1:]
+        kept.append(int(best))
+        width = np.maximum(0, np.minimum(x2[best], x2[others]) - np.maximum(x1[best], x1[others]) + 1)
+        height = np.maximum(0, np.minimum(y2[best], y2[others]) - np.maximum(y1[best], y1[others]) + 1)
+        overlap = width * height / (areas[best] + areas[others] - width * height)
+        order = others[overlap <= threshold]
+    return kept
+
+
+def reference_run(network: RetinaFace, files: Sequence[tuple[str, Path]], folder: Path) -> None:
+    for name, path in files:
+        _write(folder, name, reference_detect(network, cv2.imread(str(path))))
+
+
+# ------------------------------------------------------------------------------------------------ the contenders
+
+
+def our_run(detector: FaceDetector, files: Sequence[tuple[str, Path]], folder: Path) -> None:
+    for _ in predict_files(detector, files, folder, integer_boxes=False):
+        pass
+
+
+def yunet_run(model: Path, files: Sequence[tuple[str, Path]], folder: Path) -> None:
+    """OpenCV's YuNet, a smaller network, with the same thresholds."""
+    detector = cv2.FaceDetectorYN.create(
+        str(model), "", (320, 320), _DETECTION.confidence_threshold, _DETECTION.nms_threshold, _CANDIDATES
+    )
+    for name, path in files:
+        image = cv2.imread(str(path))
+        detector.setInputSize((image.shape[1], image.shape[0]))
+        faces = detector.detect(image)[1]
+        boxes = np.empty((0, 5)) if faces is None else faces[:, [0, 1, 2, 3, 14]]
+        boxes[:, 2:4] += boxes[:, :2]
+        _write(folder, name, boxes)
+
+
+def _write(folder: Path, name: str, boxes: np.ndarray) -> None:
+    rows = boxes.astype(np.float64)
+    rows[:, 2:4] -= rows[:, :2]
+    write_predictions(folder, name, rows)
+
+
+def stages(detectors: Mapping[str, FaceDetector], files: Sequence[tuple[str, Path]], folder: Path) -> Contenders:
+    """What becomes of an image, each step alone."""
+    paths = [path for _, path in files]
+    images = [read_image(path) for path in paths]
+    tensors = [torch.from_numpy(image)[None] for image in images]
+    best = detectors[list(detectors)[-1]]
+    outputs = [best.backend(tensor) for tensor in tensors]
+    sizes = [(image.shape[0], image.shape[1]) for image in images]
+    found = [postprocess(*pair, best.network.config, _DETECTION)[0] for pair in zip(outputs, sizes, strict=True)]
+
+    def sort_out() -> None:
+        for pair in zip(outputs, sizes, strict=True):
+            postprocess(*pair, best.network.config, _DETECTION)
+
+    def draw_and_write() -> None:
+        for image, detections in zip(images, found, strict=True):
+            write_image(folder / "drawing.jpg", draw_detections(image, detections))
+
+    return {
+        "read": lambda: [read_image(path) for path in paths],
+        **{f"forward, {name}": partial(_all, detector.backend, tensors) for name, detector in detectors.items()},
+        "decode, suppress": sort_out,
+        "draw, write": draw_and_write,
+    }
+
+
+def _all(function: Callable[[torch.Tensor], object], tensors: Sequence[torch.Tensor]) -> None:
+    for tensor in tensors:
+        function(tensor)
+
+
+def our_detectors(network: RetinaFace) -> dict[str, FaceDetector]:
+    """The network as it is, fused, and where it is installed in ONNX Runtime, which is the fastest."""
+    backends = ["torch"] if missing_onnx_packages() else ["torch", "onnx"]
+    fused = {name: FaceDetector(copy.deepcopy(network), _DETECTION, SpeedOptions(backend=name)) for name in backends}
+    return {"eager": FaceDetector(copy.deepcopy(network), _DETECTION)} | fused
+
+
+# --------------------------------------------------------------------------------------------------- measuring
+
+
+@torch.inference_mode()
+def compare(title: str, contenders: Contenders, images: int, repeats: int) -> dict[str, float]:
+    """Let the contenders take turns, print their medians, and return them in seconds."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(repeats + 1):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            if turn:  # the first warms up
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"\n{title:<34}{'images/s':>10}{'ms':>9}")
+    for name, median in medians.items():
+        print(f"{name:<34}{images / median:>10.1f}{1000 * median / images:>9.1f}", flush=True)
+    return medians
+
+
+def find_images(folder: Path, limit: int) -> list[tuple[str, Path]]:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)[:limit]
+    if not paths:
+        sys.exit(f"error: {folder}: holds no image")
+    return [(path.relative_to(folder).as_posix(), path) for path in paths]
+
+
+def measure_pipeline(network: RetinaFace, files: Sequence[tuple[str, Path]], yunet: Path | None, repeats: int) -> None:
+    detectors = our_detectors(network)
+    best = list(detectors)[-1]
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        steps = compare("stage", stages(detectors, files, folder), len(files), repeats)
+        runs: dict[str, Callable[[], object]] = {
+            f"ours, {key}": partial(our_run, detector, files, folder) for key, detector in detectors.items()
+        }
+        runs["reference pipeline"] = partial(reference_run, copy.deepcopy(network).eval(), files, folder)
+        if yunet is not None:
+            runs["YuNet (OpenCV)"] = partial(yunet_run, yunet, files, folder)
+        totals = compare("end to end, read to text", runs, len(files), repeats)
+    ours = totals[f"ours, {best}"]
+    print(f"ours takes {ours / steps[f'forward, {best}']:.2f} times the bare network's time")
+    print(f"ours is {totals['reference pipeline'] / ours:.2f} times as fast as the reference pipeline")
+
+
+def measure_resnet(repeats: int) -> None:
+    """A cascade on ResNet-50 with random weights."""
+    torch.manual_seed(0)
+    detectors = our_detectors(RetinaFace(ModelConfig.for_backbone("resnet50")).eval())
+    image = torch.randint(0, 256, (1, _SIDE, _SIDE, 3), dtype=torch.uint8)
+    runs = {name: partial(detector.backend, image) for name, detector in detectors.items()}
+    medians = compare(f"ResNet-50 cascade, {_SIDE}x{_SIDE}", runs, 1, repeats)
+    print(f"{medians['eager'] / min(medians.values()):.2f} times as fast as eager")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, default=ROOT / "data/sample_widerface/images", help="folder of pictures")
+    parser.add_argument("--limit", type=int, default=100, help="pictures at most (default: 100)")
+    parser.add_argument(
+        "--model_weight",
+        type=Path,
+        default=ROOT / "experiments/mobilenet0.25_pretrained/ckpt/mobilenet0.25_ckpt-best.pth",
+        help="any supported checkpoint (default: the shipped one)",
+    )
+    parser.add_argument("--yunet", type=Path, help="OpenCV's face_detection_yunet .onnx, to compare with")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the network")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of which the median is shown (default: 5)")
+    parser.add_argument("--no_resnet", action="store_true", help="leave the ResNet-50 out, which takes a minute")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    cv2.setNumThreads(arguments.threads)
+    files = find_images(arguments.images, arguments.limit)
+    network = build_network(load_checkpoint(arguments.model_weight, Flags({}))).eval()
+    print(f"{len(files)} images, {arguments.model_weight.name}, {arguments.threads} threads, {arguments.repeats} turns")
+    measure_pipeline(network, files, arguments.yunet, arguments.repeats)
+    if not arguments.no_resnet:
+        measure_resnet(arguments.repeats)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
+    print(f"\npeak memory: {peak:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The detector as a whole: large images, and memory over many sizes."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from config import ROOT, ConfigError, MemoryOptions, SpeedOptions
+from models.backend import Backend, missing_onnx_packages
+from models.detector import FaceDetector
+from utils.images import read_image, reduced
+from utils.structures import StageOutput
+
+_STATM = Path("/proc/self/statm")
+
+
+class Watched:
+    """A backend that notes the shapes of what it sees."""
+
+    name = "watched"
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __call__(self, images: Tensor) -> StageOutput:
+        self.shapes.append(tuple(images.shape))
+        return self.backend(images)
+
+
+def test_large_image_is_seen_smaller_and_its_boxes_are_in_its_own_pixels() -> None:
+    image = read_image(ROOT / "data/sample_widerface/images/astronaut.jpg")[:400]
+    detector = FaceDetector.from_experiment()
+    quarter = 400 * 512 // 4
+    expected = detector.detect(reduced(image, quarter)).scaled(2, 2)
+    limited = FaceDetector(detector.network, detector.detection, max_pixels=quarter)
+    limited.backend = watched = Watched(limited.backend)
+    found = limited.detect(image)
+    assert watched.shapes == [(1, 200, 256, 3)]
+    assert len(found) == len(expected) == 1
+    torch.testing.assert_close(found.boxes, expected.boxes, atol=0.05, rtol=0)
+    torch.testing.assert_close(found.landmarks, expected.landmarks, atol=0.05, rtol=0)
+
+
+def test_limit_that_means_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--max_pixels must not be negative"):
+        MemoryOptions(max_pixels=-1)
+
+
+@pytest.mark.skipif(not _STATM.exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("backend", ["torch", *([] if missing_onnx_packages() else ["onnx"])])
+def test_memory_stays_flat_over_images_of_many_sizes(backend: str) -> None:
+    """Images that were kept would be 30 MB, and the pyramids that they give rise to more."""
+    detector = FaceDetector.from_experiment(speed=SpeedOptions(backend=backend))
+    generator = np.random.default_rng(0)
+
+    def detect(count: int) -> None:
+        for _ in range(count):
+            height, width = generator.integers(100, 400, 2)
+            detector.detect(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+    detect(40)
+    before = resident_megabytes()
+    detect(160)
+    assert resident_megabytes() - before < 20
+
+
+def resident_megabytes() -> float:
+    gc.collect()
+    return int(_STATM.read_text().split()[1]) * 4096 / 1e6

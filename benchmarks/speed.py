@@ -125,7 +125,7 @@ def yunet_run(model: Path, files: Sequence[tuple[str, Path]], folder: Path) -> N
         image = cv2.imread(str(path))
         detector.setInputSize((image.shape[1], image.shape[0]))
         faces = detector.detect(image)[1]
-        boxes = np.empty((0, 5)) if faces is None else faces[:, [0, 1, 2, 3, 14]]
+        boxes: np.ndarray = np.empty((0, 5)) if faces is None else faces[:, [0, 1, 2, 3, 14]]
         boxes[:, 2:4] += boxes[:, :2]
         _write(folder, name, boxes)
 

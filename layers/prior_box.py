@@ -35,7 +35,7 @@ def prior_boxes(
     Returns:
         (P, 4) float32 cxcywh, normalised to the image, not clipped.
     """
-    if torch.jit.is_tracing():  # sizes are tensors then, which the graph computes with and no cache may keep
+    if isinstance(image_size_hw[0], Tensor):  # in a trace: the graph computes with sizes, and no cache may keep them
         return _prior_boxes(image_size_hw, anchor_sizes, strides).to(device=device, dtype=torch.float32)
     return _kept_prior_boxes(image_size_hw, anchor_sizes, strides, device)
 

@@ -53,10 +53,10 @@ def test_limit_that_means_nothing_is_refused() -> None:
 
 
 @pytest.mark.skipif(not _STATM.exists(), reason="memory is read from /proc")
-@pytest.mark.parametrize("backend", ["torch", *([] if missing_onnx_packages() else ["onnx"])])
-def test_memory_stays_flat_over_images_of_many_sizes(backend: str) -> None:
+@pytest.mark.skipif(bool(missing_onnx_packages()), reason="PyTorch keeps kernels for the newest thousand shapes")
+def test_memory_stays_flat_over_images_of_many_sizes() -> None:
     """Images that were kept would be 30 MB, and the pyramids that they give rise to more."""
-    detector = FaceDetector.from_experiment(speed=SpeedOptions(backend=backend))
+    detector = FaceDetector.from_experiment(speed=SpeedOptions(backend="onnx"))
     generator = np.random.default_rng(0)
 
     def detect(count: int) -> None:

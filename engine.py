@@ -49,7 +49,7 @@ _ASK_EVERY_STEPS = 10  # steps after which processes agree whether to stop, for 
 _PICTURES_IN_LOG = 4
 # A network that has learnt little finds faces everywhere, and to sort them out takes minutes; a trained one has fewer.
 _VALIDATION_TOP_K = 10_000
-_BATCH_SIZE = 8  # images of one size that share a pass at inference
+BATCH_SIZE = 8  # images of one size that share a pass at inference
 _NOTHING = Detections(torch.zeros(0, 4), torch.zeros(0), None)
 
 
@@ -452,13 +452,14 @@ def detect_pictures(
     A picture that could not be read, or is too large for the memory, comes out with its `problem` and no detections.
 
     Args:
-        batch_same_sizes: pass neighbours of one size through the network together.
+        batch_same_sizes: pass neighbours of one size through the network together. They share a block of `BATCH_SIZE`
+            positions, so which pictures go together does not depend on where a stream begins or what it leaves out.
     """
-    limit = _BATCH_SIZE if batch_same_sizes else 1
+    limit = BATCH_SIZE if batch_same_sizes else 1
     waiting: list[Picture] = []
     for picture in pictures:
         shape = None if picture.image is None else picture.image.shape
-        if waiting and (shape is None or len(waiting) == limit or waiting[0].image.shape != shape):  # type: ignore[union-attr]
+        if waiting and (shape is None or len(waiting) == limit or not _share_pass(waiting[0], picture)):
             yield from _detect_batch(detector, waiting)
             waiting = []
         if shape is None:
@@ -466,6 +467,13 @@ def detect_pictures(
         else:
             waiting.append(picture)
     yield from _detect_batch(detector, waiting)
+
+
+def _share_pass(first: Picture, other: Picture) -> bool:
+    """Whether two pictures that could be read may go through the network together."""
+    assert first.image is not None and other.image is not None
+    same_size = first.image.shape == other.image.shape
+    return same_size and first.position // BATCH_SIZE == other.position // BATCH_SIZE
 
 
 def _detect_batch(detector: BatchDetector, pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Detections]]:

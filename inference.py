@@ -155,7 +155,9 @@ def _open(flags: Flags, processes: Processes, stack: ExitStack) -> Job:
 def _refuse_to_divide(source: Source, options: InferenceOptions, processes: Processes) -> None:
     """Frames come one after another, so others cannot begin in the middle, nor can a later run."""
     if processes.count > 1:
-        raise ConfigError(f"{source.description}: {processes.count} processes cannot share a video or camera; start one")
+        raise ConfigError(
+            f"{source.description}: {processes.count} processes cannot share a video or camera; start one"
+        )
     if options.resume:
         raise ConfigError(f"{source.description}: a video or camera cannot be resumed; drop --resume")
 

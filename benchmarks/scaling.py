@@ -1,8 +1,8 @@
 """Speed and memory of inference.py against the number of pictures and processes: python -m benchmarks.scaling.
 
-Pictures are made up: copies of a sample, moved and reduced, in two sizes, of which neighbours share one. Each run is the
-command as a user gives it, start-up included, on the CPU with a thread a process. The memory is the largest that one
-process held.
+Pictures are made up: copies of a sample, moved and reduced, in two sizes, of which neighbours share one. Each run is
+the command as a user gives it, start-up included, on the CPU with a thread a process. The memory is the largest that
+one process held.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def make_pictures(folder: Path, count: int, size_wh: tuple[int, int]) -> None:
 
 
 def measure(pictures: Path, out: Path, processes: int, flags: Sequence[str]) -> Run:
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = (
+        [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    )
     command = [sys.executable, *launcher, "inference.py", "--gpu_num=-1", f"--inference_dir={pictures}"]
     command += [f"--inference_save_folder={out}", *flags]
     start = time.perf_counter()

@@ -35,14 +35,14 @@ class Start:
     Attributes:
         about: what the results depend on, as the main process has it.
         done: (N,) positions of pictures that an earlier run has done, ascending.
-        threads: with which they are computed, for the last digits can depend on it.
+        threads: that compute, where results depend on their number.
         is_finished: the earlier run did everything and its final files stand.
         note: for the user, or empty.
     """
 
     about: Mapping[str, Any]
     done: np.ndarray
-    threads: int
+    threads: int | None
     is_finished: bool = False
     note: str = ""
 

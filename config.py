@@ -613,6 +613,7 @@ class InferenceOptions:
     save_mask: bool = option(False, "write masks and crops; needs --mask")
     segmenter_model: str | None = option(None, "a .tflite for --mask; default: the one mediapipe carries")
     max_frames: int = option(0, "stop a video or camera after so many frames; 0 is no limit")
+    resume: bool = option(False, "keep the results of an interrupted run and do the other images only")
 
     def __post_init__(self) -> None:
         _check(self.mask or not self.save_mask, "--save_mask needs --mask: add it, or drop --save_mask")

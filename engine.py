@@ -51,7 +51,7 @@ _ASK_EVERY_STEPS = 10  # steps after which processes agree whether to stop, for 
 _PICTURES_IN_LOG = 4
 # A network that has learnt little finds faces everywhere, and to sort them out takes minutes; a trained one has fewer.
 _VALIDATION_TOP_K = 10_000
-_BATCH_SIZE = 8  # images of one size that share a pass at inference
+BATCH_SIZE = 8  # images of one size that share a pass at inference
 _BATCH_PIXELS = 8 << 20  # that they have together at most
 _NOTHING = Detections(torch.zeros(0, 4), torch.zeros(0), None)
 
@@ -468,21 +468,21 @@ def detect_pictures(
     A picture that could not be read, or is too large for the memory, comes out with its `problem` and no detections.
 
     Args:
-        batch_same_sizes: pass neighbours of one size through the network together.
+        batch_same_sizes: pass neighbours of one size through the network together. They share a block of `BATCH_SIZE`
+            positions, so which pictures go together does not depend on where a stream begins or what it leaves out.
     """
     waiting: list[Picture] = []
-    shape: tuple[int, ...] = ()
     limit = 1
     for picture in pictures:
-        if waiting and (picture.image is None or len(waiting) >= limit or picture.image.shape != shape):
+        if waiting and (picture.image is None or len(waiting) >= limit or not _share_pass(waiting[0], picture)):
             yield from _detect_batch(detector, waiting)
             waiting = []
         if picture.image is None:
             yield picture, _NOTHING
             continue
         if not waiting:
-            shape = picture.image.shape
-            limit = min(_BATCH_SIZE, _BATCH_PIXELS // (shape[0] * shape[1])) if batch_same_sizes else 1
+            height, width = picture.image.shape[:2]
+            limit = min(BATCH_SIZE, _BATCH_PIXELS // (height * width)) if batch_same_sizes else 1
         _say_if_reduced(picture.name, picture.image, detector.max_pixels)
         waiting.append(picture)
     yield from _detect_batch(detector, waiting)
@@ -493,6 +493,13 @@ def _say_if_reduced(name: str, image: np.ndarray, max_pixels: int) -> None:
     if max_pixels and height * width > max_pixels:
         # Beside the progress bar.
         tqdm.write(f"note: {name}: {width}x{height} pixels, more than --max_pixels={max_pixels}; detecting in less")
+
+
+def _share_pass(first: Picture, other: Picture) -> bool:
+    """Whether two pictures that could be read may go through the network together."""
+    assert first.image is not None and other.image is not None
+    same_size = first.image.shape == other.image.shape
+    return same_size and first.position // BATCH_SIZE == other.position // BATCH_SIZE
 
 
 def _detect_batch(detector: BatchDetector, pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Detections]]:

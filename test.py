@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -36,6 +35,7 @@ from utils.evaluation_run import EvaluationRun, describe_protocol
 from utils.evaluation_set import EvaluationSet, open_evaluation_set
 from utils.experiment import Experiment, make_folder, user_path
 from utils.files import disk_errors
+from utils.settings import digest_of_file
 from utils.wider_predictions import prediction_file, read_predictions
 
 if TYPE_CHECKING:
@@ -122,13 +122,13 @@ def detect(
     from engine import predict_files
     from models.detector import open_detector
     from models.protocol import ProtocolDetector
-    from utils.distributed import merge_over_processes, value_of_main
+    from utils.distributed import done_by_main, merge_over_processes
 
     detector, checkpoint, name = open_detector(flags, device, "evaluation", ROOT / "experiments")
     protocol = flags.apply(ProtocolConfig())
     settings = {
         "checkpoint": checkpoint.path.name,
-        "checkpoint_sha256": hashlib.sha256(checkpoint.path.read_bytes()).hexdigest(),
+        "checkpoint_sha256": digest_of_file(checkpoint.path),
         "model": to_dict(detector.network.config),
         "protocol": dataclasses.asdict(protocol),
         "detection": dataclasses.asdict(detector.detection),
@@ -139,7 +139,7 @@ def detect(
     predicted = EvaluationRun.of_detector(results_folder(name), name, checkpoint.path.name, stamp, settings)
     if processes.is_main and not options.resume and (former := predicted.files):
         print(f"{predicted.folder}: replacing {len(former)} predictions of an earlier run (--resume keeps them)")
-    kept = set(value_of_main(predicted.begin(faces.names, resume=options.resume) if processes.is_main else None))
+    kept = set(done_by_main(lambda: predicted.begin(faces.names, resume=options.resume)))
     missing = [file for file in zip(faces.names, faces.images or [], strict=True) if file[0] not in kept]
     files = missing[processes.rank :: processes.count]
     if processes.is_main:

@@ -105,6 +105,35 @@ def test_other_failures_are_not_hidden() -> None:
         list(detect_pictures(ShortOfMemory(RuntimeError("a bug")), [Picture("b", LARGE)], batch_same_sizes=False))
 
 
+class CountingDetector(FaceDetector):
+    """Notes how many pictures each pass has."""
+
+    def __init__(self) -> None:
+        super().__init__(RetinaFace(ModelConfig.for_backbone("mobilenet0.25")), ExperimentConfig().inference)
+        self.passes: list[int] = []
+
+    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        self.passes.append(len(images))
+        return [Detections(torch.zeros(0, 4), torch.zeros(0), None)] * len(images)
+
+
+@pytest.mark.parametrize(
+    ("positions", "passes"),
+    [
+        ([0] * 11, [8, 3]),  # of no source
+        (range(11), [8, 3]),
+        (range(8, 19), [8, 3]),
+        ([6, 7, 8, 9, 15, 16], [2, 3, 1]),
+        ([], []),
+    ],
+)
+def test_pictures_share_a_pass_within_blocks_of_positions(positions: Sequence[int], passes: list[int]) -> None:
+    detector = CountingDetector()
+    pictures = [Picture(str(position), SMALL, position=position) for position in positions]
+    assert len(list(detect_pictures(detector, pictures, batch_same_sizes=True))) == len(pictures)
+    assert detector.passes == passes
+
+
 WHOLE = DataConfig(
     im_size=128,
     min_crop_scale=1,

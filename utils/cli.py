@@ -33,7 +33,9 @@ def choose_device(gpu_num: int) -> torch.device:
     if gpu_num == -1:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        print("warning: no CUDA device found, using the CPU (--gpu_num=-1 says so without this line)", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            hint = "(--gpu_num=-1 says so without this line)"
+            print(f"warning: no CUDA device found, using the CPU {hint}", file=sys.stderr)
         return torch.device("cpu")
     count = torch.cuda.device_count()
     gpu_num = int(os.environ.get("LOCAL_RANK", gpu_num))

@@ -11,6 +11,7 @@ from typing import Any
 from config import ConfigError, DetectionConfig, ProtocolConfig, UserError
 from utils.experiment import make_folder
 from utils.files import disk_errors, replacing
+from utils.settings import first_difference, read_object
 from utils.wider_predictions import prediction_file
 
 _FOLDER = "predictions"
@@ -45,7 +46,7 @@ class EvaluationRun:
         if not folder.is_dir():
             raise UserError(f"--pred_dir {folder}: no such folder")
         folder = folder.resolve()
-        saved = _read_run_file(folder.parent / _RUN_FILE) if folder.name == _FOLDER else {}
+        saved = read_object(folder.parent / _RUN_FILE) if folder.name == _FOLDER else {}
         name = experiment or saved.get("experiment") or folder.name
         protocol = saved.get("protocol") or f"as the predictions in {folder} were made"
         return cls(name, folder, saved.get("checkpoint"), protocol, saved.get("settings", {}))
@@ -80,7 +81,7 @@ class EvaluationRun:
             former = self.files
             run_file = self.folder.parent / _RUN_FILE
             if resume and former:
-                self._check_same(_read_run_file(run_file).get("settings"))
+                self._check_same(read_object(run_file).get("settings"))
                 return [name for name in names if prediction_file(self.folder, name).is_file()]
             for file in former:
                 file.unlink()
@@ -97,13 +98,12 @@ class EvaluationRun:
     def _check_same(self, saved: Mapping[str, Any] | None) -> None:
         if saved is None:
             raise ConfigError(f"--resume: {self.folder} does not say how its predictions were made; drop --resume")
-        asked = json.loads(json.dumps(self.settings))
-        for name in asked:
-            if saved.get(name) != asked[name]:
-                raise ConfigError(
-                    f"--resume: the predictions in {self.folder} were made with {name} {_brief(saved.get(name))}, now "
-                    f"it is {_brief(asked[name])}; repeat the flags of that run, or drop --resume"
-                )
+        changed = first_difference(saved, self.settings)
+        if changed is not None:
+            raise ConfigError(
+                f"--resume: the predictions in {self.folder} were made with {changed}; repeat the flags of that run, "
+                "or drop --resume"
+            )
 
 
 def describe_protocol(protocol: ProtocolConfig, detection: DetectionConfig) -> str:
@@ -121,17 +121,3 @@ def describe_protocol(protocol: ProtocolConfig, detection: DetectionConfig) -> s
         "clipped" if detection.clip_boxes else "not clipped",
     ]
     return ", ".join(parts)
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
-
-
-def _read_run_file(path: Path) -> dict[str, Any]:
-    """Empty where there is none that can be read."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
+import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +19,21 @@ def replacing(path: Path) -> Iterator[Path]:
     >>> with replacing(folder / "results.txt") as temporary:
     ...     temporary.write_text("complete")
     """
-    # Short, and of this thread alone: the file's own name may be as long as names can be.
-    temporary = path.with_name(f".{os.getpid()}.{threading.get_ident()}.tmp")
+    # Short, for the file's own name may be as long as names can be; and of this block alone, on all machines.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what `replacing` left below a folder in processes that were killed. No other may be writing there."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", name):
+                (Path(parent) / name).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,7 @@ import numpy as np
 from config import UserError
 from utils.experiment import user_path
 from utils.images import IMAGE_SUFFIXES, UnreadableImageError, read_image
-from utils.writers import OUTPUT_FOLDERS
+from utils.result_files import OUTPUT_FOLDERS
 
 LIST_SUFFIXES = frozenset([".txt", ".lst"])
 VIDEO_SUFFIXES = frozenset(".mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg .wmv .flv .ts .3gp".split())
@@ -36,11 +37,13 @@ class Picture:
         name: path relative to the folder that is read, with forward slashes; of a frame, a name made from its number.
         image: (H, W, 3) uint8 BGR, or None if it could not be read.
         problem: why it could not be read.
+        position: its place among all pictures of its source, from 0.
     """
 
     name: str
     image: np.ndarray | None
     problem: str | None = None
+    position: int = 0
 
 
 class Source(Protocol):
@@ -114,63 +117,72 @@ def _read_list(file: Path) -> Source:
     return ImageList(list(dict.fromkeys(path if path.exists() else file.parent / path for path in paths)), str(file))
 
 
-class ImageFile:
+class ImageFiles:
+    """Image files in a fixed order, of which any can be read.
+
+    Attributes:
+        names: paths relative to `folder`, with forward slashes.
+    """
+
+    frames_per_second: float | None = None
+
+    def __init__(self, description: str, folder: Path, names: list[str], ignored: int = 0) -> None:
+        self.description = description
+        self.folder = folder
+        self.names = names
+        self.total: int | None = len(names)
+        self.ignored = ignored
+
+    def __iter__(self) -> Iterator[Picture]:
+        return self.read(range(len(self.names)))
+
+    def read(self, positions: Sequence[int]) -> Iterator[Picture]:
+        """The pictures at these positions of `names`, in the order given."""
+        pictures = read_pictures((self.names[position], self.folder / self.names[position]) for position in positions)
+        for position, picture in zip(positions, pictures, strict=True):
+            yield replace(picture, position=position)
+
+    def digest(self) -> str:
+        """SHA-256 of the paths in their order, in hexadecimal."""
+        digest = hashlib.sha256(os.fsencode(self.folder.absolute()))
+        for name in self.names:
+            digest.update(b"\0" + os.fsencode(name))
+        return digest.hexdigest()
+
+
+class ImageFile(ImageFiles):
     """A single image file, whatever its suffix."""
 
-    total: int | None = 1
-    ignored = 0
-    frames_per_second: float | None = None
-
     def __init__(self, path: Path) -> None:
-        self.description = str(path)
-        self.path = path
-        self.names = [path.name]
-
-    def __iter__(self) -> Iterator[Picture]:
-        yield read_picture(self.path, self.path.name)
+        super().__init__(str(path), path.parent, [path.name])
 
 
-class ImageFolder:
+class ImageFolder(ImageFiles):
     """All image files below a folder, sorted by their paths; hidden files and folders are left alone."""
 
-    frames_per_second: float | None = None
-
     def __init__(self, folder: Path, exclude: Path) -> None:
-        self.description = str(folder)
-        self.folder = folder
-        paths = list(_walk(folder, {(exclude / name).resolve() for name in ("", *OUTPUT_FOLDERS)}))
-        pictures = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_fifo()]
-        self.names = sorted(path.relative_to(folder).as_posix() for path in pictures)
-        self.total: int | None = len(self.names)
-        self.ignored = len(paths) - len(pictures)
-        if not pictures:
+        names, files = [], 0
+        for path in _walk(folder, {(exclude / name).resolve() for name in ("", *OUTPUT_FOLDERS)}):
+            files += 1
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_fifo():
+                names.append(path.relative_to(folder).as_posix())
+        if not names:
             suffixes = " ".join(sorted(IMAGE_SUFFIXES))
             raise SourceError(f"{folder}: holds no image (looked for {suffixes}, in any case)")
-
-    def __iter__(self) -> Iterator[Picture]:
-        return read_pictures((name, self.folder / name) for name in self.names)
+        super().__init__(str(folder), folder, sorted(names), ignored=files - len(names))
 
 
-class ImageList:
+class ImageList(ImageFiles):
     """Image files that a pattern or a list names, in its order, each under its path from the folder that holds all.
 
     A file that does not exist comes out with its problem, like one that cannot be read.
     """
 
-    ignored = 0
-    frames_per_second: float | None = None
-
     def __init__(self, paths: Sequence[Path], description: str) -> None:
         """`paths` holds one or more, none of them twice."""
-        self.description = description
         absolute = [path.absolute() for path in paths]
         folder = Path(os.path.commonpath([path.parent for path in absolute]))
-        self.paths = absolute
-        self.names = [path.relative_to(folder).as_posix() for path in absolute]
-        self.total: int | None = len(absolute)
-
-    def __iter__(self) -> Iterator[Picture]:
-        return read_pictures(zip(self.names, self.paths, strict=True))
+        super().__init__(description, folder, [path.relative_to(folder).as_posix() for path in absolute])
 
 
 class Video:
@@ -199,7 +211,7 @@ class Video:
             if not more:
                 break
             number += 1
-            yield Picture(f"{self.stem}_{number:06d}.jpg", frame)
+            yield Picture(f"{self.stem}_{number:06d}.jpg", frame, position=number - 1)
         self._capture.release()
         if number == 0:
             raise SourceError(f"{self.description}: holds no frame that OpenCV reads")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from utils.images import write_image
-from utils.sources import Source, SourceError, open_source, read_pictures
+from utils.sources import ImageFiles, Source, SourceError, open_source, read_pictures
 
 
 def save(path: Path, width: int = 3, height: int = 2) -> None:
@@ -191,3 +191,26 @@ def test_pictures_are_read_a_few_ahead_and_in_order(tmp_path: Path) -> None:
     widths = [picture.image.shape[1] for picture in pictures if picture.image is not None]
     assert widths == list(range(2, 13))
     assert list(read_pictures([])) == []
+
+
+def test_any_pictures_can_be_read_by_their_positions(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        save(tmp_path / name)
+    source = open_path(tmp_path)
+    assert isinstance(source, ImageFiles)
+    assert [(picture.name, picture.position) for picture in source.read([0, 2])] == [("a.png", 0), ("c.png", 2)]
+    assert list(source.read([])) == []
+    assert [picture.position for picture in source] == [0, 1, 2]
+
+
+def test_digest_depends_on_the_paths_and_their_order(tmp_path: Path) -> None:
+    for name in ("x/a.png", "y/a.png"):
+        save(tmp_path / name)
+    lists = {"one": "x/a.png\n", "other": "y/a.png\n", "both": "x/a.png\ny/a.png\n", "turned": "y/a.png\nx/a.png\n"}
+    digests = set()
+    for name, lines in lists.items():
+        (tmp_path / f"{name}.txt").write_text(lines)
+        source = open_source(str(tmp_path / f"{name}.txt"), tmp_path / "no-data", tmp_path / "results", max_frames=0)
+        assert isinstance(source, ImageFiles)
+        digests.add(source.digest())
+    assert len(digests) == 4

@@ -51,7 +51,7 @@ def files_below(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-TABLES = {"results.json", "exp_inference_results.txt"}
+TABLES = {"results.json", "results.jsonl", "exp_inference_results.txt"}
 
 
 def test_no_picture_gives_valid_files(tmp_path: Path) -> None:
@@ -83,7 +83,10 @@ def test_table_is_the_originals_and_json_has_everything(tmp_path: Path) -> None:
         "skipped": [{"name": "b.jpg", "reason": "empty file"}],
         "files": [],
     }
-    assert (writer.summary.images, writer.summary.faces) == (2, 2)
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    first, last = results(tmp_path)["images"]
+    assert lines == [first, {"name": "b.jpg", "skipped": "empty file"}, last]
+    assert (writer.summary.images, writer.summary.faces, writer.summary.former) == (2, 2, 0)
     assert files_below(tmp_path) == TABLES
 
 
@@ -134,11 +137,11 @@ def test_drawings_keep_the_name_where_its_kind_can_be_written(tmp_path: Path, na
 
 
 def test_second_run_replaces_its_own_files_only(tmp_path: Path) -> None:
-    assert not write(tmp_path, ["a.png", "b.png"], save_images=True, save_masks=True).replaces
+    assert not write(tmp_path, ["a.png", "b.png"], save_images=True, save_masks=True).start.note
     users = {"notes.txt", "result_images/mine.png", "masks/b_1.png"}
     for name in users:
         (tmp_path / name).write_text("mine")
-    assert write(tmp_path, ["b.png"], save_images=True).replaces
+    assert write(tmp_path, ["b.png"], save_images=True).start.note == "replacing the results of an earlier run"
     assert files_below(tmp_path) == TABLES | users | {"result_images/b.png"}
     assert [image["name"] for image in results(tmp_path)["images"]] == ["b.png"]
 
@@ -150,7 +153,7 @@ def test_results_json_of_someone_else_removes_nothing(tmp_path: Path, files: str
     (tmp_path / "notes.txt").write_text("mine")
     for folder in ("masks", "result_images"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "results.json").write_text(f'{{"files": {files}}}')
+    (tmp_path / "results.json").write_text(f'{{\n"images": [\n],\n"files": {files}\n}}\n')
     write(tmp_path, [])
     assert files_below(tmp_path) == TABLES | {"notes.txt"}
 
@@ -177,7 +180,7 @@ def test_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"file.*: cannot be written to"):
             ResultWriter(folder, "exp", {})
-    (tmp_path / "results.json.tmp").mkdir()
+    (tmp_path / "results.json").mkdir()
     with pytest.raises(UserError, match=r"results\.json: cannot be written"):
         ResultWriter(tmp_path, "exp", {})
 
@@ -207,3 +210,53 @@ def test_video_that_cannot_be_encoded_is_an_error(tmp_path: Path) -> None:
         writer.add("clip_000001.jpg", picture(), faces())
     writer.close()
     assert results(tmp_path)["files"] == []
+
+
+def test_positions_give_the_order_and_suffixes_the_names(tmp_path: Path) -> None:
+    writer = ResultWriter(tmp_path, "exp", {}, names=["a.jpg", "b.jpg"])
+    writer.add("b.jpg", picture(), faces(0), position=1)
+    with pytest.raises(UserError, match=r"exp\.parts: holds results of 1 of 2 images; --resume does the rest"):
+        writer.close()
+    resumed = ResultWriter(tmp_path, "exp", {}, names=["a.jpg", "b.jpg"], resume=True)
+    assert resumed.start.done.tolist() == [1]
+    resumed.add("a.jpg", picture(), faces(0), position=0)
+    resumed.close()
+    assert [image["name"] for image in results(tmp_path)["images"]] == ["a.jpg", "b.jpg"]
+    assert (resumed.summary.images, resumed.summary.former) == (2, 1)
+    assert "2 images (1 by an earlier run), 0 faces in 1.0 s (1.0 images/s)" in resumed.summary.describe(1)
+    assert files_below(tmp_path) == TABLES
+
+
+def test_interrupted_run_leaves_final_files_and_can_be_resumed(tmp_path: Path) -> None:
+    names = ["a.png", "b.png"]
+    with pytest.raises(KeyboardInterrupt), ResultWriter(tmp_path, "exp", {}, names=names) as writer:
+        writer.add("a.png", picture(), faces())
+        raise KeyboardInterrupt
+    assert [image["name"] for image in results(tmp_path)["images"]] == ["a.png"]
+    with ResultWriter(tmp_path, "exp", {}, names=names, resume=True) as resumed:
+        resumed.add("b.png", picture(), faces(), position=1)
+    assert [image["name"] for image in results(tmp_path)["images"]] == names
+
+
+def test_new_run_removes_what_an_interrupted_one_wrote(tmp_path: Path) -> None:
+    writer = ResultWriter(tmp_path, "exp", {}, save_images=True)
+    writer.add("a.png", picture(), faces())
+    del writer  # killed
+    anew = write(tmp_path, ["b.png"], save_images=True)
+    assert anew.start.note == "replacing 1 results of a run that was interrupted (--resume keeps them)"
+    assert files_below(tmp_path) == TABLES | {"result_images/b.png"}
+
+
+def test_resumed_run_must_be_made_in_the_same_way(tmp_path: Path) -> None:
+    ResultWriter(tmp_path, "exp", {"detection": {"top_k": 0}}, names=["a.png"])
+    with pytest.raises(UserError, match=r"were made with detection\.top_k 0, now it is 5; repeat the flags"):
+        ResultWriter(tmp_path, "exp", {"detection": {"top_k": 5}}, names=["a.png"], resume=True)
+
+
+def test_complete_results_need_nothing_more(tmp_path: Path) -> None:
+    write(tmp_path, ["a.png"], save_images=True)
+    before = files_below(tmp_path)
+    again = ResultWriter(tmp_path, "exp", {}, names=["a.png"], resume=True)
+    again.close()
+    assert again.start.is_finished
+    assert files_below(tmp_path) == before

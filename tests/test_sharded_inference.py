@@ -1,0 +1,197 @@
+"""inference.py in several processes, killed and resumed: always the files of one undisturbed process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from config import DEFAULT_EXPERIMENT, ROOT
+from inference import inference
+
+PARTS = f"{DEFAULT_EXPERIMENT}.parts"
+COUNT = 19  # two blocks of eight, and a third that is not full
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A face again and again, in two sizes of which neither is square, and two files that are no pictures."""
+    folder = tmp_path_factory.mktemp("pictures")
+    face = cv2.imread(str(ROOT / "data/sample_widerface/images/astronaut.jpg"))[:256, 100:356]
+    for number in range(COUNT):
+        image = np.roll(cv2.resize(face, (128, 96 if number % 5 else 112)), 3 * number, axis=1)
+        cv2.imwrite(str(folder / f"{number:02d}.png"), image)
+    for number in (3, 17):
+        (folder / f"{number:02d}.png").write_bytes(b"no picture")
+    return folder
+
+
+def flags(pictures: Path, out: Path, *more: str) -> list[str]:
+    return ["--gpu_num=-1", f"--inference_dir={pictures}", f"--inference_save_folder={out}", "--save_img", *more]
+
+
+def torchrun(processes: int, pictures: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen(
+        [*launcher, "inference.py", *flags(pictures, out, *more)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def infer(pictures: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "inference.py", *flags(pictures, out, *more)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def tear(out: Path, whole_lines: int) -> None:
+    """Make a finished-looking part that of a process killed in the middle of a line."""
+    path = out / PARTS / "0.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:whole_lines]) + lines[whole_lines][:25])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of one process."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    result = infer(pictures, out)
+    assert result.returncode == 0, result.stderr
+    found = contents(out)
+    assert len(found) == COUNT - 2 + 3
+    return found
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_together_write_what_one_writes(
+    processes: int, pictures: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """There are three blocks, so of four processes one has nothing to do."""
+    process = torchrun(processes, pictures, tmp_path)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert contents(tmp_path) == undisturbed
+    assert output.count(f"{COUNT - 2} images, ") == 1
+    for number in (3, 17):
+        assert output.count(f"skipped {number:02d}.png: ") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes as Linux shows them")
+@pytest.mark.parametrize(("killed", "resumed_by"), [("one", 1), ("all", 2)])
+def test_killed_processes_lose_nothing(
+    killed: str, resumed_by: int, pictures: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    process = torchrun(2, pictures, tmp_path)
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("result_images/*.png")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    for pid in workers[1:] if killed == "one" else [process.pid, *workers]:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    if not (tmp_path / PARTS).exists():
+        pytest.skip("the machine was too quick to be killed in the middle")
+    assert not (tmp_path / "results.json").exists()
+    if resumed_by == 1:
+        result = infer(pictures, tmp_path, "--resume")
+        assert result.returncode == 0, result.stderr
+    else:
+        again = torchrun(resumed_by, pictures, tmp_path, "--resume")
+        _, errors = again.communicate()
+        assert again.returncode == 0, errors
+    assert contents(tmp_path) == undisturbed
+
+
+def test_interrupted_run_is_resumed(
+    pictures: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of a block, and its last line torn: what stands is kept, the rest is done, once."""
+    import inference as script
+    from utils.writers import ResultWriter
+
+    added = 0
+    original = ResultWriter._record
+
+    def stop_after_six(self: ResultWriter, record: object) -> None:
+        nonlocal added
+        if added == 6:
+            raise KeyboardInterrupt
+        added += 1
+        original(self, record)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ResultWriter, "_record", stop_after_six)
+        with pytest.raises(KeyboardInterrupt):
+            script.inference(flags(pictures, tmp_path))
+    assert (tmp_path / "results.jsonl").read_text().count("\n") == 6
+    tear(tmp_path, 5)
+    kept = tmp_path / "result_images/02.png"
+    written_at = kept.stat().st_mtime_ns
+    (tmp_path / "result_images/.0123456789abcdef.tmp").touch()  # of a picture that was being written
+    found = inference(flags(pictures, tmp_path, "--resume"))
+    assert len(found.result_bboxes) == COUNT - 2 - 4  # 00 to 04 were done, of which 03 is none
+    assert kept.stat().st_mtime_ns == written_at
+    assert contents(tmp_path).keys() == undisturbed.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "setting"),
+    [("--confidence_threshold=0.4", "detection.confidence_threshold 0.5"), ("--save_img=False", "options.save_img")],
+)
+def test_results_made_in_another_way_are_not_continued(
+    pictures: Path, tmp_path: Path, change: str, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from config import UserError
+
+    inference(flags(pictures, tmp_path))
+    finished = contents(tmp_path)
+    with pytest.raises(UserError, match=f"--resume: the results in .* were made with {setting}"):
+        inference(flags(pictures, tmp_path, "--resume", change))
+    assert contents(tmp_path) == finished
+    capsys.readouterr()
+    assert inference(flags(pictures, tmp_path, "--resume")).result_bboxes == []
+    assert "all images are done already" in capsys.readouterr().out
+    assert contents(tmp_path) == finished
+    inference(flags(pictures, tmp_path, change))
+    assert "replacing the results of an earlier run" in capsys.readouterr().out
+
+
+def test_another_list_of_pictures_is_not_continued(pictures: Path, tmp_path: Path) -> None:
+    from config import UserError
+
+    lists = tmp_path / "list.txt"
+    lists.write_text(f"{pictures}/00.png\n{pictures}/01.png\n")
+    inference(flags(lists, tmp_path / "out"))
+    lists.write_text(f"{pictures}/00.png\n{pictures}/02.png\n")
+    with pytest.raises(UserError, match="were made with paths_sha256"):
+        inference(flags(lists, tmp_path / "out", "--resume"))
+
+
+def test_video_is_refused_in_one_line(tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mp4"
+    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter.fourcc(*"mp4v"), 10, (64, 48))
+    writer.write(np.zeros((48, 64, 3), np.uint8))
+    writer.release()
+    process = torchrun(2, clip, tmp_path / "out")
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert errors.count("error: ") == 1
+    assert "2 processes cannot share a video or camera; start one" in errors
+    assert "cannot be resumed; drop --resume" in infer(clip, tmp_path / "out", "--resume").stderr
+    assert not (tmp_path / "out").exists()

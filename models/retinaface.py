@@ -44,29 +44,33 @@ class RetinaFace(nn.Module):
         Returns:
             One `StageOutput` a stage; the last is the refined one.
         """
-        pyramid = self._pyramid(images - self.pixel_mean)
+        pyramid, surroundings = self._pyramids(images - self.pixel_mean)
         outputs: list[StageOutput] = []
         for stage in self.stages:
-            output = stage(pyramid)
+            output = stage(pyramid, surroundings)
             outputs.append(self._refined(outputs[-1], output, images.shape) if outputs else output)
         return outputs
 
-    def _pyramid(self, images: Tensor) -> list[Tensor]:
-        """The features of every level, finest first.
+    def _pyramids(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The features of every level, finest first; and those that take part in the scores of fine levels.
 
         Fine levels are those of the picture at twice its size, where a face is twice as large: an image pyramid of
-        shared weights (arXiv:1612.04402) within the network. Of the picture itself the coarser levels remain.
+        shared weights (arXiv:1612.04402) within the network. Of the picture itself the coarser levels remain, and the
+        others are where fine levels look for what is around a face.
         """
         fine_levels = self.config.fine_levels
         if not fine_levels:
-            return self.fpn(self.backbone(images))
+            return self.fpn(self.backbone(images)), []
         height, width = images.shape[2:]
         enlarged = F.interpolate(images, size=(2 * height, 2 * width), mode="bilinear")
         fine = self.fpn(self.backbone(enlarged))[:fine_levels]
         # An odd size leaves the enlarged picture a cell more than the level has.
         sizes = feature_sizes((height, width), self.config.strides)
         fine = [level[..., :rows, :columns] for level, (rows, columns) in zip(fine, sizes, strict=False)]
-        return fine + self.fpn(self.backbone(images), first=fine_levels - 1)
+        first = 0 if self.config.context_share else fine_levels - 1
+        plain = self.fpn(self.backbone(images), first=first)
+        kept = fine_levels - 1 - first
+        return fine + plain[kept:], plain[:kept]
 
     def _refined(self, previous: StageOutput, output: StageOutput, images_shape: torch.Size) -> StageOutput:
         """`output` as a correction of `previous`: of its deltas, or of the boxes that they decode to."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor
 
-from config import ModelConfig, UserError
+from config import UserError
 from models.detector import load_strictly
 from models.retinaface import RetinaFace
 from utils.checkpoint import Checkpoint, CheckpointError, State, load_backbone
 from utils.experiment import user_path
 from utils.landmarks import LANDMARKS_PER_FACE
+from utils.levels import adapt_levels
 
 
 def initialise_backbone(network: RetinaFace, source: str) -> None:
@@ -79,7 +79,7 @@ def initialise_from_detector(network: RetinaFace, checkpoint: Checkpoint) -> lis
             f"{checkpoint.path}: a detector with {checkpoint.model.backbone}, but the model's backbone is "
             f"{network.config.backbone}; give --backbone={checkpoint.model.backbone}"
         )
-    sources = _by_level_of(network.config, checkpoint)
+    sources = adapt_levels(checkpoint.state, checkpoint.model, network.config)
     if checkpoint.model.refinement != network.config.refinement:
         sources = {name: tensor for name, tensor in sources.items() if re.match(r"stages\.[1-9]", name) is None}
     state = network.state_dict()
@@ -94,57 +94,6 @@ def initialise_from_detector(network: RetinaFace, checkpoint: Checkpoint) -> lis
             state[name] = source
     network.load_state_dict(state)
     return left
-
-
-def _by_level_of(model: ModelConfig, checkpoint: Checkpoint) -> State:
-    """The checkpoint's tensors, those of its levels as the levels and anchors of `model` would have them."""
-    own, wanted = _seen_levels(checkpoint.model), _seen_levels(model)
-    if own == wanted:
-        return checkpoint.state
-    sources = {}
-    for name, tensor in checkpoint.state.items():
-        part = re.fullmatch(r"(stages\.\d+)\.(context|heads)\.(\d+)\.(.+)", name)
-        if part is None:
-            sources[name] = tensor
-            continue
-        stage, kind, own_level, rest = part.groups()
-        own_stride, own_sizes = own[int(own_level)]
-        for level, (stride, sizes) in enumerate(wanted):
-            if stride == own_stride:
-                adapted = tensor if kind == "context" else _for_anchors(tensor, rest, own_sizes, sizes, model.variances)
-                sources[f"{stage}.{kind}.{level}.{rest}"] = adapted
-    return sources
-
-
-def _seen_levels(model: ModelConfig) -> list[tuple[int, tuple[int, ...]]]:
-    """Stride and anchor sizes of every level in the picture that it sees, which for fine levels is the enlarged one."""
-    scales = [2 if level < model.fine_levels else 1 for level in range(len(model.strides))]
-    levels = zip(model.strides, model.anchor_sizes, scales, strict=True)
-    return [(stride * scale, tuple(size * scale for size in sizes)) for stride, sizes, scale in levels]
-
-
-def _for_anchors(
-    head: Tensor, name: str, own: Sequence[int], wanted: Sequence[int], variances: tuple[float, float]
-) -> Tensor:
-    """A head's weights or biases for other anchors: each says what the nearest in size of its `own` anchors said.
-
-    What it says is then measured in another anchor's sides. For more than one anchor of the same nearest the network
-    begins by finding a face more than once, which the suppression sees to.
-    """
-    per_anchor = head.unflatten(0, (len(own), -1))
-    adapted = []
-    for size in wanted:
-        nearest = min(range(len(own)), key=lambda index: abs(math.log(own[index] / size)))
-        values, ratio = per_anchor[nearest].clone(), own[nearest] / size
-        branch, _, kind = name.partition(".")
-        if branch == "landmark_deltas":
-            values *= ratio
-        elif branch == "box_deltas":
-            values[:2] *= ratio
-            if kind == "bias":
-                values[2:] += math.log(ratio) / variances[1]
-        adapted.append(values)
-    return torch.stack(adapted).flatten(0, 1)
 
 
 def expect_few_faces(network: RetinaFace, probability: float = 0.01) -> None:

@@ -25,13 +25,16 @@ from config import (
     Flags,
     ModelConfig,
     UserError,
+    anchor_sizes_for,
     from_dict,
     model_config_from_flags,
     stages_for,
+    strides_for,
     to_dict,
 )
 from utils.experiment import user_path
 from utils.files import replacing
+from utils.levels import adapt_levels
 
 State = dict[str, Tensor]
 
@@ -114,7 +117,8 @@ def load_checkpoint(path: Path, flags: Flags | None = None) -> Checkpoint:
         path: the file.
         flags: model flags that the user gave. They must agree with what the file holds; where the tensors cannot
             tell (activation slope, anchor sizes of a foreign file) they decide. `--cascade False` takes the first
-            stage of a two-stage checkpoint, `--landmark_loss False` leaves the landmarks out.
+            stage of a two-stage checkpoint, `--landmark_loss False` leaves the landmarks out, and `--fine_levels`
+            shows one without them the enlarged picture too.
 
     Raises:
         CheckpointError: see the class.
@@ -260,7 +264,10 @@ def _own_name(name: str) -> str:
 
 def _agree(checkpoint: Checkpoint, flags: Flags) -> Checkpoint:
     """Refuse flags that contradict the checkpoint; leave out the parts of it that they do without."""
-    saved, asked = checkpoint.model, model_config_from_flags(flags, base=checkpoint.model)
+    asked = model_config_from_flags(flags, base=checkpoint.model)
+    if asked.fine_levels and not checkpoint.model.fine_levels:
+        checkpoint = _with_fine_levels(checkpoint, asked.fine_levels)
+    saved = checkpoint.model
     anchors = ("fine_levels", "num_anchor", "anchor_sizes")
     for name in ("backbone", "model_version", *anchors, "activation_slope", "fpn_channels"):
         if getattr(asked, name) != getattr(saved, name):
@@ -284,6 +291,20 @@ def _agree(checkpoint: Checkpoint, flags: Flags) -> Checkpoint:
         name: tensor for name, tensor in checkpoint.state.items() if not any(re.match(part, name) for part in without)
     }
     return dataclasses.replace(checkpoint, model=dataclasses.replace(asked, stages=stages), state=state)
+
+
+def _with_fine_levels(checkpoint: Checkpoint, fine_levels: int) -> Checkpoint:
+    """The same detector, shown the picture at twice its size as well: its weights serve both."""
+    usual = checkpoint.model
+    if usual.anchor_sizes != anchor_sizes_for(usual.num_anchor):
+        raise CheckpointError(f"{checkpoint.path}: --fine_levels is for the usual anchors, not {usual.anchor_sizes}")
+    model = dataclasses.replace(
+        usual,
+        fine_levels=fine_levels,
+        strides=strides_for(fine_levels),
+        anchor_sizes=anchor_sizes_for(usual.num_anchor, fine_levels),
+    )
+    return dataclasses.replace(checkpoint, model=model, state=adapt_levels(checkpoint.state, usual, model))
 
 
 # --------------------------------------------------------------------------------------------------- saving

@@ -105,8 +105,16 @@ def test_second_stage_corrects_the_boxes_of_the_first() -> None:
     torch.testing.assert_close(second.box_deltas, first.box_deltas + 0.5)
 
 
-def cascade_of(refinement: str, cascade: bool = True, fine_levels: int = 0) -> RetinaFace:
-    config = ModelConfig.for_backbone("mobilenet0.25", refinement=refinement, cascade=cascade, fine_levels=fine_levels)
+def cascade_of(
+    refinement: str, *, cascade: bool = True, fine_levels: int = 0, context_share: float = 0.0
+) -> RetinaFace:
+    config = ModelConfig.for_backbone(
+        "mobilenet0.25",
+        refinement=refinement,
+        cascade=cascade,
+        fine_levels=fine_levels,
+        context_share=context_share,
+    )
     return RetinaFace(config).eval()
 
 
@@ -211,6 +219,31 @@ def test_fine_levels_start_by_finding_what_the_detector_found_in_the_enlarged_pi
         value = getattr(found, name)
         torch.testing.assert_close(value[:, :finest], getattr(enlarged, name)[:, :finest])
         torch.testing.assert_close(value[:, finest:], getattr(plain, name)[:, -coarsest:])
+
+
+@torch.inference_mode()
+def test_fine_scores_take_their_share_from_the_picture_at_its_own_size() -> None:
+    """Fine levels have anchors of 4, 8, 16 pixels (stride 4) and 16, 32, 64 (stride 8)."""
+    single = cascade_of("sum", cascade=False)
+    alone, fused = (cascade_of("sum", cascade=False, fine_levels=2, context_share=share) for share in (0.0, 0.25))
+    for network in (alone, fused):
+        initialise_from_detector(network, Checkpoint(Path("usual.pth"), single.config, single.state_dict(), "own"))
+    plain, before, after = single(noise())[0], alone(noise())[0], fused(noise())[0]
+    assert torch.equal(before.box_deltas, after.box_deltas)
+    fine_cells, coarse_cells = (10 * 14, 5 * 7)
+    fine = before.class_logits.split([fine_cells * 3, coarse_cells * 3, 12 * 3 + 4 * 3], dim=1)
+    mixed = after.class_logits.split([fine_cells * 3, coarse_cells * 3, 12 * 3 + 4 * 3], dim=1)
+    assert torch.equal(fine[2], mixed[2])
+    # The level of stride 8 has the same cells there, and the anchors of 16 and 32 are the second and third of them.
+    there = plain.class_logits[:, : coarse_cells * 3].unflatten(1, (-1, 3))[:, :, 1:]
+    expected = 0.75 * fine[1].unflatten(1, (-1, 3))[:, :, :2] + 0.25 * there
+    torch.testing.assert_close(mixed[1].unflatten(1, (-1, 3))[:, :, :2], expected)
+    # Of stride 4, the anchor of 8 takes it from that of 8 there, interpolated between the cells.
+    of_8 = plain.class_logits[:, : coarse_cells * 3].unflatten(1, (5, 7, 3))[:, :, :, 0].permute(0, 3, 1, 2)
+    around = F.interpolate(of_8, size=(10, 14), mode="bilinear").permute(0, 2, 3, 1).flatten(1, 2)
+    expected = 0.75 * fine[0].unflatten(1, (-1, 3))[:, :, 1] + 0.25 * around
+    assert alone.config.anchor_sizes[0] == (4, 8, 16)
+    torch.testing.assert_close(mixed[0].unflatten(1, (-1, 3))[:, :, 1], expected)
 
 
 @torch.inference_mode()

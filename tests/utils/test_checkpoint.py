@@ -141,6 +141,30 @@ def test_contradicting_flag_is_refused_with_both_values(own: Path, flag: str, va
     assert f"--{flag}={value}" in str(refusal.value)
 
 
+def test_fine_levels_can_be_added_where_a_detector_runs(own: Path) -> None:
+    checkpoint = load_checkpoint(own, Flags({"fine_levels": 2}))
+    assert checkpoint.model.anchor_sizes == ((8, 16), (32, 64), (64, 128), (256, 512))
+    network, usual = build_network(checkpoint), build_network(load_checkpoint(own))
+    heads = {name: value for name, value in usual.state_dict().items() if ".class_logits.weight" in name}
+    for name, value in network.state_dict().items():
+        if ".class_logits.weight" in name:  # levels of strides 8 and 16 enlarged, 16 and 32
+            stage, level = name.split(".")[1], (0, 1, 1, 2)[int(name.split(".")[3])]
+            assert torch.equal(value, heads[f"stages.{stage}.heads.{level}.class_logits.weight"])
+
+
+def test_fine_levels_cannot_be_had_otherwise(tmp_path: Path) -> None:
+    for fine_levels, sizes, message in (
+        (2, None, "fine_levels 2, but --fine_levels=1"),
+        (0, 9, "for the usual anchors"),
+    ):
+        model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, fine_levels=fine_levels)
+        if sizes:
+            model = dataclasses.replace(model, anchor_sizes=((9, 18), (64, 128), (256, 512)))
+        save_checkpoint(tmp_path / "some.pth", ExperimentConfig(model=model), RetinaFace(model).state_dict())
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(tmp_path / "some.pth", Flags({"fine_levels": 1}))
+
+
 def test_two_stages_of_a_single_stage_checkpoint_are_refused(tmp_path: Path) -> None:
     model = dataclasses.replace(SMALL, stages=SMALL.stages[:1])
     save_checkpoint(tmp_path / "a.pth", ExperimentConfig(model=model), RetinaFace(model).state_dict())

@@ -30,7 +30,7 @@ bench: $(VENV)/dev-installed
 # A short training run on SAMPLE_DATA, a dataset as data/README.md describes it.
 train-sample: $(VENV)/runtime-installed
 	$(RUN) train.py --experiment_name=sample --dataset=$(SAMPLE_DATA) --im_size=320 --epochs=20 --batch_size=8 \
-		--pretrained_detector=experiments/mobilenet0.25_pretrained/ckpt/mobilenet0.25_ckpt-best.pth \
+		--pretrained_detector=experiments/mobilenet0.25_anc2_casT_fpn3/ckpt/mobilenet0.25_ckpt-best.pth \
 		--learning_rate=1e-4 --freeze_bn
 
 clean:

@@ -531,7 +531,7 @@ class MemoryOptions:
     """What bounds the memory."""
 
     max_pixels: int = option(
-        25_000_000,
+        16_000_000,
         "the network sees larger pictures reduced to so many pixels; boxes stay in the original's. 0 is no limit",
     )
 

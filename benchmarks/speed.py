@@ -25,7 +25,7 @@ import cv2
 import numpy as np
 import torch
 
-from config import ROOT, DetectionConfig, Flags, ModelConfig, SpeedOptions
+from config import DEFAULT_EXPERIMENT, ROOT, DetectionConfig, Flags, ModelConfig, SpeedOptions
 from engine import predict_files
 from layers.postprocess import postprocess
 from models.backend import missing_onnx_packages
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument(
         "--model_weight",
         type=Path,
-        default=ROOT / "experiments/mobilenet0.25_pretrained/ckpt/mobilenet0.25_ckpt-best.pth",
+        default=ROOT / "experiments" / DEFAULT_EXPERIMENT / "ckpt/mobilenet0.25_ckpt-best.pth",
         help="any supported checkpoint (default: the shipped one)",
     )
     parser.add_argument("--yunet", type=Path, help="OpenCV's face_detection_yunet .onnx, to compare with")

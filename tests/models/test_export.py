@@ -69,7 +69,7 @@ def test_with_suppression_it_becomes_a_file_that_finds_faces(tmp_path: Path) -> 
         (("--top_k=5",), "--top_k does nothing without --with_nms; add it"),
         (("--output=/no/such/folder/faces.onnx",), "there is no folder /no/such/folder"),
         (("--experiment_name=nowhere",), "no such experiment"),
-        (("--cascade=True", "--refinement=rematch"), "trained with refinement sum"),
+        (("--cascade=True", "--refinement=sum"), "trained with refinement rematch"),
     ],
 )
 def test_errors_are_one_line(flags: tuple[str, ...], message: str) -> None:

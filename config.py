@@ -45,6 +45,11 @@ def _check_not_negative(config: Any, *names: str) -> None:
         _check(getattr(config, name) >= 0, f"--{name} must not be negative, got {getattr(config, name)}")
 
 
+def _check_choice(config: Any, name: str, choices: Sequence[Any]) -> None:
+    value = getattr(config, name)
+    _check(value in choices, f"--{name} is one of {', '.join(map(str, choices))}, got {value!r}")
+
+
 def _check_fraction(config: Any, *names: str) -> None:
     for name in names:
         _check(0 <= getattr(config, name) <= 1, f"--{name} must lie in [0, 1], got {getattr(config, name)}")
@@ -202,7 +207,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check(self.backbone in BACKBONES, f"unknown backbone {self.backbone!r}; choose from {', '.join(BACKBONES)}")
         _check(self.model_version in ("retina", "tina"), f"model_version is retina or tina, got {self.model_version!r}")
-        _check(self.fine_levels in FINE_LEVELS, f"--fine_levels is one of {FINE_LEVELS}, got {self.fine_levels}")
+        _check_choice(self, "fine_levels", FINE_LEVELS)
         _check(
             self.strides == strides_for(self.fine_levels),
             f"--fine_levels={self.fine_levels} has strides {strides_for(self.fine_levels)}, got {self.strides}",
@@ -332,8 +337,7 @@ class LossConfig:
             ("box_regression", BOX_LOSSES),
             ("landmark_regression", LANDMARK_LOSSES),
         ):
-            chosen = getattr(self, name)
-            _check(chosen in losses, f"--{name} is one of {', '.join(losses)}, got {chosen!r}")
+            _check_choice(self, name, losses)
         _check_positive(self, "class_weight", "box_weight", "landmark_weight", "iou_weight", "distil_weight")
         _check_positive(self, "negative_ratio")
 
@@ -387,7 +391,7 @@ class DataConfig:
         _check(
             0 <= self.rotation_degrees <= 180, f"--rotation_degrees must lie in [0, 180], got {self.rotation_degrees}"
         )
-        _check(self.cache in CACHES, f"--cache is one of {', '.join(CACHES)}, got {self.cache!r}")
+        _check_choice(self, "cache", CACHES)
         _check(
             self.cache != "none" or self.cache_side == 0,
             f"--cache_side={self.cache_side} needs a --cache: choose ram or disk, or set --cache_side=0",
@@ -445,11 +449,8 @@ class TrainConfig:
         _check_not_negative(self, "backbone_rate_factor", "freeze_backbone_epochs", "patience")
         _check(0 <= self.ema_decay < 1, f"--ema_decay must lie in [0, 1), got {self.ema_decay}")
         _check(self.optimizer in ("sgd", "adamw"), f"--optimizer is sgd or adamw, got {self.optimizer!r}")
-        _check(self.schedule in SCHEDULES, f"--schedule is one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        _check(
-            self.best_metric in BEST_METRICS,
-            f"--best_metric is one of {', '.join(BEST_METRICS)}, got {self.best_metric!r}",
-        )
+        _check_choice(self, "schedule", SCHEDULES)
+        _check_choice(self, "best_metric", BEST_METRICS)
         _check(not (self.freeze_bn and self.sync_bn), "--freeze_bn leaves --sync_bn nothing to do; drop one of them")
 
 
@@ -523,7 +524,7 @@ class SpeedOptions:
     fuse: bool = option(True, "fold batch normalisation into the convolutions before it")
 
     def __post_init__(self) -> None:
-        _check(self.backend in BACKENDS, f"--backend is one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        _check_choice(self, "backend", BACKENDS)
 
 
 @dataclass(frozen=True)
@@ -577,7 +578,7 @@ class ProtocolConfig:
     integer_boxes: bool = option(False, "cut boxes to whole pixels, as biubug6's test_widerface.py writes them")
 
     def __post_init__(self) -> None:
-        _check(self.protocol in PROTOCOLS, f"--protocol is one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
+        _check_choice(self, "protocol", PROTOCOLS)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from config import (
     from_dict,
     model_config_from_flags,
     stages_for,
-    strides_for,
     to_dict,
 )
 from utils.experiment import user_path
@@ -298,12 +297,7 @@ def _with_fine_levels(checkpoint: Checkpoint, fine_levels: int) -> Checkpoint:
     usual = checkpoint.model
     if usual.anchor_sizes != anchor_sizes_for(usual.num_anchor):
         raise CheckpointError(f"{checkpoint.path}: --fine_levels is for the usual anchors, not {usual.anchor_sizes}")
-    model = dataclasses.replace(
-        usual,
-        fine_levels=fine_levels,
-        strides=strides_for(fine_levels),
-        anchor_sizes=anchor_sizes_for(usual.num_anchor, fine_levels),
-    )
+    model = model_config_from_flags(Flags({"fine_levels": fine_levels}), base=usual)
     return dataclasses.replace(checkpoint, model=model, state=adapt_levels(checkpoint.state, usual, model))
 
 

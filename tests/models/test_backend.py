@@ -50,21 +50,13 @@ def with_speed(plain: FaceDetector, **options: Any) -> FaceDetector:
     return FaceDetector(plain.network, plain.detection, SpeedOptions(**options))
 
 
-def test_fused_network_finds_the_same_faces_in_the_samples(plain: FaceDetector) -> None:
-    fused = with_speed(plain, backend="torch")
-    assert fused.backend.name == "torch"
+@pytest.mark.parametrize("backend", ["torch", pytest.param("onnx", marks=needs_onnx)])
+def test_fused_network_finds_the_same_faces_in_the_samples(plain: FaceDetector, backend: str) -> None:
+    fused = with_speed(plain, backend=backend)
+    assert fused.backend.name == backend
     for path in PICTURES:
         image = read_image(path)
         assert_same_faces(fused.detect(image), plain.detect(image))
-
-
-@needs_onnx
-def test_onnx_runtime_finds_the_same_faces_in_the_samples(plain: FaceDetector) -> None:
-    detector = with_speed(plain, backend="onnx")
-    assert detector.backend.name == "onnx"
-    for path in PICTURES:
-        image = read_image(path)
-        assert_same_faces(detector.detect(image), plain.detect(image))
 
 
 MODELS = {

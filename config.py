@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent
+EXPERIMENTS = ROOT / "experiments"
 DEFAULT_EXPERIMENT = "mobilenet0.25_pretrained"
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, cast
+from typing import Any, Literal, NoReturn, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +21,8 @@ from layers.multibox_loss import MultiBoxLoss
 from models.detector import FaceDetector
 from models.retinaface import RetinaFace
 from models.teacher import Teacher
-from utils.background import Background
+from pipelines.detection import detect_files
+from pipelines.prediction import prediction_rows
 from utils.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from utils.datasets import Batch, FaceDataset, collate
 from utils.distributed import (
@@ -42,18 +41,12 @@ from utils.logger import RunLog
 from utils.optimise import build_average, build_optimizer, build_scheduler, freeze_batch_norm
 from utils.sampler import EpochSampler
 from utils.signals import StopRequest
-from utils.sources import Picture, read_pictures
-from utils.structures import Detections
-from utils.wider_predictions import write_predictions
 
 _LOG_EVERY_STEPS = 20
 _ASK_EVERY_STEPS = 10  # steps after which processes agree whether to stop, for to ask costs a message
 _PICTURES_IN_LOG = 4
 # A network that has learnt little finds faces everywhere, and to sort them out takes minutes; a trained one has fewer.
 _VALIDATION_TOP_K = 10_000
-BATCH_SIZE = 8  # images of one size that share a pass at inference
-_BATCH_PIXELS = 8 << 20  # that they have together at most
-_NOTHING = Detections(torch.zeros(0, 4), torch.zeros(0), None)
 
 
 class TrainingError(UserError):
@@ -83,15 +76,6 @@ class Progress:
     def describe(self) -> str:
         within = f" and {self.position} images of the next" if self.position else ""
         return f"epoch {self.epoch}{within}"
-
-
-class BatchDetector(Protocol):
-    """What finds faces in images of one size; `FaceDetector` and `ProtocolDetector` do."""
-
-    @property
-    def max_pixels(self) -> int: ...
-
-    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]: ...
 
 
 class Trainer:
@@ -425,101 +409,6 @@ class Trainer:
         if self.processes.is_main:
             path = self.experiment.checkpoint(self.config.model.backbone, which)
             save_checkpoint(path, self.config, network.state_dict(), **training)
-
-
-def detect_files(detector: BatchDetector, files: Iterable[tuple[str, Path]]) -> Iterator[tuple[Picture, Detections]]:
-    """Detect in image files, each with its name, in their order; see `detect_pictures`."""
-    return detect_pictures(detector, read_pictures(files), batch_same_sizes=True)
-
-
-def predict_files(
-    detector: BatchDetector, files: Iterable[tuple[str, Path]], folder: Path, integer_boxes: bool
-) -> Generator[Picture, None, None]:
-    """Detect in image files and write the predictions of each below `folder`.
-
-    A thread writes them while the next are detected; all are there when the iterator ends, is closed or fails.
-    Pictures that come out with a `problem` have no predictions. See `write_predictions`.
-
-    Raises:
-        OSError: predictions cannot be written.
-    """
-    with Background() as background:
-        for picture, detections in detect_files(detector, files):
-            if picture.problem is None:
-                background.submit(_write_predictions, folder, picture.name, detections, integer_boxes)
-            yield picture
-
-
-def _write_predictions(folder: Path, name: str, detections: Detections, integer_boxes: bool) -> None:
-    write_predictions(folder, name, prediction_rows(detections), integer_boxes=integer_boxes)
-
-
-def prediction_rows(detections: Detections) -> np.ndarray:
-    """(N, 5) float64 x, y, width, height, score in pixels, as the WIDER FACE evaluation takes them."""
-    x1, y1, x2, y2 = detections.boxes.double().numpy().T
-    return np.stack([x1, y1, x2 - x1, y2 - y1, detections.scores.double().numpy()], axis=1)
-
-
-def detect_pictures(
-    detector: BatchDetector, pictures: Iterable[Picture], batch_same_sizes: bool
-) -> Iterator[tuple[Picture, Detections]]:
-    """Detect in a stream of pictures, in its order.
-
-    A picture that could not be read, or is too large for the memory, comes out with its `problem` and no detections.
-
-    Args:
-        batch_same_sizes: pass neighbours of one size through the network together. They share a block of `BATCH_SIZE`
-            positions, so which pictures go together does not depend on where a stream begins or what it leaves out.
-    """
-    waiting: list[Picture] = []
-    limit = 1
-    for picture in pictures:
-        if waiting and (picture.image is None or len(waiting) >= limit or not _share_pass(waiting[0], picture)):
-            yield from _detect_batch(detector, waiting)
-            waiting = []
-        if picture.image is None:
-            yield picture, _NOTHING
-            continue
-        if not waiting:
-            height, width = picture.image.shape[:2]
-            limit = min(BATCH_SIZE, _BATCH_PIXELS // (height * width)) if batch_same_sizes else 1
-        _say_if_reduced(picture.name, picture.image, detector.max_pixels)
-        waiting.append(picture)
-    yield from _detect_batch(detector, waiting)
-
-
-def _say_if_reduced(name: str, image: np.ndarray, max_pixels: int) -> None:
-    height, width = image.shape[:2]
-    if max_pixels and height * width > max_pixels:
-        # Beside the progress bar.
-        tqdm.write(f"note: {name}: {width}x{height} pixels, more than --max_pixels={max_pixels}; detecting in less")
-
-
-def _share_pass(first: Picture, other: Picture) -> bool:
-    """Whether two pictures that could be read may go through the network together."""
-    assert first.image is not None and other.image is not None
-    same_size = first.image.shape == other.image.shape
-    return same_size and first.position // BATCH_SIZE == other.position // BATCH_SIZE
-
-
-def _detect_batch(detector: BatchDetector, pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Detections]]:
-    images = [picture.image for picture in pictures if picture.image is not None]
-    if not images:
-        return
-    try:
-        found = detector.detect_batch(images)
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
-            raise
-    else:
-        yield from zip(pictures, found, strict=True)
-        return
-    if len(pictures) > 1:
-        for picture in pictures:
-            yield from _detect_batch(detector, [picture])
-    else:
-        size = "x".join(map(str, images[0].shape[1::-1]))
-        yield replace(pictures[0], image=None, problem=f"{size} pixels are too many for the memory"), _NOTHING
 
 
 def build_loader(

@@ -9,6 +9,7 @@ from itertools import chain
 import torch
 
 from config import (
+    EXPERIMENTS,
     ROOT,
     ConfigError,
     DataConfig,
@@ -110,7 +111,7 @@ def open_experiment(
     """
     if start.pretrained_detector and start.pretrained_backbone != "none":
         raise ConfigError("--pretrained_detector brings its backbone: drop --pretrained_backbone")
-    named = Experiment(ROOT / "experiments" / runtime.experiment_name) if runtime.experiment_name else None
+    named = Experiment(EXPERIMENTS / runtime.experiment_name) if runtime.experiment_name else None
     saved, architecture, checkpoint = ExperimentConfig(), None, None
     if start.resume and named and named.config_file.is_file():
         saved = ExperimentConfig.load(named.config_file)
@@ -127,7 +128,7 @@ def open_experiment(
         inference=saved.inference,
         evaluation=saved.evaluation,
     )
-    return named or Experiment(ROOT / "experiments" / model.name), config, checkpoint
+    return named or Experiment(EXPERIMENTS / model.name), config, checkpoint
 
 
 def open_teacher(config: ExperimentConfig, device: torch.device) -> Teacher | None:

@@ -25,12 +25,12 @@ import cv2
 import numpy as np
 import torch
 
-from config import DEFAULT_EXPERIMENT, ROOT, DetectionConfig, Flags, ModelConfig, SpeedOptions
-from engine import predict_files
+from config import DEFAULT_EXPERIMENT, EXPERIMENTS, ROOT, DetectionConfig, Flags, ModelConfig, SpeedOptions
 from layers.postprocess import postprocess
 from models.backend import missing_onnx_packages
 from models.detector import FaceDetector, build_network
 from models.retinaface import RetinaFace
+from pipelines.prediction import predict_files
 from utils.checkpoint import load_checkpoint
 from utils.draw import draw_detections
 from utils.images import IMAGE_SUFFIXES, read_image, write_image
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument(
         "--model_weight",
         type=Path,
-        default=ROOT / "experiments" / DEFAULT_EXPERIMENT / "ckpt/mobilenet0.25_ckpt-best.pth",
+        default=EXPERIMENTS / DEFAULT_EXPERIMENT / "ckpt/mobilenet0.25_ckpt-best.pth",
         help="any supported checkpoint (default: the shipped one)",
     )
     parser.add_argument("--yunet", type=Path, help="OpenCV's face_detection_yunet .onnx, to compare with")

@@ -24,13 +24,23 @@ from utils.structures import StageOutput
 
 _ONNX_PACKAGES = ("onnx", "onnxruntime")
 _OPSET = 17
+_MOST_LANES = 4  # each needs the memory of an image's activations
 _EXAMPLE_SIZE = (96, 128)  # of the image that is traced
 
 
 class Backend(Protocol):
-    """Computes what the last stage says of images."""
+    """Computes what the last stage says of images.
+
+    Attributes:
+        lanes: threads that should call it at once, each its own from `for_lane`, for the machine to be used best.
+    """
 
     name: str
+    lanes: int
+
+    def for_lane(self) -> Backend:
+        """The same for such threads, with a share of the cores."""
+        ...
 
     def __call__(self, images: Tensor) -> StageOutput:
         """(B, H, W, 3) uint8 BGR on the network's device to the raw outputs of the last stage, there."""
@@ -38,11 +48,16 @@ class Backend(Protocol):
 
 
 class TorchBackend:
-    """The network as it is, run by PyTorch."""
+    """The network as it is, run by PyTorch, which uses all cores for one call."""
+
+    lanes = 1
 
     def __init__(self, network: Callable[[Tensor], list[StageOutput]], name: str = "torch") -> None:
         self.network = network
         self.name = name
+
+    def for_lane(self) -> Backend:
+        return self
 
     def __call__(self, images: Tensor) -> StageOutput:
         # Seen so, images lie in channels_last already; nothing is copied.
@@ -54,11 +69,19 @@ class OnnxBackend:
 
     name = "onnx"
 
-    def __init__(self, graph: Path | bytes) -> None:
+    def __init__(self, graph: Path | bytes, threads: int | None = None) -> None:
+        """Open a graph.
+
+        Args:
+            threads: that a call uses; None is as many as PyTorch does.
+        """
         import onnxruntime  # an optional package
 
+        self._graph = graph
+        self._threads = threads or torch.get_num_threads()
+        self.lanes = min(self._threads, _MOST_LANES)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = self._threads
         # Threads that wait by spinning slow the post-processing that runs next.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # A pattern is kept for every size of image, and photographs come in many.
@@ -66,6 +89,10 @@ class OnnxBackend:
         content = graph if isinstance(graph, bytes) else str(graph)
         self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self._names = [output.name for output in self._session.get_outputs()]
+
+    def for_lane(self) -> Backend:
+        # Two calls with one thread each take less time than one after the other with two: no thread waits for another.
+        return OnnxBackend(self._graph, self._threads // self.lanes)
 
     def __call__(self, images: Tensor) -> StageOutput:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 from config import (
     DEFAULT_EXPERIMENT,
-    ROOT,
+    EXPERIMENTS,
     DetectionConfig,
     ExperimentConfig,
     Flags,
@@ -68,7 +69,7 @@ class FaceDetector:
         name: str = DEFAULT_EXPERIMENT,
         model_weight: str = "ckpt-best.pth",
         device: torch.device | str = "cpu",
-        experiments: Path = ROOT / "experiments",
+        experiments: Path = EXPERIMENTS,
         speed: SpeedOptions = _FUSED,
         **detection: Any,
     ) -> FaceDetector:
@@ -97,6 +98,17 @@ class FaceDetector:
         checkpoint = load_checkpoint(Path(path), Flags({}))
         thresholds = (checkpoint.experiment or ExperimentConfig()).inference
         return cls(build_network(checkpoint).to(device), dataclasses.replace(thresholds, **detection), speed)
+
+    @property
+    def lanes(self) -> int:
+        """Threads that should call `detect_batch` at once, each with what `for_lane` gives."""
+        return self.backend.lanes
+
+    def for_lane(self) -> FaceDetector:
+        """The same detector with the same weights, for threads that detect at once; any number may share it."""
+        lane = copy.copy(self)
+        lane.backend = self.backend.for_lane()
+        return lane
 
     def detect(self, image: np.ndarray) -> Detections:
         """The faces of one image.

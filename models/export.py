@@ -21,6 +21,7 @@ import torch
 
 from config import (
     DEFAULT_EXPERIMENT,
+    EXPERIMENTS,
     ROOT,
     ConfigError,
     DetectionConfig,
@@ -75,9 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if missing := missing_onnx_packages():
         raise ConfigError(f"ONNX needs {', '.join(missing)}; pip install them")
     name = flags.apply(RunOptions()).experiment_name or DEFAULT_EXPERIMENT
-    checkpoint = load_checkpoint(
-        locate_checkpoint(ROOT / "experiments", name, flags.apply(WeightOptions()).model_weight), flags
-    )
+    checkpoint = load_checkpoint(locate_checkpoint(EXPERIMENTS, name, flags.apply(WeightOptions()).model_weight), flags)
     network = fuse_batch_norm(build_network(checkpoint))
     detection = flags.apply((checkpoint.experiment or ExperimentConfig()).inference)
     output = user_path(options.output)

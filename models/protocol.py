@@ -39,6 +39,13 @@ class ProtocolDetector:
         """Of images that are shown at their own size; 0 is no limit."""
         return self.detector.max_pixels if self.protocol.protocol == "original" else 0
 
+    @property
+    def lanes(self) -> int:
+        return self.detector.lanes
+
+    def for_lane(self) -> ProtocolDetector:
+        return ProtocolDetector(self.detector.for_lane(), self.protocol)
+
     def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
         """The faces of (H, W, 3) uint8 BGR images of one size, in pixels of these images, on the CPU."""
         passes = [

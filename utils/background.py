@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Queue
 from threading import Thread
 from types import TracebackType
-from typing import ParamSpec
+from typing import ParamSpec, TypeVar
 
 Arguments = ParamSpec("Arguments")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _WAITING = 4  # calls that may wait; what they hold is all that memory is needed for
 
@@ -69,3 +73,28 @@ class Background:
     def _finish(self) -> None:
         self._calls.put(None)
         self._thread.join()
+
+
+def map_in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int
+) -> Generator[Result, None, None]:
+    """Apply a function in threads; the results come in the order of the items.
+
+    The threads work on the next few items while the caller is busy with a result; no more are held in memory.
+
+    Raises:
+        what the function raised, in the place of its result.
+    """
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                del item
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

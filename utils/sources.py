@@ -5,9 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence, Set
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +14,7 @@ import cv2
 import numpy as np
 
 from config import UserError
+from utils.background import map_in_order
 from utils.experiment import user_path
 from utils.images import IMAGE_SUFFIXES, UnreadableImageError, read_image
 from utils.result_files import OUTPUT_FOLDERS
@@ -222,18 +221,7 @@ def read_pictures(files: Iterable[tuple[str, Path]]) -> Iterator[Picture]:
 
     Threads read and decode the next few while the one that came out is worked on; no more are held in memory.
     """
-    waiting: deque[Future[Picture]] = deque()
-    with ThreadPoolExecutor(_READERS) as readers:
-        try:
-            for name, path in files:
-                waiting.append(readers.submit(read_picture, path, name))
-                if len(waiting) > _READERS:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for reading in waiting:
-                reading.cancel()
+    return map_in_order(lambda file: read_picture(file[1], file[0]), files, _READERS)
 
 
 def read_picture(path: Path, name: str) -> Picture:

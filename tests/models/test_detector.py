@@ -23,10 +23,14 @@ class Watched:
     """A backend that notes the shapes of what it sees."""
 
     name = "watched"
+    lanes = 1
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.shapes: list[tuple[int, ...]] = []
+
+    def for_lane(self) -> Backend:
+        return self
 
     def __call__(self, images: Tensor) -> StageOutput:
         self.shapes.append(tuple(images.shape))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from config import UserError
-from utils.background import Background
+from utils.background import Background, map_in_order
 
 
 def test_calls_are_made_in_order_and_in_another_thread() -> None:
@@ -80,3 +80,34 @@ def test_interruption_loses_nothing_that_was_handed_over() -> None:
             background.submit(made.append, number)
         raise KeyboardInterrupt
     assert made == [0, 1, 2]
+
+
+def test_results_come_in_the_order_of_the_items() -> None:
+    """Though the first takes until another is done."""
+    others = threading.Event()
+
+    def work(number: int) -> int:
+        if number:
+            others.set()
+        else:
+            others.wait(10)
+        return number * number
+
+    assert list(map_in_order(work, range(6), threads=2)) == [0, 1, 4, 9, 16, 25]
+    assert list(map_in_order(work, [], threads=2)) == []
+
+
+def test_an_items_error_comes_in_its_place_and_the_rest_is_left() -> None:
+    done: list[int] = []
+
+    def work(number: int) -> int:
+        if number == 1:
+            raise ValueError("no such number")
+        done.append(number)
+        return number
+
+    results = map_in_order(work, range(100), threads=2)
+    assert next(results) == 0
+    with pytest.raises(ValueError, match="no such number"):
+        next(results)
+    assert len(done) < 5

@@ -1,0 +1,129 @@
+"""A stream of pictures through a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from utils.background import map_in_order
+from utils.sources import Picture, read_pictures
+from utils.structures import Detections
+
+BATCH_SIZE = 8  # images of one size that share a pass
+_PIXELS_AT_ONCE = 8 << 20  # that images in work have together at most, unless a single one has more
+_NOTHING = Detections(torch.zeros(0, 4), torch.zeros(0), None)
+
+Found = tuple[Picture, Detections]
+
+
+class BatchDetector(Protocol):
+    """What finds faces in images of one size; `FaceDetector` and `ProtocolDetector` do.
+
+    Attributes:
+        max_pixels: larger images are reduced to so many; 0 is no limit.
+        lanes: threads that should call it at once, for the machine to be used best.
+    """
+
+    @property
+    def max_pixels(self) -> int: ...
+
+    @property
+    def lanes(self) -> int: ...
+
+    def for_lane(self) -> BatchDetector:
+        """The same detector for one of these threads: it finds the same, with its share of the cores."""
+        ...
+
+    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]: ...
+
+
+def detect_files(detector: BatchDetector, files: Iterable[tuple[str, Path]]) -> Iterator[Found]:
+    """Detect in image files, each with its name, in their order; see `detect_pictures`."""
+    return detect_pictures(detector, read_pictures(files), batch_same_sizes=True)
+
+
+def detect_pictures(detector: BatchDetector, pictures: Iterable[Picture], batch_same_sizes: bool) -> Iterator[Found]:
+    """Detect in a stream of pictures, in its order; several threads do, where the detector is made for that.
+
+    A picture that could not be read, or is too large for the memory, comes out with its `problem` and no detections.
+
+    Args:
+        batch_same_sizes: pass neighbours of one size through the network together. They share a block of `BATCH_SIZE`
+            positions, so which pictures go together does not depend on where a stream begins or what it leaves out.
+    """
+    limit = _PIXELS_AT_ONCE // detector.lanes
+    groups = _grouped(pictures, BATCH_SIZE if batch_same_sizes else 1, limit, detector.max_pixels)
+    lane = None
+    for is_small, stretch in groupby(groups, lambda group: _pixels(group, detector.max_pixels) <= limit):
+        if is_small and detector.lanes > 1:
+            lane = lane or detector.for_lane()
+            yield from chain.from_iterable(map_in_order(partial(_detect, lane), stretch, detector.lanes))
+        else:
+            yield from chain.from_iterable(map(partial(_detect, detector), stretch))
+
+
+def _grouped(pictures: Iterable[Picture], size: int, limit: int, max_pixels: int) -> Iterator[list[Picture]]:
+    """Pictures that go through the network together, `size` at most, of `limit` pixels together unless alone."""
+    group: list[Picture] = []
+    for picture in pictures:
+        _say_if_reduced(picture, max_pixels)
+        if group and not (
+            len(group) < size
+            and _share_pass(group[0], picture)
+            and (len(group) + 1) * _pixels([picture], max_pixels) <= limit
+        ):
+            yield group
+            group = []
+        group.append(picture)
+    if group:
+        yield group
+
+
+def _share_pass(first: Picture, other: Picture) -> bool:
+    """Whether two pictures may go through the network together."""
+    if first.image is None or other.image is None:
+        return False
+    same_size = first.image.shape == other.image.shape
+    return same_size and first.position // BATCH_SIZE == other.position // BATCH_SIZE
+
+
+def _pixels(pictures: Sequence[Picture], max_pixels: int) -> int:
+    """That the network sees of pictures of one size."""
+    image = pictures[0].image
+    each = 0 if image is None else image.shape[0] * image.shape[1]
+    return len(pictures) * (min(each, max_pixels) if max_pixels else each)
+
+
+def _say_if_reduced(picture: Picture, max_pixels: int) -> None:
+    if max_pixels and picture.image is not None and picture.image[..., 0].size > max_pixels:
+        # Beside the progress bar.
+        size = _size(picture.image)
+        tqdm.write(f"note: {picture.name}: {size} pixels, more than --max_pixels={max_pixels}; detecting in less")
+
+
+def _detect(detector: BatchDetector, pictures: Sequence[Picture]) -> list[Found]:
+    """Pictures of one size, or one that could not be read."""
+    images = [picture.image for picture in pictures if picture.image is not None]
+    if not images:
+        return [(picture, _NOTHING) for picture in pictures]
+    try:
+        return list(zip(pictures, detector.detect_batch(images), strict=True))
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+            raise
+    if len(pictures) > 1:
+        return [found for picture in pictures for found in _detect(detector, [picture])]
+    problem = f"{_size(images[0])} pixels are too many for the memory"
+    return [(replace(pictures[0], image=None, problem=problem), _NOTHING)]
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[1]}x{image.shape[0]}"

@@ -514,7 +514,7 @@ BACKENDS = ("auto", "torch", "compile", "onnx")
 
 @dataclass(frozen=True)
 class SpeedOptions:
-    """How the network is computed; the faces found do not depend on it."""
+    """How the network is computed; the faces found do not depend on it but for rounding."""
 
     backend: str = option(
         "auto",
@@ -523,6 +523,12 @@ class SpeedOptions:
         choices=BACKENDS,
     )
     fuse: bool = option(True, "fold batch normalisation into the convolutions before it")
+    amp: bool = option(False, "compute in 16 bits where that is safe, on CUDA; scores change in their third digit")
+    cudnn_benchmark: bool = option(
+        False,
+        "have cuDNN try which of its algorithms is the fastest, for sizes of images that repeat, on CUDA; the last "
+        "digits may then differ between runs",
+    )
 
     def __post_init__(self) -> None:
         _check_choice(self, "backend", BACKENDS)

@@ -80,6 +80,8 @@ def _infer(flags: Flags, keep: Callable[[Detections, Sequence[Head]], None]) -> 
         finally:
             if not writer.start.is_finished:
                 say(writer.summary.describe(time.perf_counter() - start))
+                if job.segmenter is not None:
+                    say(job.segmenter.describe())
         if source.ignored:
             say(f"{source.ignored} files without an image's suffix were left alone")
         say(f"results are in {job.folder.resolve()}")

@@ -8,8 +8,10 @@ import json
 import logging
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +26,7 @@ from utils.structures import StageOutput
 
 _ONNX_PACKAGES = ("onnx", "onnxruntime")
 _OPSET = 17
+_TIMES_BEFORE_TUNING = 20
 _MOST_LANES = 4  # each needs the memory of an image's activations
 _EXAMPLE_SIZE = (96, 128)  # of the image that is traced
 
@@ -64,6 +67,33 @@ class TorchBackend:
         return self.network(images.permute(0, 3, 1, 2))[-1]
 
 
+class CudaBackend(TorchBackend):
+    """PyTorch on a GPU, with what is to be had only there."""
+
+    def __init__(self, network: Callable[[Tensor], list[StageOutput]], name: str, options: SpeedOptions) -> None:
+        super().__init__(network, name)
+        self._options = options
+        self._seen: Counter[torch.Size] = Counter()
+
+    def __call__(self, images: Tensor) -> StageOutput:
+        with self._tuned(images.shape), torch.autocast("cuda", torch.float16, enabled=self._options.amp):
+            output = super().__call__(images)
+        return output.float()
+
+    @contextmanager
+    def _tuned(self, shape: torch.Size) -> Iterator[None]:
+        """Have cuDNN try its algorithms, which takes it some hundred passes' time, once a size has come often."""
+        self._seen[shape] += 1
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = before or (
+            self._options.cudnn_benchmark and self._seen[shape] > _TIMES_BEFORE_TUNING
+        )
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+
 class OnnxBackend:
     """A graph that `network_graph` made, or a file of it, run by ONNX Runtime on the CPU."""
 
@@ -91,6 +121,10 @@ class OnnxBackend:
         self._names = [output.name for output in self._session.get_outputs()]
 
     def for_lane(self) -> Backend:
+        return self._lane
+
+    @cached_property
+    def _lane(self) -> Backend:
         # Two calls with one thread each take less time than one after the other with two: no thread waits for another.
         return OnnxBackend(self._graph, self._threads // self.lanes)
 
@@ -116,12 +150,15 @@ def build_backend(network: RetinaFace, options: SpeedOptions) -> Backend:
         ConfigError: the backend that was asked for is not installed, or does not compute on the network's device.
     """
     ready = fuse_batch_norm(network) if options.fuse else network
+    is_cuda = network.pixel_mean.device.type == "cuda"
+    for name in ("amp", "cudnn_benchmark"):
+        if getattr(options, name) and not is_cuda:
+            raise ConfigError(f"--{name} needs a CUDA device; drop it")
     name = _choose(options.backend, ready)
     if name == "onnx":
         return OnnxBackend(network_graph(ready))
-    if name == "compile":
-        return _compiled(ready)
-    return TorchBackend(ready)
+    backend = _compiled(ready) if name == "compile" else TorchBackend(ready)
+    return CudaBackend(backend.network, backend.name, options) if is_cuda else backend
 
 
 def _choose(asked: str, network: RetinaFace) -> str:
@@ -146,7 +183,7 @@ def missing_onnx_packages() -> list[str]:
 
 
 @torch.inference_mode()
-def _compiled(network: RetinaFace) -> Backend:
+def _compiled(network: RetinaFace) -> TorchBackend:
     """`network` compiled for any size; as it is, with a line on standard error, where there is no compiler."""
     backend = TorchBackend(torch.compile(network, dynamic=True), "compile")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -106,7 +107,12 @@ class InferenceResults(NamedTuple):
 
 
 class HeadSegmenter:
-    """MediaPipe's selfie segmentation on head regions. Made once, used for every face; a context manager."""
+    """MediaPipe's selfie segmentation on head regions. Made once, used for every face; a context manager.
+
+    Attributes:
+        count: heads segmented so far.
+        seconds: that they took.
+    """
 
     def __init__(self, model: Path | None = None) -> None:
         """Load `model`, a TensorFlow Lite segmenter with one confidence output; None takes MediaPipe's own.
@@ -119,6 +125,7 @@ class HeadSegmenter:
             from mediapipe.tasks.python import BaseOptions, vision
         except ImportError as error:
             raise UserError(f"--mask needs MediaPipe ({error}); pip install -r requirements.txt") from None
+        self.count, self.seconds = 0, 0.0
         self._mediapipe = mediapipe
         model = model or Path(mediapipe.__file__).parent / "modules/selfie_segmentation/selfie_segmentation.tflite"
         if not model.is_file():
@@ -143,12 +150,20 @@ class HeadSegmenter:
             image: (H, W, 3) uint8 BGR.
             face: (4,) xyxy in pixels of the image.
         """
+        start = time.perf_counter()
         head_box, face_box = head_region(face, (image.shape[0], image.shape[1]))
         region = cut(image, head_box)
         mask = np.zeros(region.shape[:2], np.uint8)
         if region.size:
             mask = (self._confidence(region) > _PERSON_CONFIDENCE).astype(np.uint8) * np.uint8(255)
+        self.count += 1
+        self.seconds += time.perf_counter() - start
         return Head(head_box, face_box, mask)
+
+    def describe(self) -> str:
+        """What it did and what that cost, in a line."""
+        each = 1000 * self.seconds / max(self.count, 1)
+        return f"{self.count} heads segmented, {each:.1f} ms each"
 
     def _confidence(self, region: np.ndarray) -> np.ndarray:
         """(H, W) float in [0, 1]: how surely each pixel is the person's."""

@@ -6,7 +6,9 @@ import glob
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -204,15 +206,14 @@ class Video:
         self.total: int | None = (min(known, max_frames) if known and max_frames else known or max_frames) or None
 
     def __iter__(self) -> Iterator[Picture]:
-        number = 0
-        while not self.max_frames or number < self.max_frames:
-            more, frame = self._capture.read()
-            if not more:
-                break
-            number += 1
-            yield Picture(f"{self.stem}_{number:06d}.jpg", frame, position=number - 1)
+        positions = range(self.max_frames) if self.max_frames else count()
+        # One thread, for frames are decoded one after another; it is ahead of what is done with them.
+        with closing(map_in_order(lambda _: self._capture.read()[1], positions, threads=1)) as frames:
+            number = -1
+            for number, frame in enumerate(takewhile(lambda frame: frame is not None, frames)):
+                yield Picture(f"{self.stem}_{number + 1:06d}.jpg", frame, position=number)
         self._capture.release()
-        if number == 0:
+        if number < 0:
             raise SourceError(f"{self.description}: holds no frame that OpenCV reads")
 
 

@@ -30,6 +30,10 @@ class StageOutput:
     iou_logits: Tensor | None
     priors: Tensor | None = None
 
+    def float(self) -> StageOutput:
+        """The same in 32 bits."""
+        return StageOutput(**{name: None if value is None else value.float() for name, value in vars(self).items()})
+
 
 @dataclass(frozen=True)
 class Detections:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import models.backend
 from config import ROOT, ConfigError, DetectionConfig, ModelConfig, SpeedOptions
 from models.backend import (
+    CudaBackend,
     OnnxBackend,
     TorchBackend,
     build_backend,
@@ -23,7 +25,7 @@ from models.backend import (
 from models.detector import FaceDetector
 from models.retinaface import RetinaFace
 from utils.images import read_image
-from utils.structures import Detections
+from utils.structures import Detections, StageOutput
 
 PICTURES = sorted((ROOT / "data/sample_widerface/images").iterdir())
 needs_onnx = pytest.mark.skipif(
@@ -137,6 +139,40 @@ def test_backend_that_cannot_be_had_is_refused(plain: FaceDetector, monkeypatch:
         build_backend(elsewhere, SpeedOptions(backend="onnx", fuse=False))
     with pytest.raises(ConfigError, match="--backend is one of auto, torch, compile, onnx, got 'tensorrt'"):
         SpeedOptions(backend="tensorrt")
+
+
+@pytest.mark.parametrize("options", [{"amp": True}, {"cudnn_benchmark": True}])
+def test_what_only_cuda_has_is_refused_elsewhere(plain: FaceDetector, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"--(amp|cudnn_benchmark) needs a CUDA device; drop it"):
+        with_speed(plain, **options)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_algorithms_are_tried_for_sizes_that_repeat_and_the_users_setting_stays(asked: bool) -> None:
+    tried: list[bool] = []
+    output = StageOutput(torch.zeros(1, 1, 2), torch.zeros(1, 1, 4), None, None)
+
+    def network(_images: torch.Tensor) -> list[StageOutput]:
+        tried.append(torch.backends.cudnn.benchmark)
+        return [output]
+
+    backend = CudaBackend(network, "torch", SpeedOptions(cudnn_benchmark=asked))
+    for width in [*[9] * 22, 8, 9]:
+        backend(torch.zeros(1, 4, width, 3))
+    assert tried == [False] * 20 + [asked] * 2 + [False] + [asked]
+    assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_half_precision_finds_the_same_faces_on_cuda(plain: FaceDetector) -> None:
+    network = copy.deepcopy(plain.network).cuda()
+    image = read_image(ROOT / "data/sample_widerface/images/astronaut.jpg")
+    expected, found = (
+        FaceDetector(network, plain.detection, SpeedOptions(amp=amp)).detect(image) for amp in (False, True)
+    )
+    assert len(found) == len(expected) > 0
+    torch.testing.assert_close(found.boxes, expected.boxes, atol=0.5, rtol=0)
+    torch.testing.assert_close(found.scores, expected.scores, atol=5e-3, rtol=0)
 
 
 def test_without_a_compiler_one_line_says_so(

@@ -18,14 +18,15 @@ check: $(VENV)/dev-installed
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy .
 
-# How fast it is, on BENCH_IMAGES; training too where BENCH_DATA names a dataset as data/README.md describes it.
+# How fast it is: detection on the pictures in BENCH_IMAGES, evaluation, and training on BENCH_DATA, a dataset as
+# data/README.md describes it.
 BENCH_IMAGES ?= data/sample_widerface/images
 BENCH_FLAGS ?=
-BENCH_DATA ?=
+BENCH_DATA ?= data/sample_widerface
 bench: $(VENV)/dev-installed
 	$(RUN) -m benchmarks.speed --images=$(BENCH_IMAGES) $(BENCH_FLAGS)
 	$(RUN) -m benchmarks.evaluator --largest=1e6
-	$(if $(BENCH_DATA),$(RUN) -m benchmarks.training --dataset=$(BENCH_DATA))
+	$(RUN) -m benchmarks.training --dataset=$(BENCH_DATA) --steps=6
 
 # A short training run on SAMPLE_DATA, a dataset as data/README.md describes it.
 train-sample: $(VENV)/runtime-installed

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from utils.cli import run
 from utils.wider_eval import SUBSETS, GroundTruth, evaluate
 from utils.wider_predictions import read_predictions, write_predictions
 
@@ -78,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

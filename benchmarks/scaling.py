@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 
 from config import ROOT
+from utils.cli import run
 
 # Says, once all processes of a run are over, what the largest of them held, in KiB on Linux and bytes on macOS.
 _WITH_PEAK = (
@@ -47,7 +48,8 @@ def make_pictures(folder: Path, count: int, size_wh: tuple[int, int]) -> None:
         cv2.imwrite(str(folder / f"{number:07d}.jpg"), image if number // 8 % 2 == 0 else image[: size_wh[1] * 3 // 4])
 
 
-def measure(pictures: Path, out: Path, processes: int, flags: Sequence[str]) -> Run:
+def measure(pictures: Path, out: Path, processes: int, flags: Sequence[str], threads: int = 1) -> Run:
+    """Run inference.py on a folder, with so many threads a process."""
     launcher = (
         [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     )
@@ -60,7 +62,7 @@ def measure(pictures: Path, out: Path, processes: int, flags: Sequence[str]) -> 
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
     )
     seconds = time.perf_counter() - start
     files = {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -91,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -25,15 +23,18 @@ import cv2
 import numpy as np
 import torch
 
-from config import DEFAULT_EXPERIMENT, EXPERIMENTS, ROOT, DetectionConfig, Flags, ModelConfig, SpeedOptions
+from benchmarks.scaling import measure
+from config import DEFAULT_EXPERIMENT, EXPERIMENTS, ROOT, DetectionConfig, Flags, ModelConfig, SpeedOptions, UserError
 from layers.postprocess import postprocess
 from models.backend import missing_onnx_packages
 from models.detector import FaceDetector, build_network
 from models.retinaface import RetinaFace
 from pipelines.prediction import predict_files
 from utils.checkpoint import load_checkpoint
+from utils.cli import run
 from utils.draw import draw_detections
 from utils.images import IMAGE_SUFFIXES, read_image, write_image
+from utils.masks import HeadSegmenter
 from utils.wider_predictions import write_predictions
 
 # As in both projects' evaluations.
@@ -182,9 +183,9 @@ def compare(title: str, contenders: Contenders, images: int, repeats: int) -> di
     """Let the contenders take turns, print their medians, and return them in seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(repeats + 1):
-        for name, run in contenders.items():
+        for name, contender in contenders.items():
             start = time.perf_counter()
-            run()
+            contender()
             if turn:  # the first warms up
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -197,11 +198,14 @@ def compare(title: str, contenders: Contenders, images: int, repeats: int) -> di
 def find_images(folder: Path, limit: int) -> list[tuple[str, Path]]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)[:limit]
     if not paths:
-        sys.exit(f"error: {folder}: holds no image")
+        raise UserError(f"{folder}: holds no image")
     return [(path.relative_to(folder).as_posix(), path) for path in paths]
 
 
-def measure_pipeline(network: RetinaFace, files: Sequence[tuple[str, Path]], yunet: Path | None, repeats: int) -> None:
+def measure_pipeline(
+    network: RetinaFace, files: Sequence[tuple[str, Path]], yunet: Path | None, repeats: int
+) -> FaceDetector:
+    """Compare all contenders; returns the fastest of ours."""
     detectors = our_detectors(network)
     best = list(detectors)[-1]
     with TemporaryDirectory() as name:
@@ -217,16 +221,44 @@ def measure_pipeline(network: RetinaFace, files: Sequence[tuple[str, Path]], yun
     ours = totals[f"ours, {best}"]
     print(f"ours takes {ours / steps[f'forward, {best}']:.2f} times the bare network's time")
     print(f"ours is {totals['reference pipeline'] / ours:.2f} times as fast as the reference pipeline")
+    return detectors[best]
+
+
+def measure_masks(detector: FaceDetector, files: Sequence[tuple[str, Path]], repeats: int) -> None:
+    """What `--mask` costs for each face that `inference.py` would find."""
+    images = [read_image(path) for _, path in files]
+    found = [detector.detect(image) for image in images]
+    surest = [faces.boxes[faces.scores > DetectionConfig.confidence_threshold].numpy() for faces in found]
+    with HeadSegmenter() as segmenter:
+        for _ in range(repeats):
+            for image, boxes in zip(images, surest, strict=True):
+                for box in boxes:
+                    segmenter.segment(image, box)
+        print(f"\nmasks: {segmenter.describe()}")
+
+
+def measure_memory(files: Sequence[tuple[str, Path]], weights: Path, threads: int) -> None:
+    """The most that the command holds, in a process of its own."""
+    with TemporaryDirectory() as name:
+        pictures = Path(name) / "pictures.txt"
+        pictures.write_text("".join(f"{path.absolute()}\n" for _, path in files), encoding="utf-8")
+        flags = [f"--model_weight={weights.absolute()}", "--experiment_name=bench"]
+        peak = measure(pictures, Path(name) / "out", 1, flags, threads).peak_megabytes
+    print(f"peak memory of inference.py: {peak:.0f} MB")
 
 
 def measure_resnet(repeats: int) -> None:
     """A cascade on ResNet-50 with random weights."""
     torch.manual_seed(0)
-    detectors = our_detectors(RetinaFace(ModelConfig.for_backbone("resnet50")).eval())
+    network = RetinaFace(ModelConfig.for_backbone("resnet50")).eval()
     image = torch.randint(0, 256, (1, _SIDE, _SIDE, 3), dtype=torch.uint8)
-    runs = {name: partial(detector.backend, image) for name, detector in detectors.items()}
+    runs: dict[str, Callable[[], object]] = {
+        "eager, default layout": partial(copy.deepcopy(network), image.permute(0, 3, 1, 2).contiguous())
+    }
+    runs |= {name: partial(detector.backend, image) for name, detector in our_detectors(network).items()}
     medians = compare(f"ResNet-50 cascade, {_SIDE}x{_SIDE}", runs, 1, repeats)
-    print(f"{medians['eager'] / min(medians.values()):.2f} times as fast as eager")
+    plain, eager, best = medians["eager, default layout"], medians["eager"], min(medians.values())
+    print(f"{plain / best:.2f} times as fast as eager in its default layout, {eager / best:.2f} in channels_last")
 
 
 def main() -> None:
@@ -249,12 +281,12 @@ def main() -> None:
     files = find_images(arguments.images, arguments.limit)
     network = build_network(load_checkpoint(arguments.model_weight, Flags({}))).eval()
     print(f"{len(files)} images, {arguments.model_weight.name}, {arguments.threads} threads, {arguments.repeats} turns")
-    measure_pipeline(network, files, arguments.yunet, arguments.repeats)
+    best = measure_pipeline(network, files, arguments.yunet, arguments.repeats)
+    measure_masks(best, files, arguments.repeats)
+    measure_memory(files, arguments.model_weight, arguments.threads)
     if not arguments.no_resnet:
         measure_resnet(arguments.repeats)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
-    print(f"\npeak memory: {peak:.0f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

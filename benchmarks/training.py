@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 import cv2
@@ -28,6 +28,7 @@ from engine import Trainer
 from layers.prior_box import prior_boxes
 from models.retinaface import RetinaFace
 from utils.boxes import encode_boxes, encode_landmarks
+from utils.cli import run
 from utils.dataset_folder import read_split
 from utils.experiment import Experiment
 from utils.labels import LabelledImage
@@ -204,7 +205,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="measurements of which the median is shown (default: 3)")
     arguments = parser.parse_args()
     images = [image for image in chain.from_iterable(read_split([arguments.dataset], "train")) if len(image.boxes)]
-    images = images[: arguments.steps * arguments.batch_size]
+    images = list(islice(cycle(images), arguments.steps * arguments.batch_size))
     print(f"{'side':>6}{'ours, batches/s':>18}{'reference, batches/s':>23}{'ratio':>8}")
     for side in arguments.sides:
         rates: list[tuple[float, float]] = []
@@ -216,4 +217,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ class StageOutput:
 
     def float(self) -> StageOutput:
         """The same in 32 bits."""
-        return StageOutput(**{name: None if value is None else value.float() for name, value in vars(self).items()})
+        values: dict[str, Any] = {name: None if value is None else value.float() for name, value in vars(self).items()}
+        return StageOutput(**values)
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,11 @@ class FaceDetector:
         """Threads that should call `detect_batch` at once, each with what `for_lane` gives."""
         return self.backend.lanes
 
+    def pixels_seen(self, size_hw: tuple[int, int]) -> int:
+        """That the network sees of an image of a height and width."""
+        pixels = size_hw[0] * size_hw[1]
+        return min(pixels, self.max_pixels) if self.max_pixels else pixels
+
     def for_lane(self) -> FaceDetector:
         """The same detector with the same weights, for threads that detect at once; any number may share it."""
         lane = copy.copy(self)

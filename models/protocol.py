@@ -43,6 +43,14 @@ class ProtocolDetector:
     def lanes(self) -> int:
         return self.detector.lanes
 
+    def pixels_seen(self, size_hw: tuple[int, int]) -> int:
+        """That the network sees of an image of a height and width in its largest pass."""
+        factor = max(_PYRAMID) if self.protocol.multi_scale else 1.0
+        height, width = resized_size(size_hw, self.protocol.protocol, factor)
+        if self.protocol.protocol == "vga":
+            height = width = max(height, width)
+        return self.detector.pixels_seen((height, width))
+
     def for_lane(self) -> ProtocolDetector:
         return ProtocolDetector(self.detector.for_lane(), self.protocol)
 

@@ -38,6 +38,10 @@ class BatchDetector(Protocol):
     @property
     def lanes(self) -> int: ...
 
+    def pixels_seen(self, size_hw: tuple[int, int]) -> int:
+        """That the network sees in one pass of an image of a height and width; memory grows with them."""
+        ...
+
     def for_lane(self) -> BatchDetector:
         """The same detector for one of these threads: it finds the same, with its share of the cores."""
         ...
@@ -60,9 +64,9 @@ def detect_pictures(detector: BatchDetector, pictures: Iterable[Picture], batch_
             positions, so which pictures go together does not depend on where a stream begins or what it leaves out.
     """
     limit = _PIXELS_AT_ONCE // detector.lanes
-    groups = _grouped(pictures, BATCH_SIZE if batch_same_sizes else 1, limit, detector.max_pixels)
+    groups = _grouped(detector, pictures, BATCH_SIZE if batch_same_sizes else 1, limit)
     lane = None
-    for is_small, stretch in groupby(groups, lambda group: _pixels(group, detector.max_pixels) <= limit):
+    for is_small, stretch in groupby(groups, lambda group: _pixels(detector, group[0]) * len(group) <= limit):
         if is_small and detector.lanes > 1:
             lane = lane or detector.for_lane()
             yield from chain.from_iterable(map_in_order(partial(_detect, lane), stretch, detector.lanes))
@@ -70,18 +74,16 @@ def detect_pictures(detector: BatchDetector, pictures: Iterable[Picture], batch_
             yield from chain.from_iterable(map(partial(_detect, detector), stretch))
 
 
-def _grouped(pictures: Iterable[Picture], size: int, limit: int, max_pixels: int) -> Iterator[list[Picture]]:
+def _grouped(detector: BatchDetector, pictures: Iterable[Picture], size: int, limit: int) -> Iterator[list[Picture]]:
     """Pictures that go through the network together, `size` at most, of `limit` pixels together unless alone."""
     group: list[Picture] = []
     for picture in pictures:
-        _say_if_reduced(picture, max_pixels)
-        if group and not (
-            len(group) < size
-            and _share_pass(group[0], picture)
-            and (len(group) + 1) * _pixels([picture], max_pixels) <= limit
-        ):
-            yield group
-            group = []
+        _say_if_reduced(picture, detector.max_pixels)
+        if group:
+            has_room = len(group) < size and (len(group) + 1) * _pixels(detector, picture) <= limit
+            if not (has_room and _share_pass(group[0], picture)):
+                yield group
+                group = []
         group.append(picture)
     if group:
         yield group
@@ -95,11 +97,8 @@ def _share_pass(first: Picture, other: Picture) -> bool:
     return same_size and first.position // BATCH_SIZE == other.position // BATCH_SIZE
 
 
-def _pixels(pictures: Sequence[Picture], max_pixels: int) -> int:
-    """That the network sees of pictures of one size."""
-    image = pictures[0].image
-    each = 0 if image is None else image.shape[0] * image.shape[1]
-    return len(pictures) * (min(each, max_pixels) if max_pixels else each)
+def _pixels(detector: BatchDetector, picture: Picture) -> int:
+    return 0 if picture.image is None else detector.pixels_seen((picture.image.shape[0], picture.image.shape[1]))
 
 
 def _say_if_reduced(picture: Picture, max_pixels: int) -> None:

@@ -98,6 +98,20 @@ def test_number_of_passes() -> None:
     assert np.array_equal(detector.shown[3], picture()[:, ::-1])
 
 
+@pytest.mark.parametrize(
+    ("protocol", "pixels"),
+    [
+        (ProtocolConfig(), 400 * 300),
+        (ProtocolConfig(flip=True), 400 * 300),
+        (ProtocolConfig(protocol="vga"), 640 * 640),
+        (ProtocolConfig(protocol="1600x2150"), 2133 * 1600),
+        (ProtocolConfig(multi_scale=True), 850 * 638),
+    ],
+)
+def test_pixels_of_the_largest_pass(protocol: ProtocolConfig, pixels: int) -> None:
+    assert ProtocolDetector(FaceDetector.from_experiment(), protocol).pixels_seen((300, 400)) == pixels
+
+
 def test_original_size_in_one_pass_is_the_detector_itself() -> None:
     torch.manual_seed(0)
     model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2)

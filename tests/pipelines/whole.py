@@ -22,6 +22,9 @@ class FindsTheWhole:
         self.max_pixels = max_pixels
         self.batches: list[int] = []
 
+    def pixels_seen(self, size_hw: tuple[int, int]) -> int:
+        return size_hw[0] * size_hw[1]
+
     def for_lane(self) -> BatchDetector:
         return self
 

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import ExperimentConfig, UserError
+from config import EVALUATION_MEMORY, ExperimentConfig, UserError
 from layers.multibox_loss import MultiBoxLoss
 from models.detector import FaceDetector
 from models.retinaface import RetinaFace
@@ -374,7 +374,8 @@ class Trainer:
         """
         copy_from_main(self.result)
         thresholds = self.config.evaluation
-        detector = FaceDetector(self.result, replace(thresholds, top_k=thresholds.top_k or _VALIDATION_TOP_K))
+        thresholds = replace(thresholds, top_k=thresholds.top_k or _VALIDATION_TOP_K)
+        detector = FaceDetector(self.result, thresholds, max_pixels=EVALUATION_MEMORY.max_pixels)
         files = list(zip(validation.names, validation.images or [], strict=True))
         own = files[self.processes.rank :: self.processes.count]
         quiet = None if self.processes.is_main else True

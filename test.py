@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from config import (
+    EVALUATION_MEMORY,
     EXPERIMENTS,
     ROOT,
     ConfigError,
     EvaluationOptions,
     ExperimentConfig,
     Flags,
-    MemoryOptions,
     ModelConfig,
     ProtocolConfig,
     RunOptions,
@@ -36,7 +36,7 @@ OPTIONS = (
     RunOptions(),
     EvaluationOptions(),
     SpeedOptions(),
-    MemoryOptions(),
+    EVALUATION_MEMORY,
     ProtocolConfig(),
     ExperimentConfig().evaluation,
     WeightOptions(),

@@ -171,8 +171,10 @@ def _all(function: Callable[[torch.Tensor], object], tensors: Sequence[torch.Ten
 def our_detectors(network: RetinaFace) -> dict[str, FaceDetector]:
     """The network as it is, fused, and where it is installed in ONNX Runtime, which is the fastest."""
     backends = ["torch"] if missing_onnx_packages() else ["torch", "onnx"]
-    fused = {name: FaceDetector(copy.deepcopy(network), _DETECTION, SpeedOptions(backend=name)) for name in backends}
-    return {"eager": FaceDetector(copy.deepcopy(network), _DETECTION)} | fused
+    speeds = {"eager": None} | {name: SpeedOptions(backend=name) for name in backends}
+    return {
+        name: FaceDetector(copy.deepcopy(network), _DETECTION, speed, max_pixels=0) for name, speed in speeds.items()
+    }
 
 
 # --------------------------------------------------------------------------------------------------- measuring

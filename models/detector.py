@@ -14,6 +14,7 @@ from torch import nn
 
 from config import (
     DEFAULT_EXPERIMENT,
+    EVALUATION_MEMORY,
     EXPERIMENTS,
     DetectionConfig,
     ExperimentConfig,
@@ -171,7 +172,7 @@ def open_detector(
         build_network(checkpoint).to(device),
         flags.apply(thresholds),
         flags.apply(SpeedOptions()),
-        flags.apply(MemoryOptions()).max_pixels,
+        flags.apply(EVALUATION_MEMORY if purpose == "evaluation" else MemoryOptions()).max_pixels,
     )
     is_in_experiment = path.parent.parent.parent == experiments
     return detector, checkpoint, asked_name or (path.parent.parent.name if is_in_experiment else path.stem)

@@ -64,7 +64,7 @@ def detect_pictures(detector: BatchDetector, pictures: Iterable[Picture], batch_
             positions, so which pictures go together does not depend on where a stream begins or what it leaves out.
     """
     limit = _PIXELS_AT_ONCE // detector.lanes
-    groups = _grouped(detector, pictures, BATCH_SIZE if batch_same_sizes else 1, limit)
+    groups = _grouped(detector, _noted(pictures, detector.max_pixels), BATCH_SIZE if batch_same_sizes else 1, limit)
     lane = None
     for is_small, stretch in groupby(groups, lambda group: _pixels(detector, group[0]) * len(group) <= limit):
         if is_small and detector.lanes > 1:
@@ -74,11 +74,21 @@ def detect_pictures(detector: BatchDetector, pictures: Iterable[Picture], batch_
             yield from chain.from_iterable(map(partial(_detect, detector), stretch))
 
 
+def _noted(pictures: Iterable[Picture], max_pixels: int) -> Iterator[Picture]:
+    """Pictures as they are; a line says that there are some of which the network sees less, and names the first."""
+    told = False
+    for picture in pictures:
+        if not told and picture.image is not None and 0 < max_pixels < picture.image[..., 0].size:
+            told = True
+            limit = f"what has more than --max_pixels={max_pixels} is looked at reduced to that"
+            tqdm.write(f"note: {picture.name}: {_size(picture.image)} pixels; {limit}")  # beside the progress bar
+        yield picture
+
+
 def _grouped(detector: BatchDetector, pictures: Iterable[Picture], size: int, limit: int) -> Iterator[list[Picture]]:
     """Pictures that go through the network together, `size` at most, of `limit` pixels together unless alone."""
     group: list[Picture] = []
     for picture in pictures:
-        _say_if_reduced(picture, detector.max_pixels)
         if group:
             has_room = len(group) < size and (len(group) + 1) * _pixels(detector, picture) <= limit
             if not (has_room and _share_pass(group[0], picture)):
@@ -99,13 +109,6 @@ def _share_pass(first: Picture, other: Picture) -> bool:
 
 def _pixels(detector: BatchDetector, picture: Picture) -> int:
     return 0 if picture.image is None else detector.pixels_seen((picture.image.shape[0], picture.image.shape[1]))
-
-
-def _say_if_reduced(picture: Picture, max_pixels: int) -> None:
-    if max_pixels and picture.image is not None and picture.image[..., 0].size > max_pixels:
-        # Beside the progress bar.
-        size = _size(picture.image)
-        tqdm.write(f"note: {picture.name}: {size} pixels, more than --max_pixels={max_pixels}; detecting in less")
 
 
 def _detect(detector: BatchDetector, pictures: Sequence[Picture]) -> list[Found]:

@@ -46,10 +46,13 @@ def test_a_picture_too_large_for_the_memory_stops_no_other(error: Exception) -> 
     assert problems == [None, "64x40 pixels are too many for the memory", None, "broken"]
 
 
-def test_reduced_picture_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    pictures = [Picture("small", SMALL), Picture("wide", np.zeros((40, 65, 3), np.uint8))]
+def test_first_reduced_picture_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = np.zeros((40, 65, 3), np.uint8)
+    pictures = [Picture("broken", None, "empty"), Picture("small", SMALL), Picture("wide", wide), Picture("too", wide)]
     list(detect_pictures(FindsTheWhole(40 * 64), pictures, batch_same_sizes=True))
-    assert capsys.readouterr().out == ("note: wide: 65x40 pixels, more than --max_pixels=2560; detecting in less\n")
+    assert capsys.readouterr().out == (
+        "note: wide: 65x40 pixels; what has more than --max_pixels=2560 is looked at reduced to that\n"
+    )
 
 
 def test_large_pictures_share_no_pass() -> None:

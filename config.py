@@ -193,6 +193,11 @@ class ModelConfig:
         "part that a fine level's face logit takes from the same place in the picture at its own size, where the "
         "network sees twice as far around a face; 0 looks at the enlarged picture alone",
     )
+    coarse_share: float = option(
+        0.0,
+        "part that every level's face logit takes from the same place in the picture at half its size, at a quarter of "
+        "the cost of seeing it at its own; 0 does without",
+    )
     refinement: str = option(
         "sum",
         "what the second stage does: sum adds its box deltas to those of the first; rematch takes the first one's "
@@ -224,7 +229,7 @@ class ModelConfig:
             self.fpn_channels > 0 and self.fpn_channels % 4 == 0,
             f"fpn_channels must be a multiple of 4, got {self.fpn_channels}",
         )
-        _check_fraction(self, "score_exponent", "context_share")
+        _check_fraction(self, "score_exponent", "context_share", "coarse_share")
         _check(len(self.stages) > 0, "a detector needs at least one stage")
         _check(self.refinement in REFINEMENTS, f"refinement is sum or rematch, got {self.refinement!r}")
         _check(

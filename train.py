@@ -136,7 +136,8 @@ def open_teacher(config: ExperimentConfig, device: torch.device) -> Teacher | No
     if config.train.teacher is None:
         return None
     checkpoint = load_checkpoint(user_path(config.train.teacher))
-    levels = {name: getattr(config.model, name) for name in ("fine_levels", "strides", "anchor_sizes", "context_share")}
+    names = ("fine_levels", "strides", "anchor_sizes", "context_share", "coarse_share")
+    levels = {name: getattr(config.model, name) for name in names}
     network = RetinaFace(dataclasses.replace(checkpoint.model, **levels))
     if initialise_from_detector(network, checkpoint):
         raise ConfigError(f"--teacher {checkpoint.path}: its anchors are not those of the model; choose another")

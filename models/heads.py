@@ -62,18 +62,31 @@ class Stage(nn.Module):
             PredictionHead(channels, config.num_anchor, config.landmarks, config.iou_aware) for _ in config.strides
         )
 
-    def forward(self, pyramid: Sequence[Tensor], surroundings: Sequence[Tensor] = ()) -> StageOutput:
+    def forward(
+        self, pyramid: Sequence[Tensor], surroundings: Sequence[Tensor] = (), coarse: Sequence[Tensor] = ()
+    ) -> StageOutput:
         """Predict from the pyramid; what the deltas correct is the network's to say.
 
         Args:
             pyramid: (B, channels, H_l, W_l) of every level.
             surroundings: of those levels of the picture at its own size that the pyramid has enlarged ones for instead.
+            coarse: of all levels of the picture at half its size.
         """
         contexts = [context(feature) for context, feature in zip(self.context, pyramid, strict=True)]
         levels = [head(context) for head, context in zip(self.heads, contexts, strict=True)]
         class_logits = [level.class_logits for level in levels]
-        if self.config.fine_levels and self.config.context_share:
-            class_logits = self._with_surroundings(class_logits, contexts, surroundings)
+        shapes = [feature.shape[-2:] for feature in pyramid]
+        fine_levels, plain_sizes = self.config.fine_levels, plain_anchor_sizes(self.config)
+        if fine_levels and self.config.context_share:
+            replaced = [context(feature) for context, feature in zip(self.context, surroundings, strict=False)]
+            maps = self._plain_logits([*replaced, *contexts[fine_levels:]])
+            fused = self._mixed(class_logits[:fine_levels], shapes, maps, plain_sizes, self.config.context_share)
+            class_logits[:fine_levels] = fused
+        if self.config.coarse_share:
+            modules = [self.context[number] for number in self._plain_modules]
+            maps = self._plain_logits([context(feature) for context, feature in zip(modules, coarse, strict=True)])
+            sizes = [tuple(2 * size for size in level) for level in plain_sizes]
+            class_logits = self._mixed(class_logits, shapes, maps, sizes, self.config.coarse_share)
         return StageOutput(
             class_logits=torch.cat(class_logits, dim=1),
             box_deltas=torch.cat([level.box_deltas for level in levels], dim=1),
@@ -81,38 +94,52 @@ class Stage(nn.Module):
             iou_logits=_join([level.iou_logits for level in levels]),
         )
 
-    def _with_surroundings(
-        self, class_logits: Sequence[Tensor], contexts: Sequence[Tensor], surroundings: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """The logits of all levels, those of fine ones with their share of what is seen at the picture's own size.
+    @property
+    def _plain_modules(self) -> list[int]:
+        """Numbers of the context modules and heads that know the levels of a picture at its own size, finest first.
 
-        There every anchor of a fine level has a counterpart at the same place: the one nearest in size. In the plain
-        picture the network sees twice as far around it, and takes fewer things for small faces that are none.
+        They are those of fine levels, which know the same strides in the enlarged picture, and then the others.
         """
-        fine_levels, share = self.config.fine_levels, self.config.context_share
-        # The plain picture's levels: those that gave way to fine ones, whose weights they share, and the others.
-        seen = [context(feature) for context, feature in zip(self.context, surroundings, strict=False)]
-        heads = [*self.heads[: len(seen)], *self.heads[fine_levels:]]
-        maps = [
-            cast(PredictionHead, head).class_logits(context).unflatten(1, (-1, 2))  # (B, anchors, 2, H, W)
-            for head, context in zip(heads, [*seen, *contexts[fine_levels:]], strict=True)
-        ]
-        sizes = plain_anchor_sizes(self.config)
-        fused = []
-        for level in range(fine_levels):
-            shape = contexts[level].shape[-2:]
+        fine_levels = self.config.fine_levels
+        return [*range(fine_levels - 1), *range(fine_levels, len(self.heads))]
+
+    def _plain_logits(self, contexts: Sequence[Tensor]) -> list[Tensor]:
+        """(B, anchors, 2, H_l, W_l) of what the contexts show of a whole picture, level by level."""
+        heads = [cast(PredictionHead, self.heads[number]) for number in self._plain_modules]
+        return [head.class_logits(context).unflatten(1, (-1, 2)) for head, context in zip(heads, contexts, strict=True)]
+
+    def _mixed(
+        self,
+        class_logits: Sequence[Tensor],
+        shapes: Sequence[torch.Size],
+        maps: Sequence[Tensor],
+        sizes: Sequence[tuple[int, ...]],
+        share: float,
+    ) -> list[Tensor]:
+        """The logits of the first levels, with a share of those at the same place of the picture at another size.
+
+        There every anchor has a counterpart: the one nearest in size. In a smaller picture the network sees farther
+        around it, and takes fewer things for faces that are none.
+
+        Args:
+            class_logits: (B, P_l, 2) of as many levels as are to be mixed.
+            shapes: height and width of the levels.
+            maps: (B, anchors, 2, H, W) of the other picture's levels.
+            sizes: their anchors' sides in pixels of the picture at its own size.
+        """
+        mixed = []
+        for logits, shape, own_sizes in zip(class_logits, shapes, self.config.anchor_sizes, strict=False):
             counterparts = []
-            for size in self.config.anchor_sizes[level]:
+            for size in own_sizes:
                 there, anchor = nearest_anchor(size, sizes)
                 counterparts.append(F.interpolate(maps[there][:, anchor], size=shape, mode="bilinear"))
-            around = _per_prior(torch.cat(counterparts, dim=1), 2)
-            fused.append((1 - share) * class_logits[level] + share * around)
-        return [*fused, *class_logits[fine_levels:]]
+            mixed.append((1 - share) * logits + share * _per_prior(torch.cat(counterparts, dim=1), 2))
+        return mixed
 
 
 def plain_anchor_sizes(config: ModelConfig) -> list[tuple[int, ...]]:
     """The anchor sides of the levels of the picture at its own size, finest first, whether they are in use or not."""
-    replaced = [tuple(2 * size for size in level) for level in config.anchor_sizes[: config.fine_levels - 1]]
+    replaced = [tuple(2 * size for size in level) for level in config.anchor_sizes[: max(config.fine_levels - 1, 0)]]
     return [*replaced, *config.anchor_sizes[config.fine_levels :]]
 
 

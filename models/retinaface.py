@@ -44,10 +44,12 @@ class RetinaFace(nn.Module):
         Returns:
             One `StageOutput` a stage; the last is the refined one.
         """
-        pyramid, surroundings = self._pyramids(images - self.pixel_mean)
+        pixels = images - self.pixel_mean
+        pyramid, surroundings = self._pyramids(pixels)
+        coarse = self._coarse_pyramid(pixels) if self.config.coarse_share else []
         outputs: list[StageOutput] = []
         for stage in self.stages:
-            output = stage(pyramid, surroundings)
+            output = stage(pyramid, surroundings, coarse)
             outputs.append(self._refined(outputs[-1], output, images.shape) if outputs else output)
         return outputs
 
@@ -71,6 +73,12 @@ class RetinaFace(nn.Module):
         plain = self.fpn(self.backbone(images), first=first)
         kept = fine_levels - 1 - first
         return fine + plain[kept:], plain[:kept]
+
+    def _coarse_pyramid(self, images: Tensor) -> list[Tensor]:
+        """The features of the picture at half its size, finest first."""
+        height, width = images.shape[2:]
+        halved = F.interpolate(images, size=((height + 1) // 2, (width + 1) // 2), mode="bilinear")
+        return self.fpn(self.backbone(halved))
 
     def _refined(self, previous: StageOutput, output: StageOutput, images_shape: torch.Size) -> StageOutput:
         """`output` as a correction of `previous`: of its deltas, or of the boxes that they decode to."""

@@ -64,7 +64,7 @@ def test_fused_network_finds_the_same_faces_in_the_samples(plain: FaceDetector, 
 MODELS = {
     "rematch": ModelConfig.for_backbone("mobilenet0.25", refinement="rematch", fpn_channels=16),
     "rematch with four levels": ModelConfig.for_backbone(
-        "mobilenet0.25", refinement="rematch", fine_levels=2, fpn_channels=16
+        "mobilenet0.25", refinement="rematch", fine_levels=2, coarse_share=0.3, fpn_channels=16
     ),
     "single without branches": ModelConfig.for_backbone(
         "resnet18", cascade=False, model_version="retina", landmarks=False, num_anchor=2, fpn_channels=16

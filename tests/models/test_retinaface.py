@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,16 +106,8 @@ def test_second_stage_corrects_the_boxes_of_the_first() -> None:
     torch.testing.assert_close(second.box_deltas, first.box_deltas + 0.5)
 
 
-def cascade_of(
-    refinement: str, *, cascade: bool = True, fine_levels: int = 0, context_share: float = 0.0
-) -> RetinaFace:
-    config = ModelConfig.for_backbone(
-        "mobilenet0.25",
-        refinement=refinement,
-        cascade=cascade,
-        fine_levels=fine_levels,
-        context_share=context_share,
-    )
+def cascade_of(refinement: str, *, context_share: float = 0.0, **changes: Any) -> RetinaFace:
+    config = ModelConfig.for_backbone("mobilenet0.25", refinement=refinement, context_share=context_share, **changes)
     return RetinaFace(config).eval()
 
 
@@ -244,6 +237,28 @@ def test_fine_scores_take_their_share_from_the_picture_at_its_own_size() -> None
     expected = 0.75 * fine[0].unflatten(1, (-1, 3))[:, :, 1] + 0.25 * around
     assert alone.config.anchor_sizes[0] == (4, 8, 16)
     torch.testing.assert_close(mixed[0].unflatten(1, (-1, 3))[:, :, 1], expected)
+
+
+@torch.inference_mode()
+def test_scores_take_their_share_from_the_picture_at_half_its_size() -> None:
+    """There the levels have anchors of 16, 32, 64 pixels of the picture (stride 16), of 64, 128, 256, and so on."""
+    plain, fused = (cascade_of("sum", coarse_share=share) for share in (0.0, 0.25))
+    fused.load_state_dict(plain.state_dict())
+    halved = F.interpolate(noise(), size=(20, 28), mode="bilinear")
+    for before, after, coarse in zip(plain(noise()), fused(noise()), plain(halved), strict=True):
+        assert torch.equal(before.box_deltas, after.box_deltas)
+        cells = [5 * 7 * 3, 3 * 4 * 3, 2 * 2 * 3]
+        own, mixed = (output.class_logits.split(cells, dim=1) for output in (before, after))
+        first, second, _ = coarse.class_logits.split([3 * 4 * 3, 2 * 2 * 3, 3], dim=1)
+        # The anchor of 32 is the third of stride 8 and the second of stride 16 in the picture at half its size.
+        of_32 = first.unflatten(1, (3, 4, 3))[:, :, :, 1].permute(0, 3, 1, 2)
+        around = F.interpolate(of_32, size=(5, 7), mode="bilinear").permute(0, 2, 3, 1).flatten(1, 2)
+        expected = 0.75 * own[0].unflatten(1, (-1, 3))[:, :, 2] + 0.25 * around
+        torch.testing.assert_close(mixed[0].unflatten(1, (-1, 3))[:, :, 2], expected)
+        # That of 256 is the second of stride 32, and there the third of the second level, of as many cells.
+        of_256 = second.unflatten(1, (-1, 3))[:, :, 2]
+        expected = 0.75 * own[2].unflatten(1, (-1, 3))[:, :, 1] + 0.25 * of_256
+        torch.testing.assert_close(mixed[2].unflatten(1, (-1, 3))[:, :, 1], expected)
 
 
 @torch.inference_mode()

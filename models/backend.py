@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import sys
 import warnings
 from collections import Counter
@@ -126,7 +127,8 @@ class OnnxBackend:
     @cached_property
     def _lane(self) -> Backend:
         # Two calls with one thread each take less time than one after the other with two: no thread waits for another.
-        return OnnxBackend(self._graph, self._threads // self.lanes)
+        # Rounded up, for a core without work is worse than a thread too many.
+        return OnnxBackend(self._graph, math.ceil(self._threads / self.lanes))
 
     def __call__(self, images: Tensor) -> StageOutput:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from config import ModelConfig
 from models.net import ContextModule
 from utils.landmarks import LANDMARKS_PER_FACE
+from utils.levels import nearest_anchor
 from utils.structures import StageOutput
 
 
@@ -141,13 +141,3 @@ def plain_anchor_sizes(config: ModelConfig) -> list[tuple[int, ...]]:
     """The anchor sides of the levels of the picture at its own size, finest first, whether they are in use or not."""
     replaced = [tuple(2 * size for size in level) for level in config.anchor_sizes[: max(config.fine_levels - 1, 0)]]
     return [*replaced, *config.anchor_sizes[config.fine_levels :]]
-
-
-def nearest_anchor(size: int, levels: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """Level and number of the anchor whose side is nearest in proportion, the finest of equals."""
-    distances = {
-        (level, anchor): abs(math.log(other / size))
-        for level, sizes in enumerate(levels)
-        for anchor, other in enumerate(sizes)
-    }
-    return min(distances, key=distances.__getitem__)

@@ -65,11 +65,10 @@ def detect_pictures(detector: BatchDetector, pictures: Iterable[Picture], batch_
     """
     limit = _PIXELS_AT_ONCE // detector.lanes
     groups = _grouped(detector, _noted(pictures, detector.max_pixels), BATCH_SIZE if batch_same_sizes else 1, limit)
-    lane = None
     for is_small, stretch in groupby(groups, lambda group: _pixels(detector, group[0]) * len(group) <= limit):
         if is_small and detector.lanes > 1:
-            lane = lane or detector.for_lane()
-            yield from chain.from_iterable(map_in_order(partial(_detect, lane), stretch, detector.lanes))
+            detect = partial(_detect, detector.for_lane())
+            yield from chain.from_iterable(map_in_order(detect, stretch, detector.lanes))
         else:
             yield from chain.from_iterable(map(partial(_detect, detector), stretch))
 

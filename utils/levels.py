@@ -47,6 +47,16 @@ def _seen_levels(model: ModelConfig) -> list[tuple[int, tuple[int, ...]]]:
     return [(stride * scale, tuple(size * scale for size in sizes)) for stride, sizes, scale in levels]
 
 
+def nearest_anchor(size: int, levels: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """Level and number of the anchor whose side is nearest in proportion, the finest of equals."""
+    distances = {
+        (level, anchor): abs(math.log(other / size))
+        for level, sizes in enumerate(levels)
+        for anchor, other in enumerate(sizes)
+    }
+    return min(distances, key=distances.__getitem__)
+
+
 def _for_anchors(
     head: Tensor, name: str, own: Sequence[int], wanted: Sequence[int], variances: tuple[float, float]
 ) -> Tensor:
@@ -58,7 +68,7 @@ def _for_anchors(
     per_anchor = head.unflatten(0, (len(own), -1))
     adapted = []
     for size in wanted:
-        nearest = min(range(len(own)), key=lambda index: abs(math.log(own[index] / size)))
+        _, nearest = nearest_anchor(size, [own])
         values, ratio = per_anchor[nearest].clone(), own[nearest] / size
         branch, _, kind = name.partition(".")
         if branch == "landmark_deltas":

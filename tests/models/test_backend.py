@@ -165,7 +165,7 @@ def test_algorithms_are_tried_for_sizes_that_repeat_and_the_users_setting_stays(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_half_precision_finds_the_same_faces_on_cuda(plain: FaceDetector) -> None:
-    network = copy.deepcopy(plain.network).cuda()
+    network = copy.deepcopy(plain.network).to("cuda")
     image = read_image(ROOT / "data/sample_widerface/images/astronaut.jpg")
     expected, found = (
         FaceDetector(network, plain.detection, SpeedOptions(amp=amp)).detect(image) for amp in (False, True)

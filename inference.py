@@ -20,12 +20,12 @@ from config import (
     WeightOptions,
     parse_flags,
 )
-from pipelines.inference import InferenceJob
-from utils.background import Background
-from utils.cli import run
-from utils.distributed import in_step, join_processes
-from utils.masks import Head, InferenceResults
-from utils.sources import ImageFiles
+from engine.inference import InferenceJob
+from utils.results.masks import Head, InferenceResults
+from utils.runtime.cli import run
+from utils.runtime.distributed import in_step, join_processes
+from utils.runtime.sources import ImageFiles
+from utils.runtime.threads import Background
 from utils.structures import Detections
 
 OPTIONS = (

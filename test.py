@@ -23,14 +23,14 @@ from config import (
     WeightOptions,
     parse_flags,
 )
-from utils.cli import choose_device, run
-from utils.dataset_folder import find_dataset
-from utils.evaluation_report import Detected, Measurement, append_to_table, describe, write_report
-from utils.evaluation_run import EvaluationRun
-from utils.evaluation_set import EvaluationSet, open_evaluation_set
-from utils.experiment import Experiment, make_folder, user_path
-from utils.files import disk_errors
-from utils.wider_predictions import prediction_file, read_predictions
+from utils.datasets.folders import find_dataset
+from utils.evaluation.ground_truth import EvaluationSet, open_evaluation_set
+from utils.evaluation.predictions import prediction_file, read_predictions
+from utils.evaluation.report import Detected, Measurement, append_to_table, describe, write_report
+from utils.evaluation.run import EvaluationRun
+from utils.runtime.cli import choose_device, run
+from utils.runtime.experiment import Experiment, make_folder, user_path
+from utils.runtime.files import disk_errors
 
 OPTIONS = (
     RunOptions(),
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         report(given_predictions(flags, options), Detected(), faces, options)
         return
     # PyTorch takes a second to import, which --pred_dir need not wait for.
-    from pipelines.prediction import predict
-    from utils.distributed import join_processes
+    from engine.evaluation import predict
+    from utils.runtime.distributed import join_processes
 
     device = choose_device(flags.apply(RunOptions()).gpu_num)
     with join_processes(device) as processes:
@@ -77,7 +77,7 @@ def report(predicted: EvaluationRun, detected: Detected, faces: EvaluationSet, o
         write_report(results, measured)
         append_to_table(EXPERIMENTS / "results.csv", measured)
         if options.save_errors:
-            from utils.error_page import write_error_page  # OpenCV is not needed for the rest
+            from utils.evaluation.error_gallery import write_error_page  # OpenCV is not needed for the rest
 
             write_error_page(results / "errors.png", measured, predictions, options.save_errors)
     print(f"results are in {results}")

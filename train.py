@@ -23,20 +23,20 @@ from config import (
     model_config_from_flags,
     parse_flags,
 )
-from engine import Trainer
+from engine.training import Trainer
+from models.checkpoint import Checkpoint, load_checkpoint
 from models.initialise import expect_few_faces, initialise_backbone, initialise_from_detector
 from models.retinaface import RetinaFace
 from models.teacher import Teacher
-from utils.checkpoint import Checkpoint, load_checkpoint
-from utils.cli import choose_device, run
-from utils.contact_sheet import write_contact_sheet
-from utils.dataset_folder import find_datasets, read_split
-from utils.distributed import Processes, join_processes
-from utils.evaluation_set import open_validation_set
-from utils.experiment import Experiment, make_folder, user_path
-from utils.files import disk_errors
-from utils.logger import RunLog
-from utils.sampler import image_weights
+from utils.datasets.contact_sheet import write_contact_sheet
+from utils.datasets.folders import find_datasets, read_split
+from utils.datasets.sampler import image_weights
+from utils.evaluation.ground_truth import open_validation_set
+from utils.runtime.cli import choose_device, run
+from utils.runtime.distributed import Processes, join_processes
+from utils.runtime.experiment import Experiment, make_folder, user_path
+from utils.runtime.files import disk_errors
+from utils.runtime.logger import RunLog
 
 OPTIONS = (RunOptions(), StartOptions(), ModelConfig(), DataConfig(), LossConfig(), TrainConfig())
 

@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from utils.cli import run
-from utils.wider_eval import SUBSETS, GroundTruth, evaluate
-from utils.wider_predictions import read_predictions, write_predictions
+from utils.evaluation.predictions import read_predictions, write_predictions
+from utils.evaluation.wider_eval import SUBSETS, GroundTruth, evaluate
+from utils.runtime.cli import run
 
 _IMAGES, _FACES = 3226, 12
 

@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 
 from config import ROOT
-from utils.cli import run
+from utils.runtime.cli import run
 
 # Says, once all processes of a run are over, what the largest of them held, in KiB on Linux and bytes on macOS.
 _WITH_PEAK = (

@@ -25,17 +25,17 @@ import torch
 
 from benchmarks.scaling import measure
 from config import DEFAULT_EXPERIMENT, EXPERIMENTS, ROOT, DetectionConfig, Flags, ModelConfig, SpeedOptions, UserError
+from engine.evaluation import predict_files
 from layers.postprocess import postprocess
 from models.backend import missing_onnx_packages
+from models.checkpoint import load_checkpoint
 from models.detector import FaceDetector, build_network
 from models.retinaface import RetinaFace
-from pipelines.prediction import predict_files
-from utils.checkpoint import load_checkpoint
-from utils.cli import run
-from utils.draw import draw_detections
-from utils.images import IMAGE_SUFFIXES, read_image, write_image
-from utils.masks import HeadSegmenter
-from utils.wider_predictions import write_predictions
+from utils.evaluation.predictions import write_predictions
+from utils.results.drawing import draw_detections
+from utils.results.masks import HeadSegmenter
+from utils.runtime.cli import run
+from utils.runtime.images import IMAGE_SUFFIXES, read_image, write_image
 
 # As in both projects' evaluations.
 _DETECTION = DetectionConfig(confidence_threshold=0.02, nms_threshold=0.4)

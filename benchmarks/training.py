@@ -24,15 +24,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_convert, box_iou
 
 from config import DataConfig, ExperimentConfig, ModelConfig, TrainConfig
-from engine import Trainer
+from engine.training import Trainer
 from layers.prior_box import prior_boxes
 from models.retinaface import RetinaFace
 from utils.boxes import encode_boxes, encode_landmarks
-from utils.cli import run
-from utils.dataset_folder import read_split
-from utils.experiment import Experiment
-from utils.labels import LabelledImage
-from utils.logger import RunLog
+from utils.datasets.folders import read_split
+from utils.datasets.labels import LabelledImage
+from utils.runtime.cli import run
+from utils.runtime.experiment import Experiment
+from utils.runtime.logger import RunLog
 
 MODEL = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, cascade=False, model_version="retina")
 _MEAN = np.array(MODEL.pixel_mean, np.float32)

@@ -17,7 +17,7 @@ from config import LossConfig, ModelConfig, StageConfig
 from layers.matcher import BACKGROUND, match_priors
 from layers.prior_box import prior_boxes
 from utils.boxes import bounded_deltas, decode_boxes, encode_boxes, encode_landmarks, paired_iou
-from utils.distributed import share_of_count
+from utils.runtime.distributed import share_of_count
 from utils.structures import BatchTargets, StageOutput
 
 # Of the wing loss, in landmark deltas: a delta of 1 is a tenth of the prior's side (the first variance), and errors up

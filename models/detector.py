@@ -26,9 +26,9 @@ from config import (
 )
 from layers.postprocess import postprocess
 from models.backend import Backend, TorchBackend, build_backend
+from models.checkpoint import Checkpoint, CheckpointError, State, load_checkpoint, locate_checkpoint
 from models.retinaface import RetinaFace
-from utils.checkpoint import Checkpoint, CheckpointError, State, load_checkpoint, locate_checkpoint
-from utils.images import reduced
+from utils.runtime.images import reduced
 from utils.structures import Detections
 
 # For callers in Python: starts at once, and writes nothing.

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
+from models.levels import nearest_anchor
 from models.net import ContextModule
 from utils.landmarks import LANDMARKS_PER_FACE
-from utils.levels import nearest_anchor
 from utils.structures import StageOutput
 
 

@@ -11,12 +11,12 @@ import torchvision
 from torch import Tensor
 
 from config import UserError
+from models.checkpoint import Checkpoint, CheckpointError, State, load_backbone
 from models.detector import load_strictly
+from models.levels import adapt_levels
 from models.retinaface import RetinaFace
-from utils.checkpoint import Checkpoint, CheckpointError, State, load_backbone
-from utils.experiment import user_path
 from utils.landmarks import LANDMARKS_PER_FACE
-from utils.levels import adapt_levels
+from utils.runtime.experiment import user_path
 
 
 def initialise_backbone(network: RetinaFace, source: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from scipy.io import savemat
 
-from utils.wider_eval import SUBSETS
+from utils.evaluation.wider_eval import SUBSETS
 
 Faces = Sequence[Sequence[float]]  # x, y, width, height, and 1 if the face counts in each of easy, medium and hard
 

@@ -12,8 +12,8 @@ from config import BACKBONES, ROOT
 from models.backbone import build_backbone
 
 # Each may import itself and what stands after it; config imports nothing of ours and may be imported by all.
-ORDER = ["scripts", "engine", "pipelines", "models", "layers", "utils", "config"]
-SCRIPTS = ("train", "test", "inference", "hubconf")
+ORDER = ["scripts", "engine", "models", "layers", "utils", "config"]
+SCRIPTS = ("train", "test", "inference", "export", "hubconf")
 
 
 def part_of(module: str) -> str | None:
@@ -22,7 +22,7 @@ def part_of(module: str) -> str | None:
 
 
 def source_files() -> list[str]:
-    files = [path for folder in ("pipelines", "models", "layers", "utils") for path in (ROOT / folder).glob("*.py")]
+    files = [path for folder in ORDER[1:-1] for path in (ROOT / folder).rglob("*.py")]
     return [str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.py"), *files)]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from config import ROOT
-from utils.images import read_image
+from utils.runtime.images import read_image
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is measured in Linux's units")
 _FAST = "mobilenet0.25_anc2_casT_fpn3"

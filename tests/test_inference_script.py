@@ -16,8 +16,8 @@ from PIL import Image
 
 from config import ROOT, ExperimentConfig, ModelConfig
 from inference import inference
+from models.checkpoint import save_checkpoint
 from models.retinaface import RetinaFace
-from utils.checkpoint import save_checkpoint
 
 SAMPLES = ROOT / "data/sample_widerface/images"
 

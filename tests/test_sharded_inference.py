@@ -123,7 +123,7 @@ def test_interrupted_run_is_resumed(
 ) -> None:
     """Stopped in the middle of a block, and its last line torn: what stands is kept, the rest is done, once."""
     import inference as script
-    from utils.writers import ResultWriter
+    from utils.results.writer import ResultWriter
 
     added = 0
     original = ResultWriter._record

@@ -8,8 +8,8 @@ from torchvision.ops import box_iou
 
 from config import DEFAULT_EXPERIMENT, ROOT, ExperimentConfig
 from models.detector import FaceDetector
-from utils.images import read_image
-from utils.labels import LabelledImage, read_labels
+from utils.datasets.labels import LabelledImage, read_labels
+from utils.runtime.images import read_image
 
 SAMPLES = [
     labelled

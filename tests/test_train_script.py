@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from config import ROOT, ExperimentConfig, ModelConfig
+from models.checkpoint import load_checkpoint
 from models.retinaface import RetinaFace
 from tests.ground_truth import save_ground_truth
-from utils.checkpoint import load_checkpoint
-from utils.experiment import Experiment
+from utils.runtime.experiment import Experiment
 
 FAST = ["--gpu_num=-1", "--backbone=mobilenet0.25", "--im_size=64", "--batch_size=2", "--num_workers=0"]
 

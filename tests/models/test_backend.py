@@ -24,7 +24,7 @@ from models.backend import (
 )
 from models.detector import FaceDetector
 from models.retinaface import RetinaFace
-from utils.images import read_image
+from utils.runtime.images import read_image
 from utils.structures import Detections, StageOutput
 
 PICTURES = sorted((ROOT / "data/sample_widerface/images").iterdir())

@@ -13,7 +13,7 @@ from torch import Tensor
 from config import ROOT, ConfigError, MemoryOptions, SpeedOptions
 from models.backend import Backend, missing_onnx_packages
 from models.detector import FaceDetector
-from utils.images import read_image, reduced
+from utils.runtime.images import read_image, reduced
 from utils.structures import StageOutput
 
 _STATM = Path("/proc/self/statm")

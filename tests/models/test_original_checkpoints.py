@@ -16,8 +16,8 @@ from torch import Tensor
 
 from config import Flags
 from layers.prior_box import prior_boxes
+from models.checkpoint import load_checkpoint
 from models.detector import FaceDetector, build_network
-from utils.checkpoint import load_checkpoint
 from utils.nms import pixel_nms
 
 

@@ -16,10 +16,10 @@ from config import BACKBONES, FINE_LEVELS, DetectionConfig, LossConfig, ModelCon
 from layers.multibox_loss import MultiBoxLoss
 from layers.postprocess import postprocess
 from layers.prior_box import prior_boxes
+from models.checkpoint import Checkpoint
 from models.initialise import expect_few_faces, initialise_from_detector
 from models.retinaface import RetinaFace
 from utils.boxes import decode_boxes, decode_landmarks
-from utils.checkpoint import Checkpoint
 from utils.structures import BatchTargets, FaceTargets, StageOutput
 
 CASCADES = {"single": (False, "sum"), "sum": (True, "sum"), "rematch": (True, "rematch")}

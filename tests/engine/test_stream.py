@@ -1,0 +1,182 @@
+"""Pictures through a detector: in order, whatever their sizes, and one that fails stops no other."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from config import ROOT, ExperimentConfig, ModelConfig, SpeedOptions
+from engine.stream import detect_pictures
+from models.backend import missing_onnx_packages
+from models.detector import FaceDetector
+from models.retinaface import RetinaFace
+from tests.engine.whole import PICTURE, FindsTheWhole
+from utils.runtime.images import read_image
+from utils.runtime.sources import Picture
+from utils.structures import Detections
+
+SMALL, LARGE = PICTURE, np.full_like(PICTURE, 9)
+
+
+class ShortOfMemory(FaceDetector):
+    """Fails on batches that hold the large picture."""
+
+    def __init__(self, error: Exception) -> None:
+        model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2)
+        super().__init__(RetinaFace(model), ExperimentConfig().inference)
+        self.error = error
+
+    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        if any(image is LARGE for image in images):
+            raise self.error
+        return super().detect_batch(images)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: you tried 9 bytes")])
+def test_a_picture_too_large_for_the_memory_stops_no_other(error: Exception) -> None:
+    pictures = [Picture("a", SMALL), Picture("b", LARGE), Picture("c", SMALL), Picture("d", None, "broken")]
+    torch.manual_seed(0)
+    results = list(detect_pictures(ShortOfMemory(error), pictures, batch_same_sizes=True))
+    assert [picture.name for picture, _ in results] == ["a", "b", "c", "d"]
+    problems = [picture.problem for picture, _ in results]
+    assert problems == [None, "64x40 pixels are too many for the memory", None, "broken"]
+
+
+def test_first_reduced_picture_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = np.zeros((40, 65, 3), np.uint8)
+    pictures = [Picture("broken", None, "empty"), Picture("small", SMALL), Picture("wide", wide), Picture("too", wide)]
+    list(detect_pictures(FindsTheWhole(40 * 64), pictures, batch_same_sizes=True))
+    assert capsys.readouterr().out == (
+        "note: wide: 65x40 pixels; what has more than --max_pixels=2560 is looked at reduced to that\n"
+    )
+
+
+def test_large_pictures_share_no_pass() -> None:
+    large = np.broadcast_to(np.uint8(0), (2048, 2049, 3))
+    detector = FindsTheWhole()
+    names = [
+        picture.name
+        for picture, _ in detect_pictures(
+            detector, [*(Picture(str(number), large) for number in range(3)), *[Picture("s", SMALL)] * 9], True
+        )
+    ]
+    assert names == ["0", "1", "2", *["s"] * 9]
+    assert detector.batches == [1, 1, 1, 8, 1]
+
+
+def test_other_failures_are_not_hidden() -> None:
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(detect_pictures(ShortOfMemory(RuntimeError("a bug")), [Picture("b", LARGE)], batch_same_sizes=False))
+
+
+class CountingDetector(FaceDetector):
+    """Notes how many pictures each pass has."""
+
+    def __init__(self) -> None:
+        super().__init__(RetinaFace(ModelConfig.for_backbone("mobilenet0.25")), ExperimentConfig().inference)
+        self.passes: list[int] = []
+
+    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        self.passes.append(len(images))
+        return [Detections(torch.zeros(0, 4), torch.zeros(0), None)] * len(images)
+
+
+@pytest.mark.parametrize(
+    ("positions", "passes"),
+    [
+        ([0] * 11, [8, 3]),  # of no source
+        (range(11), [8, 3]),
+        (range(8, 19), [8, 3]),
+        ([6, 7, 8, 9, 15, 16], [2, 3, 1]),
+        ([], []),
+    ],
+)
+def test_pictures_share_a_pass_within_blocks_of_positions(positions: Sequence[int], passes: list[int]) -> None:
+    detector = CountingDetector()
+    pictures = [Picture(str(position), SMALL, position=position) for position in positions]
+    assert len(list(detect_pictures(detector, pictures, batch_same_sizes=True))) == len(pictures)
+    assert detector.passes == passes
+
+
+class InLanes(FindsTheWhole):
+    """Two threads call it at once, or wait in vain; a dark picture is a bug."""
+
+    lanes = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alone: list[int] = []
+        self.together = threading.Barrier(2, timeout=10)
+
+    def for_lane(self) -> Lane:
+        return Lane(self)
+
+    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        self.alone.append(len(images))
+        return super().detect_batch(images)
+
+
+class Lane(FindsTheWhole):
+    def __init__(self, whole: InLanes) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        self.whole.together.wait()
+        if not images[0].any():
+            raise RuntimeError("a bug")
+        return super().detect_batch(images)
+
+
+def wide(width: int) -> np.ndarray:
+    return np.full((4, width, 3), 7, np.uint8)
+
+
+def test_threads_detect_at_once_and_the_order_stays() -> None:
+    detector = InLanes()
+    pictures = [Picture(str(width), wide(width)) for width in range(1, 9)]
+    found = list(detect_pictures(detector, pictures, batch_same_sizes=True))
+    assert [picture.name for picture, _ in found] == [picture.name for picture in pictures]
+    assert [int(detections.boxes[0, 2]) for _, detections in found] == list(range(1, 9))
+    assert not detector.alone
+
+
+def test_large_picture_is_detected_in_while_no_other_is() -> None:
+    """With all cores, and the memory to itself."""
+    detector = InLanes()
+    large = Picture("large", np.broadcast_to(np.uint8(1), (2048, 2049, 3)))
+    small = [Picture(str(number), wide(number + 1)) for number in range(4)]
+    found = detect_pictures(detector, [*small[:2], large, Picture("d", None, "broken"), *small[2:]], True)
+    assert [picture.name for picture, _ in found] == ["0", "1", "large", "d", "2", "3"]
+    assert detector.alone == [1]
+
+
+def test_failure_in_a_thread_comes_out_where_its_picture_would() -> None:
+    pictures = [Picture("a", wide(1)), Picture("b", wide(2)), Picture("c", 0 * wide(3)), Picture("d", wide(4))]
+    found = detect_pictures(InLanes(), pictures, batch_same_sizes=True)
+    assert [next(found)[0].name, next(found)[0].name] == ["a", "b"]
+    with pytest.raises(RuntimeError, match="a bug"):
+        next(found)
+
+
+@pytest.mark.skipif(bool(missing_onnx_packages()), reason="PyTorch uses all cores for one picture")
+def test_lanes_find_what_is_found_alone() -> None:
+    """To the bit: results must not depend on the number of cores, nor on which pictures share a pass."""
+    image = read_image(ROOT / "data/sample_widerface/images/astronaut.jpg")
+    pictures = [Picture(str(number), image[: 200 + 10 * (number // 3)], position=number) for number in range(12)]
+    detector = FaceDetector.from_experiment(
+        "mobilenet0.25_anc2_casT_fpn3", speed=SpeedOptions(backend="onnx"), confidence_threshold=1e-3
+    )
+    detector.backend.lanes = 3
+    found = list(detect_pictures(detector, pictures, batch_same_sizes=True))
+    assert len(found) == len(pictures)
+    for picture, detections in found:
+        assert picture.image is not None
+        expected = detector.detect(picture.image)
+        assert len(expected) > 3
+        assert torch.equal(detections.boxes, expected.boxes)
+        assert torch.equal(detections.scores, expected.scores)

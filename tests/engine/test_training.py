@@ -1,0 +1,88 @@
+"""What the loops learn, and what they do when something goes wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.ops import box_iou
+
+from config import ROOT, DataConfig, DetectionConfig, ExperimentConfig, LossConfig, ModelConfig, TrainConfig
+from engine.training import Trainer, TrainingError
+from models.detector import FaceDetector
+from models.retinaface import RetinaFace
+from utils.datasets.labels import LabelledImage
+from utils.runtime.experiment import Experiment
+from utils.runtime.images import read_image, write_image
+from utils.runtime.logger import RunLog
+
+WHOLE = DataConfig(
+    im_size=128,
+    min_crop_scale=1,
+    mosaic_probability=0,
+    flip_probability=0,
+    colour_probability=0,
+    grey_probability=0,
+    num_workers=0,
+)
+
+
+@pytest.fixture
+def two_images(tmp_path: Path) -> list[LabelledImage]:
+    """A face of 100 x 141 pixels in 256 x 256, and the same two times, smaller, mirrored and upright."""
+    face = read_image(ROOT / "data/sample_widerface/images/astronaut.jpg")[:256, 100:356]
+    pair = np.full((256, 256, 3), 90, np.uint8)
+    pair[20:148, :128] = face[::2, ::2]
+    pair[100:228, 128:] = face[::2, 254::-2]
+    box = np.array([79, 55, 172, 176], np.float32)
+    left = box / 2 + (0, 20, 0, 20)
+    right = np.array([256 - box[2] / 2, box[1] / 2 + 100, 256 - box[0] / 2, box[3] / 2 + 100])
+    images = []
+    for name, image, boxes in (("one.png", face, [box]), ("two.png", pair, [left, right])):
+        write_image(tmp_path / name, image)
+        landmarks = np.stack([_points(each) for each in boxes])
+        images.append(LabelledImage(tmp_path / name, np.array(boxes, np.float32), landmarks, np.ones(len(boxes), bool)))
+    return images
+
+
+def _points(box: np.ndarray) -> np.ndarray:
+    """Five landmarks at their usual places in a box."""
+    places = np.array([[0.3, 0.4], [0.7, 0.4], [0.5, 0.6], [0.35, 0.8], [0.65, 0.8]])
+    points: np.ndarray = (box[:2] + places * (box[2:] - box[:2])).astype(np.float32)
+    return points
+
+
+@pytest.mark.parametrize("version", ["retina", "tina"])
+@pytest.mark.parametrize("cascade", ["one stage", "sum", "rematch"])
+@pytest.mark.parametrize("backbone", ["mobilenet0.25", "resnet18"])
+def test_two_images_are_learnt_by_heart(
+    backbone: str, cascade: str, version: str, two_images: list[LabelledImage], tmp_path: Path, device: torch.device
+) -> None:
+    refinement = "rematch" if cascade == "rematch" else "sum"
+    model = ModelConfig.for_backbone(
+        backbone, cascade=cascade != "one stage", refinement=refinement, model_version=version, fpn_channels=64
+    )
+    train = TrainConfig(epochs=2, batch_size=2, optimizer="adamw", learning_rate=2e-3, warmup_epochs=0.1)
+    config = ExperimentConfig(model=model, loss=LossConfig(landmark_weight=0.2), data=WHOLE, train=train)
+    torch.manual_seed(0)
+    network = RetinaFace(model).to(device)
+    Trainer(network, config, Experiment(tmp_path), two_images * 40, None, RunLog(None)).fit()
+    detector = FaceDetector(network, DetectionConfig(confidence_threshold=0.5, nms_threshold=0.3))
+    for labelled in two_images:
+        found = detector.detect(read_image(labelled.path)[::2, ::2])
+        overlaps = box_iou(torch.from_numpy(labelled.boxes / 2), found.boxes)
+        assert len(found) >= len(labelled.boxes)
+        assert overlaps.max(dim=1).values.min() > 0.5
+
+
+def test_batch_that_cannot_be_shared_is_refused(two_images: list[LabelledImage], tmp_path: Path) -> None:
+    from utils.runtime.distributed import Processes
+
+    model = ModelConfig.for_backbone("mobilenet0.25")
+    config = ExperimentConfig(model=model, data=WHOLE, train=TrainConfig(batch_size=3))
+    with pytest.raises(TrainingError, match="--batch_size=3 cannot be shared by 2 processes evenly"):
+        Trainer(
+            RetinaFace(model), config, Experiment(tmp_path), two_images, None, RunLog(None), processes=Processes(0, 2)
+        )

@@ -1,0 +1,80 @@
+"""The command that writes a network for ONNX Runtime."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import ROOT, ModelConfig, from_dict, to_dict
+from export import largest_difference
+from models.fuse import fuse_batch_norm
+from models.retinaface import RetinaFace
+from utils.runtime.images import read_image
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(package) is None for package in ("onnx", "onnxruntime")),
+    reason="onnx or onnxruntime is not installed",
+)
+
+
+def export(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "export", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_shipped_experiment_becomes_a_file_that_says_what_it_is(tmp_path: Path) -> None:
+    import onnxruntime
+
+    file = tmp_path / "faces.onnx"
+    result = export(f"--output={file}", "--cascade=False")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"{file}: mobilenet0.25_ckpt-best.pth, ")
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    (images,) = session.get_inputs()
+    assert (images.name, images.type, images.shape[3]) == ("images", "tensor(uint8)", 3)
+    assert not [size for size in images.shape[:3] if isinstance(size, int)]
+    names = [output.name for output in session.get_outputs()]
+    assert names == ["class_logits", "box_deltas", "landmark_deltas", "iou_logits"]
+    model = from_dict(ModelConfig, json.loads(session.get_modelmeta().custom_metadata_map["model"]), "metadata")
+    assert (model.backbone, model.cascade) == ("mobilenet0.25", False)
+    other = fuse_batch_norm(RetinaFace(from_dict(ModelConfig, to_dict(model), "")))
+    assert largest_difference(other, file) > 0.01  # other weights are noticed
+    assert torch.is_grad_enabled()
+
+
+def test_with_suppression_it_becomes_a_file_that_finds_faces(tmp_path: Path) -> None:
+    import onnxruntime
+
+    file = tmp_path / "faces.onnx"
+    result = export(f"--output={file}", "--with_nms", "--confidence_threshold=0.6")
+    assert (result.returncode, result.stderr) == (0, "")
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["boxes", "scores", "landmarks"]
+    thresholds = json.loads(session.get_modelmeta().custom_metadata_map["detection"])
+    assert thresholds["confidence_threshold"] == 0.6
+    image = read_image(ROOT / "data/sample_widerface/images/astronaut.jpg")
+    boxes, scores, landmarks = session.run(None, {"images": image[None]})
+    assert (boxes.shape, scores.shape, landmarks.shape) == ((1, 4), (1,), (1, 5, 2))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--top_k=5",), "--top_k does nothing without --with_nms; add it"),
+        (("--output=/no/such/folder/faces.onnx",), "there is no folder /no/such/folder"),
+        (("--experiment_name=nowhere",), "no such experiment"),
+        (("--cascade=True", "--refinement=sum"), "trained with refinement rematch"),
+    ],
+)
+def test_errors_are_one_line(flags: tuple[str, ...], message: str) -> None:
+    result = export(*flags)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stdout == ""

@@ -1,0 +1,133 @@
+"""Images kept in memory and on disk: always what the file holds, and read from it once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from config import DataConfig, UserError
+from utils.datasets.cache import ImageReader, cache_folder, open_images
+from utils.runtime.images import UnreadableImageError, write_image
+
+KINDS = ["none", "ram", "disk"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write_noise(path: Path, size_hw: tuple[int, int] = (30, 50), seed: int = 0) -> np.ndarray:
+    image = np.random.default_rng(seed).integers(0, 256, (*size_hw, 3), np.uint8)
+    write_image(path, image)
+    return image
+
+
+def reader(path: Path, kind: str, side: int = 0) -> ImageReader:
+    return open_images([path], DataConfig(cache=kind, cache_side=side))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size_hw", [(1, 1), (30, 50), (7, 300)])
+def test_pixels_are_those_of_the_file(tmp_path: Path, kind: str, size_hw: tuple[int, int]) -> None:
+    image = write_noise(tmp_path / "a.png", size_hw)
+    files = reader(tmp_path / "a.png", kind)
+    for _ in range(2):
+        kept = files.read(tmp_path / "a.png")
+        assert np.array_equal(kept.pixels, image)
+        assert kept.size_hw == size_hw
+        assert kept.scale_xy.tolist() == [1, 1]
+        assert not kept.pixels.flags.writeable
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+@pytest.mark.parametrize(
+    ("size_hw", "kept_hw"), [((30, 50), (15, 25)), ((50, 11), (25, 6)), ((20, 25), (20, 25)), ((1, 100), (1, 25))]
+)
+def test_images_are_reduced_to_the_longest_side(
+    tmp_path: Path, kind: str, size_hw: tuple[int, int], kept_hw: tuple[int, int]
+) -> None:
+    write_noise(tmp_path / "a.png", size_hw)
+    files = reader(tmp_path / "a.png", kind, side=25)
+    for _ in range(2):
+        kept = files.read(tmp_path / "a.png")
+        assert kept.pixels.shape == (*kept_hw, 3)
+        assert kept.scale_xy.tolist() == pytest.approx([kept_hw[1] / size_hw[1], kept_hw[0] / size_hw[0]])
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_second_read_leaves_the_file_alone(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.png"
+    image = write_noise(path)
+    files = reader(path, kind)
+    files.read(path)
+    status = path.stat()
+    path.write_bytes(bytes(status.st_size))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert np.array_equal(files.read(path).pixels, image)
+
+
+def test_file_that_changed_is_read_anew_from_run_to_run(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    write_noise(path)
+    reader(path, "disk").read(path)
+    image = write_noise(path, (20, 20), seed=1)
+    os.utime(path, ns=(1, 1))
+    assert np.array_equal(reader(path, "disk").read(path).pixels, image)
+    assert reader(path, "disk", side=10).read(path).pixels.shape == (10, 10, 3)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"", lambda data: data[:9], lambda data: data[:-1], lambda data: bytes(len(data))]
+)
+def test_damaged_file_on_disk_is_made_anew(tmp_path: Path, damage: object) -> None:
+    path = tmp_path / "a.png"
+    image = write_noise(path)
+    files = reader(path, "disk")
+    files.read(path)
+    (kept,) = cache_folder().iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(damage(whole))  # type: ignore[operator]
+    assert np.array_equal(files.read(path).pixels, image)
+    assert [file.read_bytes() for file in cache_folder().iterdir()] == [whole]
+
+
+def test_full_disk_only_makes_reading_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    image = write_noise(tmp_path / "a.png")
+    files = reader(tmp_path / "a.png", "disk")
+    monkeypatch.setattr("utils.runtime.files.os.replace", fail)
+    assert np.array_equal(files.read(tmp_path / "a.png").pixels, image)
+    assert list(cache_folder().iterdir()) == []
+
+
+def test_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="retinaface_images: cannot be written to"):
+        reader(tmp_path / "a.png", "disk")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reason_why_an_image_is_unreadable_is_kept(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(UnreadableImageError, match="empty file"):
+        reader(tmp_path / "a.png", kind).read(tmp_path / "a.png")
+    with pytest.raises(UnreadableImageError, match="No such file"):
+        reader(tmp_path / "b.png", kind).read(tmp_path / "b.png")
+
+
+def test_memory_that_images_take_is_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_noise(tmp_path / "a.png")
+    reader(tmp_path / "a.png", "ram")
+    assert caplog.messages == ["--cache=ram: 1 images take 0.0 GB of memory"]
+
+
+def test_folder_is_below_the_home_without_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "retinaface_images"

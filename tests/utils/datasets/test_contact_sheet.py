@@ -1,0 +1,60 @@
+"""What is drawn of training crops, and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from utils.datasets.contact_sheet import draw_contact_sheet, write_contact_sheet
+from utils.datasets.face_dataset import Batch
+from utils.structures import BatchTargets, FaceTargets
+
+GREEN = [60, 220, 60]
+NOBODY = FaceTargets(torch.zeros(0, 4), torch.zeros(0, 5, 2), torch.zeros(0, dtype=torch.bool))
+
+
+def face(has_landmarks: bool) -> FaceTargets:
+    """A face in the middle, from 1/4 to 3/4, with all landmarks at its centre."""
+    return FaceTargets(
+        torch.tensor([[0.25, 0.25, 0.75, 0.75]]), torch.full((1, 5, 2), 0.5), torch.tensor([has_landmarks])
+    )
+
+
+def batch_of(*faces: FaceTargets, side: int = 40) -> Batch:
+    images = torch.zeros(len(faces), 3, side, side, dtype=torch.uint8)
+    return Batch(images, BatchTargets.of(faces), tuple(range(len(faces))), ())
+
+
+def test_each_tile_has_its_own_faces() -> None:
+    """Three tiles of 40 pixels in two columns: nobody, a face with landmarks, and one without below."""
+    sheet = draw_contact_sheet(batch_of(NOBODY, face(True), face(False)), columns=2)
+    assert sheet.shape == (80, 80, 3)
+    assert sheet.dtype == np.uint8
+    assert not sheet[:40, :40].any()
+    assert not sheet[40:, 40:].any()
+    assert sheet[10, 60].tolist() == sheet[30, 60].tolist() == sheet[20, 50].tolist() == sheet[20, 70].tolist() == GREEN
+    assert sheet[20, 60].any()
+    assert sheet[50, 20].tolist() == GREEN
+    assert not sheet[60, 20].any()
+
+
+@pytest.mark.parametrize(("side", "tile"), [(640, 320), (320, 320), (33, 33)])
+def test_tiles_have_320_pixels_at_most(side: int, tile: int) -> None:
+    assert draw_contact_sheet(batch_of(face(True), NOBODY, side=side), columns=2).shape == (tile, 2 * tile, 3)
+
+
+def test_batch_is_left_as_it_was() -> None:
+    batch = batch_of(face(True))
+    draw_contact_sheet(batch, columns=1)
+    assert not batch.images.any()
+
+
+@pytest.mark.parametrize(("count", "size_hw"), [(1, (40, 40)), (3, (80, 80)), (5, (80, 120)), (99, (80, 120))])
+def test_as_many_crops_are_written_as_asked_for(tmp_path: Path, count: int, size_hw: tuple[int, int]) -> None:
+    batches = [batch_of(face(True), NOBODY), batch_of(NOBODY, face(True)), batch_of(face(False), NOBODY)]
+    write_contact_sheet(tmp_path / "log" / "batch.png", batches, count)
+    assert cv2.imread(str(tmp_path / "log" / "batch.png")).shape == (*size_hw, 3)

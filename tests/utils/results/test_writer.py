@@ -1,0 +1,262 @@
+"""What inference leaves behind, and whose files it touches."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from config import UserError
+from utils.results.masks import Head
+from utils.results.writer import ResultWriter
+from utils.runtime.images import read_image
+from utils.structures import Detections
+
+FACE = [10.25, 5.5, 20.75, 17.0]
+HEAD = Head((0, 0, 30, 20), (10, 5, 20, 17), np.full((20, 30), 255, np.uint8))
+
+
+def picture(level: int = 100) -> np.ndarray:
+    """(20, 30, 3), grey."""
+    return np.full((20, 30, 3), level, np.uint8)
+
+
+def faces(count: int = 1, landmarks: bool = False) -> Detections:
+    points = torch.full((count, 5, 2), 12.345) if landmarks else None
+    return Detections(torch.tensor([FACE] * count).reshape(-1, 4), torch.full((count,), 0.875), points)
+
+
+def write(folder: Path, names: Sequence[str], *, close: bool = True, **options: Any) -> ResultWriter:
+    """A run that finds one face in every picture; the pictures' greys count up."""
+    writer = ResultWriter(folder, "exp", {}, names=names, **options)
+    for level, name in enumerate(names):
+        writer.add(name, picture(level), faces(), [HEAD])
+    if close:
+        writer.close()
+    return writer
+
+
+def results(folder: Path) -> Any:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+TABLES = {"results.json", "results.jsonl", "exp_inference_results.txt"}
+
+
+def test_no_picture_gives_valid_files(tmp_path: Path) -> None:
+    write(tmp_path / "new" / "folder", [])
+    assert results(tmp_path / "new" / "folder") == {"images": [], "skipped": [], "files": []}
+    assert (tmp_path / "new" / "folder" / "exp_inference_results.txt").read_text() == ""
+
+
+def test_table_is_the_originals_and_json_has_everything(tmp_path: Path) -> None:
+    writer = ResultWriter(tmp_path, "exp", {"source": "ü", "detection": {"top_k": 0}})
+    writer.add("a.jpg", picture(), faces(0))
+    writer.skip("b.jpg", "empty file")
+    writer.add("sub/ü 日.jpg", picture(), faces(2, landmarks=True))
+    writer.close()
+    lines = (tmp_path / "exp_inference_results.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == ["a.jpg", "sub/ü 日.jpg", "10 5 20 17 0.875000", "10 5 20 17 0.875000"]
+    assert results(tmp_path) == {
+        "source": "ü",
+        "detection": {"top_k": 0},
+        "images": [
+            {"name": "a.jpg", "width": 30, "height": 20, "faces": []},
+            {
+                "name": "sub/ü 日.jpg",
+                "width": 30,
+                "height": 20,
+                "faces": [{"box": FACE, "score": 0.875, "landmarks": [[12.35, 12.35]] * 5}] * 2,
+            },
+        ],
+        "skipped": [{"name": "b.jpg", "reason": "empty file"}],
+        "files": [],
+    }
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    first, last = results(tmp_path)["images"]
+    assert lines == [first, {"name": "b.jpg", "skipped": "empty file"}, last]
+    assert (writer.summary.images, writer.summary.faces, writer.summary.former) == (2, 2, 0)
+    assert files_below(tmp_path) == TABLES
+
+
+def test_masks_and_crops_lie_in_four_folders(tmp_path: Path) -> None:
+    write(tmp_path, ["sub/a.jpg"], save_masks=True)
+    (image,) = results(tmp_path)["images"]
+    assert image["faces"][0]["head_box"] == [0, 0, 30, 20]
+    assert image["faces"][0]["face_box_in_head"] == [10, 5, 20, 17]
+    files = image["faces"][0]["files"]
+    sizes = {kind: read_image(tmp_path / file).shape[:2] for kind, file in files.items()}
+    assert sizes == {"masks": (12, 10), "faces": (12, 10), "heads": (20, 30), "head_masks": (20, 30)}
+    assert set(files.values()) == {f"{kind}/sub/a_0.png" for kind in sizes}
+
+
+def test_face_outside_the_picture_has_no_crops(tmp_path: Path) -> None:
+    writer = ResultWriter(tmp_path, "exp", {}, save_masks=True)
+    writer.add("a.jpg", picture(), faces(), [Head((30, 0, 30, 0), (0, 0, 0, 0), np.zeros((0, 0), np.uint8))])
+    writer.close()
+    assert results(tmp_path)["images"][0]["faces"][0]["files"] == {}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.jpg", "a.png", "b.jpg"],
+        ["a.jpg", "A.png"],
+        ["a.jpg", "a.png", "a.jpg.png"],
+        ["a.jpg.png", "a.jpg", "a"],
+        ["a_0.jpg", "a.jpg", "sub/a.jpg", "sub.a.jpg"],
+        ["x.y.jpg", "x.z.jpg", "x.jpg"],
+    ],
+)
+def test_no_picture_overwrites_the_crops_of_another(tmp_path: Path, names: list[str]) -> None:
+    write(tmp_path, names, save_masks=True)
+    for level, image in enumerate(results(tmp_path)["images"]):
+        assert read_image(tmp_path / image["faces"][0]["files"]["heads"]).max() == level
+    crops = [file.lower() for file in files_below(tmp_path / "heads")]
+    assert len(set(crops)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "drawn"), [("a b.JPG", "a b.JPG"), ("ü/b.webp", "ü/b.webp"), ("c.gif", "c.gif.png"), ("d", "d.png")]
+)
+def test_drawings_keep_the_name_where_its_kind_can_be_written(tmp_path: Path, name: str, drawn: str) -> None:
+    write(tmp_path, [name], save_images=True)
+    assert files_below(tmp_path / "result_images") == {drawn}
+    assert read_image(tmp_path / "result_images" / drawn).shape == (20, 30, 3)
+
+
+def test_second_run_replaces_its_own_files_only(tmp_path: Path) -> None:
+    assert not write(tmp_path, ["a.png", "b.png"], save_images=True, save_masks=True).start.note
+    users = {"notes.txt", "result_images/mine.png", "masks/b_1.png"}
+    for name in users:
+        (tmp_path / name).write_text("mine")
+    assert write(tmp_path, ["b.png"], save_images=True).start.note == "replacing the results of an earlier run"
+    assert files_below(tmp_path) == TABLES | users | {"result_images/b.png"}
+    assert [image["name"] for image in results(tmp_path)["images"]] == ["b.png"]
+
+
+@pytest.mark.parametrize(
+    "files", ['["notes.txt", "result_images/../notes.txt", "/notes.txt", "."]', "[1]", "3", '["masks", ["x"]]']
+)
+def test_results_json_of_someone_else_removes_nothing(tmp_path: Path, files: str) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for folder in ("masks", "result_images"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "results.json").write_text(f'{{\n"images": [\n],\n"files": {files}\n}}\n')
+    write(tmp_path, [])
+    assert files_below(tmp_path) == TABLES | {"notes.txt"}
+
+
+def test_former_results_stand_until_the_new_ones_are_complete(tmp_path: Path) -> None:
+    write(tmp_path, ["a.png"])
+    writer = write(tmp_path, ["b.png", "c.png"], close=False)
+    assert [image["name"] for image in results(tmp_path)["images"]] == ["a.png"]
+    writer.close()  # as an interrupted run does
+    assert [image["name"] for image in results(tmp_path)["images"]] == ["b.png", "c.png"]
+    assert files_below(tmp_path) == TABLES
+
+
+def test_names_that_are_no_text_are_kept(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")  # Latin-1
+    write(tmp_path, [name], save_images=True)
+    assert results(tmp_path)["images"][0]["name"] == name
+    assert (tmp_path / "exp_inference_results.txt").read_bytes().startswith(b"caf\xe9.png\n")
+    assert (tmp_path / "result_images" / name).is_file()
+
+
+def test_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"file.*: cannot be written to"):
+            ResultWriter(folder, "exp", {})
+    (tmp_path / "results.json").mkdir()
+    with pytest.raises(UserError, match=r"results\.json: cannot be written"):
+        ResultWriter(tmp_path, "exp", {})
+
+
+def test_file_that_cannot_be_written_is_named_and_the_rest_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "result_images").mkdir()
+    (tmp_path / "result_images" / "sub").touch()
+    writer = ResultWriter(tmp_path, "exp", {}, save_images=True)
+    writer.add("a.png", picture(), faces())
+    with pytest.raises(UserError, match=r"result_images/sub.*: cannot be written"):
+        writer.add("sub/b.png", picture(), faces())
+    writer.close()
+    assert results(tmp_path)["files"] == ["result_images/a.png"]
+
+
+def test_drawings_of_a_video_become_a_video(tmp_path: Path) -> None:
+    write(tmp_path, ["my_clip_000001.jpg", "my_clip_000002.jpg"], save_images=True, frames_per_second=10.0)
+    assert results(tmp_path)["files"] == ["result_images/my_clip.mp4"]
+    video = cv2.VideoCapture(str(tmp_path / "result_images" / "my_clip.mp4"))
+    assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+    assert [video.read()[0] for _ in range(3)] == [True, True, False]
+
+
+def test_video_that_cannot_be_encoded_is_an_error(tmp_path: Path) -> None:
+    writer = ResultWriter(tmp_path, "exp", {}, save_images=True, frames_per_second=1e9)
+    with pytest.raises(UserError, match="cannot encode it at"):
+        writer.add("clip_000001.jpg", picture(), faces())
+    writer.close()
+    assert results(tmp_path)["files"] == []
+
+
+def test_positions_give_the_order_and_suffixes_the_names(tmp_path: Path) -> None:
+    writer = ResultWriter(tmp_path, "exp", {}, names=["a.jpg", "b.jpg"])
+    writer.add("b.jpg", picture(), faces(0), position=1)
+    with pytest.raises(UserError, match=r"exp\.parts: holds results of 1 of 2 images; --resume does the rest"):
+        writer.close()
+    resumed = ResultWriter(tmp_path, "exp", {}, names=["a.jpg", "b.jpg"], resume=True)
+    assert resumed.start.done.tolist() == [1]
+    resumed.add("a.jpg", picture(), faces(0), position=0)
+    resumed.close()
+    assert [image["name"] for image in results(tmp_path)["images"]] == ["a.jpg", "b.jpg"]
+    assert (resumed.summary.images, resumed.summary.former) == (2, 1)
+    assert "2 images (1 by an earlier run), 0 faces in 1.0 s (1.0 images/s)" in resumed.summary.describe(1)
+    assert files_below(tmp_path) == TABLES
+
+
+def test_interrupted_run_leaves_final_files_and_can_be_resumed(tmp_path: Path) -> None:
+    names = ["a.png", "b.png"]
+    with pytest.raises(KeyboardInterrupt), ResultWriter(tmp_path, "exp", {}, names=names) as writer:
+        writer.add("a.png", picture(), faces())
+        raise KeyboardInterrupt
+    assert [image["name"] for image in results(tmp_path)["images"]] == ["a.png"]
+    with ResultWriter(tmp_path, "exp", {}, names=names, resume=True) as resumed:
+        resumed.add("b.png", picture(), faces(), position=1)
+    assert [image["name"] for image in results(tmp_path)["images"]] == names
+
+
+def test_new_run_removes_what_an_interrupted_one_wrote(tmp_path: Path) -> None:
+    writer = ResultWriter(tmp_path, "exp", {}, save_images=True)
+    writer.add("a.png", picture(), faces())
+    del writer  # killed
+    anew = write(tmp_path, ["b.png"], save_images=True)
+    assert anew.start.note == "replacing 1 results of a run that was interrupted (--resume keeps them)"
+    assert files_below(tmp_path) == TABLES | {"result_images/b.png"}
+
+
+def test_resumed_run_must_be_made_in_the_same_way(tmp_path: Path) -> None:
+    ResultWriter(tmp_path, "exp", {"detection": {"top_k": 0}}, names=["a.png"])
+    with pytest.raises(UserError, match=r"were made with detection\.top_k 0, now it is 5; repeat the flags"):
+        ResultWriter(tmp_path, "exp", {"detection": {"top_k": 5}}, names=["a.png"], resume=True)
+
+
+def test_complete_results_need_nothing_more(tmp_path: Path) -> None:
+    write(tmp_path, ["a.png"], save_images=True)
+    before = files_below(tmp_path)
+    again = ResultWriter(tmp_path, "exp", {}, names=["a.png"], resume=True)
+    again.close()
+    assert again.start.is_finished
+    assert files_below(tmp_path) == before

@@ -1,0 +1,22 @@
+"""A first signal asks, a second insists."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from utils.runtime.signals import StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_is_noted_and_the_second_interrupts(number: int) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop.asked
+        os.kill(os.getpid(), number)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before

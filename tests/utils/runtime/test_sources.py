@@ -1,0 +1,216 @@
+"""What --inference_dir can mean, and which pictures come out of it under which names."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from utils.runtime.images import write_image
+from utils.runtime.sources import ImageFiles, Source, SourceError, open_source, read_pictures
+
+
+def save(path: Path, width: int = 3, height: int = 2) -> None:
+    write_image(path, np.zeros((height, width, 3), np.uint8))
+
+
+def open_path(path: Path, max_frames: int = 0) -> Source:
+    return open_source(str(path), path.parent / "no-data", exclude=path / "results", max_frames=max_frames)
+
+
+def names_of(source: Source) -> list[str]:
+    return [picture.name for picture in source]
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five frames of 48 x 32, each brighter than the one before, at 10 frames a second."""
+    path = tmp_path_factory.mktemp("video") / "my clip_v1.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (48, 32))
+    if not writer.isOpened():
+        pytest.skip("this OpenCV writes no mp4v")
+    for level in range(5):
+        writer.write(np.full((32, 48, 3), 50 * level, np.uint8))
+    writer.release()
+    return path
+
+
+def test_folder_gives_its_pictures_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    for name in ("b.jpg", "a b.PNG", "sub.d/ü.v1.JPeG", "sub.d/deep/c.webp", "sub.d/deep/notes.png.bak", "z.TIF"):
+        save(tmp_path / Path(name).with_suffix(".png"))
+        (tmp_path / Path(name).with_suffix(".png")).rename(tmp_path / name)
+    source = open_path(tmp_path)
+    expected = ["a b.PNG", "b.jpg", "sub.d/deep/c.webp", "sub.d/ü.v1.JPeG", "z.TIF"]
+    assert names_of(source) == source.names == expected
+    assert (source.total, source.ignored, source.frames_per_second) == (5, 1, None)
+    assert all(picture.image is not None and picture.image.shape == (2, 3, 3) for picture in source)
+
+
+def test_hidden_files_results_and_loops_are_left_alone(tmp_path: Path) -> None:
+    for name in ("a.png", ".b.png", ".hidden/c.png", "results/a.png", "results/sub/a.png", "sub/results/d.png"):
+        save(tmp_path / name)
+    (tmp_path / "sub" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "sub" / "itself").symlink_to(tmp_path / "sub" / "itself")
+    source = open_path(tmp_path)
+    assert names_of(source) == ["a.png", "sub/results/d.png"]
+    assert source.ignored == 1  # the link to itself, which is neither a folder nor a picture
+
+
+def test_results_that_lie_among_the_pictures_are_left_alone(tmp_path: Path) -> None:
+    for name in ("a.png", "result_images/a.png", "head_masks/a_0.png", "sub/faces/b.png"):
+        save(tmp_path / name)
+    source = open_source(str(tmp_path), tmp_path / "no-data", exclude=tmp_path, max_frames=0)
+    assert names_of(source) == ["a.png", "sub/faces/b.png"]
+
+
+def test_damaged_pictures_come_out_with_their_problem(tmp_path: Path) -> None:
+    save(tmp_path / "good.png")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    problems = {picture.name: picture.problem for picture in open_path(tmp_path)}
+    assert problems == {
+        "empty.jpg": "empty file",
+        "gone.jpg": "No such file or directory",
+        "good.png": None,
+        "text.png": "not an image, or damaged",
+    }
+    assert [picture.name for picture in open_path(tmp_path) if picture.image is None] == [
+        "empty.jpg", "gone.jpg", "text.png"
+    ]  # fmt: skip
+
+
+def test_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(SourceError, match=r"holds no image \(looked for .*\.jpg"):
+        open_path(tmp_path)
+
+
+def test_single_file_is_read_whatever_its_suffix(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", width=5, height=2)
+    (tmp_path / "a.png").rename(tmp_path / ".photo")
+    source = open_path(tmp_path / ".photo")
+    (picture,) = source
+    assert (picture.name, source.names, source.total) == (".photo", [".photo"], 1)
+    assert picture.image is not None
+    assert picture.image.shape == (2, 5, 3)
+
+
+def test_names_below_the_data_folder_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "data" / "set" / "in_data.png")
+    save(tmp_path / "set" / "here.png")
+    save(tmp_path / "only_here" / "here.png")
+    monkeypatch.chdir(tmp_path)
+    opened = [open_source(name, tmp_path / "data", tmp_path / "out", 0).names for name in ("set/", "only_here")]
+    assert opened == [["in_data.png"], ["here.png"]]
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.mp4", "-1", "²"])
+def test_what_does_not_exist_is_refused_with_both_places(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SourceError, match=f"--inference_dir {name}: neither .*data/{name} nor {name} exists"):
+        open_source(name, tmp_path / "data", tmp_path, 0)
+
+
+def test_camera_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="camera97: cannot be opened; no such camera"):
+        open_source("97", tmp_path, tmp_path, 0)
+
+
+def test_video_gives_numbered_frames(video: Path) -> None:
+    source = open_path(video)
+    assert (source.total, source.names) == (5, [])
+    assert source.frames_per_second == pytest.approx(10)
+    pictures = list(source)
+    assert [picture.name for picture in pictures] == [f"my clip_v1_00000{number}.jpg" for number in range(1, 6)]
+    levels = [float(picture.image.mean()) for picture in pictures if picture.image is not None]
+    assert levels == pytest.approx([0, 50, 100, 150, 200], abs=8)
+    assert pictures[0].image is not None
+    assert pictures[0].image.shape == (32, 48, 3)
+
+
+@pytest.mark.parametrize(("max_frames", "expected"), [(2, 2), (5, 5), (9, 5)])
+def test_video_stops_after_max_frames(video: Path, max_frames: int, expected: int) -> None:
+    source = open_path(video, max_frames)
+    assert source.total == expected
+    assert len(names_of(source)) == expected
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3])
+def test_broken_video_is_refused(video: Path, tmp_path: Path, part: float) -> None:
+    broken = tmp_path / "broken.MP4"
+    shutil.copy(video, broken)
+    broken.write_bytes(video.read_bytes()[: int(part * video.stat().st_size)])
+    with pytest.raises(SourceError, match=r"broken\.MP4: (cannot be opened; not a video|holds no frame)"):
+        names_of(open_path(broken))
+
+
+def test_pattern_matches_images_in_any_depth(tmp_path: Path) -> None:
+    for name in ("a.png", "sub/b.png", "sub/deep/c.png"):
+        save(tmp_path / name)
+    (tmp_path / "sub/notes.txt").touch()
+    assert open_path(tmp_path / "*.png").names == ["a.png"]
+    assert open_path(tmp_path / "**/*").names == ["a.png", "sub/b.png", "sub/deep/c.png"]
+    assert names_of(open_path(tmp_path / "sub/**/*.png")) == ["b.png", "deep/c.png"]
+    with pytest.raises(SourceError, match="no image matches it"):
+        open_path(tmp_path / "*.jpg")
+
+
+def test_list_names_pictures_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the working folder, from the list's own, and absolute; one twice, and one that is not there."""
+    for name in ("here/a.png", "lists/b.png", "far/c.png"):
+        save(tmp_path / name)
+    file = tmp_path / "lists/all.txt"
+    file.write_text(f"a.png\n\nb.png\n{tmp_path}/far/c.png\na.png\ngone.png\n")
+    monkeypatch.chdir(tmp_path / "here")
+    source = open_path(file)
+    assert source.names == ["here/a.png", "lists/b.png", "far/c.png", "lists/gone.png"]
+    assert [picture.problem for picture in source] == [None, None, None, "No such file or directory"]
+    file.write_text("\n")
+    with pytest.raises(SourceError, match="names no image; expected a path a line"):
+        open_path(file)
+
+
+def test_pictures_are_read_a_few_ahead_and_in_order(tmp_path: Path) -> None:
+    files = [(f"{number}.png", tmp_path / f"{number}.png") for number in range(12)]
+    for number, (_, path) in enumerate(files):
+        save(path, width=number + 1)
+    given: list[str] = []
+
+    def counted() -> Iterator[tuple[str, Path]]:
+        for name, path in files:
+            given.append(name)
+            yield name, path
+
+    pictures = read_pictures(counted())
+    assert next(pictures).name == "0.png"
+    assert len(given) == 3  # it came out, and two are being read
+    widths = [picture.image.shape[1] for picture in pictures if picture.image is not None]
+    assert widths == list(range(2, 13))
+    assert list(read_pictures([])) == []
+
+
+def test_any_pictures_can_be_read_by_their_positions(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        save(tmp_path / name)
+    source = open_path(tmp_path)
+    assert isinstance(source, ImageFiles)
+    assert [(picture.name, picture.position) for picture in source.read([0, 2])] == [("a.png", 0), ("c.png", 2)]
+    assert list(source.read([])) == []
+    assert [picture.position for picture in source] == [0, 1, 2]
+
+
+def test_digest_depends_on_the_paths_and_their_order(tmp_path: Path) -> None:
+    for name in ("x/a.png", "y/a.png"):
+        save(tmp_path / name)
+    lists = {"one": "x/a.png\n", "other": "y/a.png\n", "both": "x/a.png\ny/a.png\n", "turned": "y/a.png\nx/a.png\n"}
+    digests = set()
+    for name, lines in lists.items():
+        (tmp_path / f"{name}.txt").write_text(lines)
+        source = open_source(str(tmp_path / f"{name}.txt"), tmp_path / "no-data", tmp_path / "results", max_frames=0)
+        assert isinstance(source, ImageFiles)
+        digests.add(source.digest())
+    assert len(digests) == 4

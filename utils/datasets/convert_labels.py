@@ -1,0 +1,212 @@
+"""Turn WIDER FACE as it is downloaded, or a single label file of any form, into what train.py and test.py read:
+
+    python -m utils.datasets.convert_labels FOLDER
+    python -m utils.datasets.convert_labels labels.txt --to label.txt
+
+See data/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+from torchvision.ops import box_iou
+
+from config import ROOT, UserError
+from utils.datasets.labels import LabelledImage, read_labels, write_labels
+from utils.runtime.cli import run
+from utils.runtime.experiment import make_folder, user_path
+from utils.runtime.files import disk_errors, replacing
+
+_MATCH_IOU = 0.5
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing to make: `write(source, target)` does it and says in a few words what the target is."""
+
+    source: Path
+    target: Path
+    write: Callable[[Path, Path], str]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    source = user_path(arguments.source)
+    landmarks = user_path(arguments.landmarks) if arguments.landmarks else None
+    if source.is_dir():
+        to = user_path(arguments.to) if arguments.to else ROOT / "data" / "widerface"
+        parts = parts_of_wider_face(source, to, landmarks, arguments.copy)
+    elif source.is_file():
+        parts = [part_of_label_file(source, arguments.to, landmarks, arguments.copy)]
+    else:
+        raise UserError(f"{source}: no such file or folder")
+    write_parts(parts, arguments.overwrite)
+
+
+def parts_of_wider_face(folder: Path, to: Path, landmarks: Path | None, copy: bool) -> list[Part]:
+    """What becomes of the unpacked archives of WIDER FACE, whether they are all there or not."""
+    parts = []
+    for split in ("train", "val"):
+        convert = partial(convert_labels, landmarks=landmarks if split == "train" else None)
+        labels = folder / "wider_face_split" / f"wider_face_{split}_bbx_gt.txt"
+        parts.append(Part(folder / f"WIDER_{split}" / "images", to / split / "images", copy_files if copy else link))
+        parts.append(Part(labels, to / split / "label.txt", convert))
+        if landmarks and split == "train" and not labels.is_file():
+            raise UserError(f"--landmarks is for the faces of {labels}, which does not exist")
+    return [*parts, Part(folder / "eval_tools" / "ground_truth", to / "val" / "gt", copy_files)]
+
+
+def part_of_label_file(source: Path, to: str | None, landmarks: Path | None, copy: bool) -> Part:
+    if to is None:
+        raise UserError(f"{source} is a file: --to must name the file to write")
+    if copy:
+        raise UserError(f"{source} is a file: --copy, which is for images, does nothing; drop it")
+    if user_path(to).is_dir():
+        raise UserError(f"--to {to}: is a folder; name the file to write")
+    return Part(source, user_path(to), partial(convert_labels, landmarks=landmarks))
+
+
+def write_parts(parts: Sequence[Part], overwrite: bool) -> None:
+    """Write the parts whose source there is, a line for each.
+
+    Raises:
+        UserError: there is none, or a target is there already and must not be replaced, or it cannot be written.
+    """
+    present = [part for part in parts if part.source.exists()]
+    if not present:
+        raise UserError(f"nothing of WIDER FACE found; looked for {', '.join(str(part.source) for part in parts)}")
+    kept = [part.target for part in present if part.target.exists() or part.target.is_symlink()]
+    if kept and not overwrite:
+        raise UserError(f"{', '.join(map(str, kept))}: exists already; add --overwrite, or choose another --to")
+    for part in parts:
+        if part not in present:
+            print(f"{part.target}: skipped, for there is no {part.source}")
+            continue
+        make_folder(part.target.parent)
+        with disk_errors(part.target):
+            result = part.write(part.source, part.target)
+        print(f"{part.target}: {result}", flush=True)
+
+
+# -------------------------------------------------------------------------------------------------- labels
+
+
+def convert_labels(source: Path, target: Path, landmarks: Path | None) -> str:
+    """Write labels of any form as label.txt, with the landmarks of another file if one is given."""
+    images = read_labels(source, Path())
+    if landmarks:
+        images = add_landmarks(images, read_labels(landmarks, Path()))
+        if not any(image.has_landmarks.any() for image in images):
+            raise UserError(f"{landmarks}: has no landmarks for any face of {source}")
+    write_labels(target, images, Path())
+    faces = sum(len(image.boxes) for image in images)
+    known = sum(int(image.has_landmarks.sum()) for image in images)
+    return f"{len(images)} images, {faces} faces, {known} with landmarks"
+
+
+def add_landmarks(images: Sequence[LabelledImage], others: Sequence[LabelledImage]) -> list[LabelledImage]:
+    """Give the faces of `images` the landmarks of those that they match in the image of the same path of `others`."""
+    other_of = {other.path: other for other in others}
+    return [_with_landmarks(image, other_of[image.path]) if image.path in other_of else image for image in images]
+
+
+def _with_landmarks(image: LabelledImage, other: LabelledImage) -> LabelledImage:
+    faces, partners = match_faces(image.boxes, other.boxes)
+    # Faces without landmarks take part in the matching: theirs would else go to the second best, another person.
+    known = other.has_landmarks[partners]
+    landmarks, has_landmarks = image.landmarks.copy(), image.has_landmarks.copy()
+    landmarks[faces[known]] = other.landmarks[partners[known]]
+    has_landmarks[faces[known]] = True
+    return dataclasses.replace(image, landmarks=landmarks, has_landmarks=has_landmarks)
+
+
+def match_faces(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pair boxes that overlap at an IoU of 0.5 or more: one to one, best overlap first.
+
+    Args:
+        boxes: (N, 4) float32 xyxy.
+        others: (M, 4) likewise.
+
+    Returns:
+        Indices (K,) into `boxes` and (K,) into `others`.
+    """
+    overlaps = box_iou(torch.from_numpy(boxes), torch.from_numpy(others)).numpy()
+    candidates = np.argwhere(overlaps >= _MATCH_IOU)
+    best_first = np.argsort(-overlaps[tuple(candidates.T)], kind="stable")
+    partner_of: dict[int, int] = {}
+    taken: set[int] = set()
+    for box, other in candidates[best_first].tolist():
+        if box not in partner_of and other not in taken:
+            partner_of[box] = other
+            taken.add(other)
+    return np.array(list(partner_of), int), np.array(list(partner_of.values()), int)
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def link(source: Path, target: Path) -> str:
+    """Make a symbolic link in place of nothing or of a link; a folder of images is never deleted."""
+    if target.is_dir() and not target.is_symlink():
+        raise UserError(f"{target}: is a folder; remove it to have a link in its place, or add --copy to copy into it")
+    with replacing(target) as temporary:
+        temporary.symlink_to(source.resolve(), target_is_directory=True)
+    return f"link to {source}"
+
+
+def copy_files(source: Path, target: Path) -> str:
+    """Copy what is in a folder into another; what else is there stays."""
+    if target.is_symlink():
+        target.unlink()  # or the copies would be written where it points to
+    files = [path for path in source.rglob("*") if path.is_file()]
+    for file in files:
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(copy) as temporary:
+            shutil.copyfile(file, temporary)
+    return f"{len(files)} files copied from {source}"
+
+
+# ------------------------------------------------------------------------------------------------- command
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one line, as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m utils.datasets.convert_labels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "source",
+        help="the folder in which WIDER_train.zip, WIDER_val.zip, wider_face_split.zip and perhaps eval_tools.zip were "
+        "unpacked, or a label file",
+    )
+    parser.add_argument("--to", help="the dataset's folder (default: data/widerface), or the label file to write")
+    parser.add_argument(
+        "--landmarks", metavar="FILE", help="labels of the training images with landmarks; faces at IoU 0.5 get theirs"
+    )
+    parser.add_argument("--copy", action="store_true", help="copy the images instead of linking to them")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,61 @@
+"""Folders of labelled images: where they are, and which part of them is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.datasets.labels import DatasetError, LabelledImage, read_labels
+from utils.runtime.experiment import user_path
+
+
+def find_datasets(names: str, data_root: Path) -> list[Path]:
+    """The folders that `--dataset` means: comma-separated, each as `find_dataset` finds it."""
+    return [find_dataset(name, data_root) for name in filter(None, (part.strip() for part in names.split(",")))]
+
+
+def find_dataset(name: str, data_root: Path) -> Path:
+    """A folder below `data_root`, or else a path of its own.
+
+    Raises:
+        DatasetError: it does not exist.
+    """
+    candidates = [data_root / name, user_path(name)]
+    found = [folder for folder in candidates if folder.is_dir()]
+    if not found:
+        raise DatasetError(f"--dataset {name}: no folder {candidates[0]} nor {candidates[1]}; see data/README.md")
+    return found[0]
+
+
+def part_of(folder: Path, split: str) -> Path | None:
+    """Where the labels of `train` or `val` lie: in its own folder, or in the dataset's, if that is not divided."""
+    return next((part for part in (folder / split, folder) if (part / "label.txt").is_file()), None)
+
+
+def read_split(folders: Sequence[Path], split: str) -> list[list[LabelledImage]]:
+    """By folder, the labelled images of its part `train` or `val`, or of the whole folder if it is not divided.
+
+    Raises:
+        DatasetError: no folder has that part, a label file is malformed, or an image that it names does not exist.
+    """
+    parts = [part_of(folder, split) for folder in folders]
+    if not any(parts):
+        raise DatasetError(f"no {split}/label.txt in {', '.join(map(str, folders)) or 'no folder'}; see data/README.md")
+    return [_read_part(part) if part else [] for part in parts]
+
+
+def _read_part(part: Path) -> list[LabelledImage]:
+    images = read_labels(part / "label.txt", part / "images")
+    check_that_they_exist([image.path for image in images], part / "label.txt")
+    return images
+
+
+def check_that_they_exist(images: Sequence[Path], named_by: Path) -> None:
+    """Refuse a list of image files of which some are missing.
+
+    Raises:
+        DatasetError: says who names them, how many are missing, and the first.
+    """
+    missing = [image for image in images if not image.is_file()]
+    if missing:
+        raise DatasetError(f"{named_by}: names {len(missing)} images that do not exist, first {missing[0]}")

@@ -1,0 +1,278 @@
+"""Reading the labels of images in any of their usual forms, and writing label.txt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from config import UserError
+from utils.landmarks import LANDMARKS_PER_FACE
+from utils.runtime.files import replacing
+from utils.runtime.images import IMAGE_SUFFIXES
+
+_BOX_VALUES = 4
+_LANDMARK_VALUES = 3 * LANDMARKS_PER_FACE  # x, y and a flag for each
+_FACE_VALUES = _BOX_VALUES + _LANDMARK_VALUES
+_UNKNOWN_LANDMARKS = [-1.0] * _LANDMARK_VALUES
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+class DatasetError(UserError):
+    """A dataset's folder or labels are missing or malformed."""
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image file and its faces.
+
+    Attributes:
+        path: of the image file.
+        boxes: (N, 4) float32 xyxy in pixels, of positive area.
+        landmarks: (N, 5, 2) float32 x, y in pixels; zeros for faces without.
+        has_landmarks: (N,) bool.
+    """
+
+    path: Path
+    boxes: np.ndarray
+    landmarks: np.ndarray
+    has_landmarks: np.ndarray
+
+
+def read_labels(label_file: Path, images: Path) -> list[LabelledImage]:
+    """Read a file of labels. Its first line tells which form it has; the paths in it are below `images`.
+
+    - RetinaFace: `# path`, then a line for each face: `x y w h`, or that and, for each of five landmarks, `x y flag`,
+      or that and a score, or that and a difficulty, as SNU_FaceDetection has it.
+    - SCRFD and libfacedetection (labelv2): `# path width height`, then a line for each face: its corners `x1 y1 x2 y2`,
+      or these and 1 where the face is to be ignored (it is left out), or these and five landmarks, or these and one
+      number more.
+    - WIDER FACE: the path, a line with the number of faces, then a line for each: `x y w h` and six attributes. Faces
+      marked invalid are left out; a line of zeros stands for no face.
+
+    Landmarks of -1 are unknown. Faces without area are left out; an image may have no faces; an image named twice has
+    the faces of both.
+
+    Raises:
+        DatasetError: names the file, the line and what was expected.
+    """
+    lines = _read_lines(label_file)
+    if not lines:
+        raise DatasetError(f"{label_file}: names no image; expected lines like '# folder/image.jpg'")
+    faces_of: dict[Path, list[list[float]]] = {}
+    for name, faces in _parse(lines):
+        faces_of.setdefault(images / name, []).extend(faces)
+    return [_labelled_image(path, faces) for path, faces in faces_of.items()]
+
+
+def write_labels(path: Path, images: Sequence[LabelledImage], root: Path) -> None:
+    """Write label.txt in RetinaFace's form; `read_labels(path, root)` gives the same images again.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    text = "".join(_format_image(image, root) for image in images)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------------------- reading
+
+
+class _Line(NamedTuple):
+    where: str  # file:number
+    text: str
+
+
+# An image's name and its faces: of each the corners and the landmarks with their flags, 19 values.
+_NamedFaces = tuple[str, list[list[float]]]
+
+
+@dataclass(frozen=True)
+class _HashForm:
+    """A form in which `#` and an image's path stand above its faces.
+
+    Attributes:
+        header: an example.
+        meanings: of a face's values, by how many there are.
+        corners: faces are given by two corners, not by a corner and a size.
+    """
+
+    header: str
+    meanings: Mapping[int, str]
+    corners: bool
+
+
+_RETINAFACE = _HashForm(
+    header="# folder/image.jpg",
+    meanings={
+        _BOX_VALUES: "x y w h",
+        _FACE_VALUES: "with five landmarks x y flag",
+        _FACE_VALUES + 1: "with a score too",
+        _FACE_VALUES + 2: "with a difficulty too",
+    },
+    corners=False,
+)
+_LABEL_V2 = _HashForm(
+    header="# folder/image.jpg width height",
+    meanings={
+        _BOX_VALUES: "x1 y1 x2 y2",
+        _BOX_VALUES + 1: "with 1 if it is to be ignored",
+        _FACE_VALUES: "with five landmarks x y flag",
+        _FACE_VALUES + 1: "with one more",
+    },
+    corners=True,
+)
+_WIDER_MEANINGS = {10: "x y w h blur expression illumination invalid occlusion pose"}
+_WIDER_INVALID = 7  # its place among them
+
+_SUFFIXES = tuple(sorted(IMAGE_SUFFIXES))
+_IMAGE_AND_SIZE = re.compile(rf"(.*(?:{'|'.join(map(re.escape, _SUFFIXES))}))\s+\d+\s+\d+", re.IGNORECASE)
+
+
+def _read_lines(label_file: Path) -> list[_Line]:
+    """The lines that are not blank."""
+    try:
+        lines = label_file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{label_file}: cannot be read ({error})") from None
+    file = str(label_file)
+    return [_Line(f"{file}:{number}", line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _parse(lines: Sequence[_Line]) -> list[_NamedFaces]:
+    """Parse the lines in the form that the first of them tells."""
+    where, first = lines[0]
+    if first.startswith("#"):
+        return _parse_hash_form(lines, _split_header(first)[1])
+    if _is_image_path(first):
+        return _parse_wider(lines)
+    raise DatasetError(
+        f"{where}: expected '{_RETINAFACE.header}', '{_LABEL_V2.header}' or, in WIDER FACE's form, 'folder/image.jpg' "
+        f"before the first face, got {first!r}"
+    )
+
+
+def _parse_hash_form(lines: Sequence[_Line], form: _HashForm) -> list[_NamedFaces]:
+    images: list[_NamedFaces] = []
+    for line in lines:
+        if line.text.startswith("#"):
+            images.append((_parse_header(line, form), []))
+        elif (face := _parse_face(line, form)) is not None:
+            images[-1][1].append(face)
+    return images
+
+
+def _split_header(text: str) -> tuple[str, _HashForm]:
+    """The path in a `#` line, and the form to which the line belongs."""
+    rest = text[1:].strip()
+    sized = _IMAGE_AND_SIZE.fullmatch(rest)
+    return (sized[1], _LABEL_V2) if sized else (rest, _RETINAFACE)
+
+
+def _parse_header(line: _Line, form: _HashForm) -> str:
+    name, own = _split_header(line.text)
+    if own is not form:
+        raise DatasetError(f"{line.where}: expected '{form.header}' as in the first line, got {line.text!r}")
+    if not name:
+        raise DatasetError(f"{line.where}: expected '{form.header}', got {line.text!r}")
+    return name
+
+
+def _parse_face(line: _Line, form: _HashForm) -> list[float] | None:
+    """None for a face that is to be ignored."""
+    values = _parse_numbers(line, form.meanings)
+    if len(values) == _BOX_VALUES + 1:
+        return None if values[_BOX_VALUES] else values[:_BOX_VALUES] + _UNKNOWN_LANDMARKS
+    box = values[:_BOX_VALUES] if form.corners else _corners(values)
+    return box + (values[_BOX_VALUES:_FACE_VALUES] or _UNKNOWN_LANDMARKS)
+
+
+def _parse_wider(lines: Sequence[_Line]) -> list[_NamedFaces]:
+    blocks: list[tuple[_Line, list[_Line]]] = []
+    for line in lines:
+        if _is_image_path(line.text):
+            blocks.append((line, []))
+        else:
+            blocks[-1][1].append(line)
+    return [(image.text, _parse_wider_faces(image, below)) for image, below in blocks]
+
+
+def _parse_wider_faces(image: _Line, below: Sequence[_Line]) -> list[list[float]]:
+    if not below:
+        raise DatasetError(f"{image.where}: expected the number of faces in the line below {image.text}, got none")
+    if not re.fullmatch(r"\d{1,9}", below[0].text):
+        raise DatasetError(f"{below[0].where}: expected the number of faces of {image.text}, got {below[0].text!r}")
+    count = int(below[0].text)
+    faces = [_parse_numbers(face, _WIDER_MEANINGS) for face in below[1:]]
+    if count == 0 and len(faces) == 1 and not any(faces[0]):
+        return []
+    if len(faces) != count:
+        raise DatasetError(f"{below[0].where}: expected {count} faces below for {image.text}, got {len(faces)}")
+    return [_corners(face) + _UNKNOWN_LANDMARKS for face in faces if not face[_WIDER_INVALID]]
+
+
+def _is_image_path(text: str) -> bool:
+    return text.lower().endswith(_SUFFIXES) and not text.startswith("#")
+
+
+def _parse_numbers(line: _Line, meanings: Mapping[int, str]) -> list[float]:
+    try:
+        values = list(map(float, line.text.split()))
+    except ValueError:
+        raise DatasetError(f"{line.where}: expected numbers, got {line.text!r}") from None
+    if not all(-_LARGEST <= value <= _LARGEST for value in values):
+        raise DatasetError(f"{line.where}: expected finite numbers, got {line.text!r}")
+    if len(values) not in meanings:
+        expected = " or ".join(f"{count} numbers ({meaning})" for count, meaning in meanings.items())
+        raise DatasetError(f"{line.where}: expected {expected}, got {len(values)}")
+    return values
+
+
+def _corners(values: Sequence[float]) -> list[float]:
+    """`x y w h ...` as `x1 y1 x2 y2`."""
+    x, y, width, height = values[:_BOX_VALUES]
+    return [x, y, x + width, y + height]
+
+
+def _labelled_image(path: Path, faces: Sequence[Sequence[float]]) -> LabelledImage:
+    values = np.array(faces, np.float32).reshape(-1, _FACE_VALUES)
+    values = values[(values[:, 2] > values[:, 0]) & (values[:, 3] > values[:, 1])]
+    points = values[:, _BOX_VALUES:].reshape(-1, LANDMARKS_PER_FACE, 3)[:, :, :2]
+    has_landmarks = (points >= 0).all(axis=(1, 2))
+    landmarks = np.where(has_landmarks[:, None, None], points, 0)
+    return LabelledImage(path, values[:, :_BOX_VALUES].copy(), landmarks, has_landmarks)
+
+
+# -------------------------------------------------------------------------------------------------- writing
+
+
+def _format_image(image: LabelledImage, root: Path) -> str:
+    # A path that is not below the root is read back as it is, if it is absolute.
+    name = image.path.relative_to(root) if image.path.is_relative_to(root) else image.path
+    faces = zip(_decimals(image.boxes), _decimals(image.landmarks), image.has_landmarks, strict=True)
+    return "".join(line + "\n" for line in [f"# {name.as_posix()}", *(_format_face(*face) for face in faces)])
+
+
+def _format_face(box: Sequence[Decimal], landmarks: Sequence[Decimal], has_landmarks: bool) -> str:
+    left, top, right, bottom = box
+    # Decimals, for the difference of two short ones is short and exact: 0.3 - 0.1 is 0.2.
+    words = [_plain(value) for value in (left, top, right - left, bottom - top)]
+    if has_landmarks:
+        for x, y in zip(landmarks[::2], landmarks[1::2], strict=True):
+            words += [_plain(x), _plain(y), "0"]
+    return " ".join(words)
+
+
+def _decimals(values: np.ndarray) -> list[list[Decimal]]:
+    """(N, ...) float32 as N lists of the shortest decimals that are read back as the same."""
+    return [[Decimal(word) for word in row.ravel().tolist()] for row in values.astype(str)]
+
+
+def _plain(value: Decimal) -> str:
+    return f"{value.normalize():f}"

@@ -1,0 +1,145 @@
+"""A page of a detector's worst mistakes, each cut out of its image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from utils.evaluation.ground_truth import EvaluationSet
+from utils.evaluation.report import SURE_SCORE, Measurement
+from utils.evaluation.wider_eval import Evaluation
+from utils.runtime.images import UnreadableImageError, read_image, write_image
+
+_SIDE = 220  # of a tile
+_COLUMNS = 6
+_CONTEXT = 3.0  # side of the cut-out, in sides of the box
+_CAPTION = 30
+_FACE_COLOUR, _IGNORED_COLOUR, _PREDICTION_COLOUR = (60, 220, 60), (160, 160, 160), (60, 60, 255)  # BGR
+_BACKGROUND = 32
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A box that should not be, or a face that no box finds.
+
+    Attributes:
+        image: its number in the set.
+        box: x, y, width, height in pixels.
+        caption: what is wrong with it.
+    """
+
+    image: int
+    box: np.ndarray
+    caption: str
+
+
+def false_positives(
+    faces: EvaluationSet, predictions: Mapping[str, np.ndarray], evaluation: Evaluation, limit: int
+) -> list[Mistake]:
+    """Predictions that hit no face, or one that a better prediction has found, the surest first."""
+    mistakes = []
+    for number, (truth, matches) in enumerate(zip(faces.truths, evaluation.matches, strict=True)):
+        rows = predictions.get(truth.name, np.zeros((0, 5)))
+        counts = np.append(truth.subsets[faces.largest_subset], True)[matches.finds]
+        for index in np.flatnonzero(counts & ~matches.is_first):
+            kind = "no face" if matches.finds[index] < 0 else "again"
+            mistakes.append((rows[index, 4], Mistake(number, rows[index, :4], f"{kind}, score {rows[index, 4]:.3f}")))
+    return [mistake for _, mistake in sorted(mistakes, key=lambda pair: -pair[0])[:limit]]
+
+
+def missed_faces(faces: EvaluationSet, evaluation: Evaluation, limit: int) -> list[Mistake]:
+    """Faces that count and that no prediction finds, however low its score, the tallest first."""
+    mistakes = []
+    for number, (truth, matches) in enumerate(zip(faces.truths, evaluation.matches, strict=True)):
+        for index in np.flatnonzero(truth.subsets[faces.largest_subset] & np.isnan(matches.face_scores)):
+            box = truth.boxes[index]
+            mistakes.append(Mistake(number, box, f"missed, {box[2]:.0f} x {box[3]:.0f} px"))
+    return sorted(mistakes, key=lambda mistake: -mistake.box[3])[:limit]
+
+
+def write_error_page(path: Path, measured: Measurement, predictions: Mapping[str, np.ndarray], limit: int) -> None:
+    """Write the page of `draw_error_page` as a PNG.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_image(path, draw_error_page(measured.faces, predictions, measured.evaluation, limit))
+
+
+def draw_error_page(
+    faces: EvaluationSet, predictions: Mapping[str, np.ndarray], evaluation: Evaluation, limit: int
+) -> np.ndarray:
+    """Up to `limit` false positives, then up to as many missed faces.
+
+    Faces that count are green, others grey, sure predictions red; the box in question is drawn thick.
+
+    Returns:
+        (H, W, 3) uint8 BGR.
+    """
+    wrong = false_positives(faces, predictions, evaluation, limit)
+    missed = missed_faces(faces, evaluation, limit)
+    rows = [_heading(f"{len(wrong)} false positives, the surest first")]
+    rows += _grid(wrong, lambda mistake: _tile(mistake, faces, predictions, _PREDICTION_COLOUR))
+    rows += [_heading(f"{len(missed)} missed faces, the tallest first")]
+    rows += _grid(missed, lambda mistake: _tile(mistake, faces, predictions, _FACE_COLOUR))
+    return np.concatenate(rows)
+
+
+def _grid(mistakes: list[Mistake], draw: Callable[[Mistake], np.ndarray]) -> list[np.ndarray]:
+    tiles = [draw(mistake) for mistake in mistakes]
+    empty = np.full((_SIDE + _CAPTION, _SIDE, 3), _BACKGROUND, np.uint8)
+    tiles += [empty] * (-len(tiles) % _COLUMNS)
+    return [np.concatenate(tiles[start : start + _COLUMNS], axis=1) for start in range(0, len(tiles), _COLUMNS)]
+
+
+def _heading(text: str) -> np.ndarray:
+    canvas = np.full((_CAPTION, _SIDE * _COLUMNS, 3), 255, np.uint8)
+    cv2.putText(canvas, text, (8, 21), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
+    return canvas
+
+
+def _tile(
+    mistake: Mistake, faces: EvaluationSet, predictions: Mapping[str, np.ndarray], colour: tuple[int, int, int]
+) -> np.ndarray:
+    assert faces.images is not None
+    truth, path = faces.truths[mistake.image], faces.images[mistake.image]
+    canvas, to_tile = _cut_out(path, mistake.box)
+    counted = truth.subsets[faces.largest_subset]
+    for box, counts in zip(truth.boxes, counted, strict=True):
+        _rectangle(canvas, to_tile(box), _FACE_COLOUR if counts else _IGNORED_COLOUR, 1)
+    for row in predictions.get(truth.name, np.zeros((0, 5))):
+        if row[4] >= SURE_SCORE:
+            _rectangle(canvas, to_tile(row[:4]), _PREDICTION_COLOUR, 1)
+    _rectangle(canvas, to_tile(mistake.box), colour, 3)
+    caption = np.full((_CAPTION, _SIDE, 3), _BACKGROUND, np.uint8)
+    name = Path(truth.name).name
+    for text, y in ((mistake.caption, 12), (name if len(name) < 34 else f"...{name[-30:]}", 25)):
+        cv2.putText(caption, text, (3, y), cv2.FONT_HERSHEY_SIMPLEX, 0.36, (255, 255, 255), 1, cv2.LINE_AA)
+    return np.concatenate([canvas, caption])
+
+
+def _cut_out(path: Path, box: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """The surroundings of a box as a tile, and what turns x, y, width, height of the image into those of the tile."""
+    side = max(32.0, _CONTEXT * float(max(box[2:])))
+    scale = _SIDE / side
+    corner = box[:2] + box[2:] / 2 - side / 2
+
+    def to_tile(other: np.ndarray) -> np.ndarray:
+        return np.concatenate([(other[:2] - corner) * scale, other[2:] * scale])
+
+    try:
+        image = read_image(path)
+    except UnreadableImageError:
+        return np.full((_SIDE, _SIDE, 3), _BACKGROUND, np.uint8), to_tile
+    matrix = np.array([[scale, 0, -corner[0] * scale], [0, scale, -corner[1] * scale]])
+    border = (_BACKGROUND, _BACKGROUND, _BACKGROUND)
+    return cv2.warpAffine(image, matrix, (_SIDE, _SIDE), borderValue=border), to_tile
+
+
+def _rectangle(canvas: np.ndarray, box: np.ndarray, colour: tuple[int, int, int], stroke: int) -> None:
+    x, y, width, height = np.clip(box, -1e4, 1e4).round().astype(int).tolist()
+    cv2.rectangle(canvas, (x, y), (x + width, y + height), colour, stroke)

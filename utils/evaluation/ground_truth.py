@@ -1,0 +1,122 @@
+"""The images and faces that a detector is measured on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from config import ROOT
+from utils.datasets.folders import check_that_they_exist, part_of
+from utils.datasets.labels import DatasetError, LabelledImage, read_labels
+from utils.evaluation.wider_eval import Evaluation, GroundTruth, bootstrap, evaluate, load_ground_truth
+
+ALL_FACES = "all"
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Faces by image, with the rules by which they count.
+
+    Attributes:
+        truths: by image.
+        images: the image files in the same order; None where there is no folder of images.
+        source: the folder or file that the faces come from.
+        official: whether these are the faces and subsets of the official WIDER FACE evaluation. Otherwise there is one
+            subset, `ALL_FACES`, and boxes in images without faces are false.
+    """
+
+    truths: Sequence[GroundTruth]
+    images: Sequence[Path] | None
+    source: Path
+    official: bool
+
+    @property
+    def source_name(self) -> str:
+        """The source as results name it: without the place of this repository, if it lies in it."""
+        return (self.source.relative_to(ROOT) if self.source.is_relative_to(ROOT) else self.source).as_posix()
+
+    @property
+    def names(self) -> list[str]:
+        return [truth.name for truth in self.truths]
+
+    @property
+    def largest_subset(self) -> str:
+        """The subset that holds all others."""
+        return list(self.truths[0].subsets)[-1]
+
+    def evaluate(self, predictions: dict[str, np.ndarray]) -> Evaluation:
+        """See `wider_eval.evaluate`."""
+        return evaluate(predictions, self.truths, count_negatives=not self.official)
+
+    def standard_errors(self, predictions: dict[str, np.ndarray], samples: int) -> dict[str, float]:
+        """Of the average precisions, by `wider_eval.bootstrap`."""
+        drawn = bootstrap(predictions, self.truths, count_negatives=not self.official, samples=samples)
+        return {subset: float(values.std(ddof=1)) for subset, values in drawn.items()}
+
+
+def open_evaluation_set(dataset: Path | None, gt_dir: Path | None, *, need_images: bool) -> EvaluationSet:
+    """The official faces where there are any, the labelled ones otherwise.
+
+    Args:
+        dataset: a folder with `val/images` and either `val/gt`, the official `.mat` files, or `val/label.txt`; or one
+            that is not divided, with `images` and `label.txt`. None where only predictions are looked at.
+        gt_dir: official `.mat` files that lie elsewhere.
+        need_images: whether every image must exist.
+
+    Raises:
+        UserError: there is no ground truth, it is malformed, or an image that it names does not exist.
+    """
+    own = dataset / "val" / "gt" if dataset else None
+    official = gt_dir or (own if own and own.is_dir() else None)
+    if official:
+        truths = load_ground_truth(official)
+        folder = dataset / "val" / "images" if dataset else None
+        images = [folder / f"{truth.name}.jpg" for truth in truths] if folder and folder.is_dir() else None
+        found = EvaluationSet(truths, images, official, official=True)
+    elif dataset and (part := part_of(dataset, "val")):
+        labelled = read_labels(part / "label.txt", part / "images")
+        found = EvaluationSet(
+            _ground_truths(labelled, part / "images"),
+            [image.path for image in labelled],
+            part / "label.txt",
+            official=False,
+        )
+    else:
+        raise DatasetError(
+            f"{dataset or '--dataset'}: no val/gt with the official .mat files and no val/label.txt; "
+            "give --gt_dir, or see data/README.md"
+        )
+    if need_images:
+        if found.images is None:
+            raise DatasetError(f"{dataset}: no folder val/images with the images of {found.source}; see data/README.md")
+        check_that_they_exist(found.images, found.source)
+    return found
+
+
+def open_validation_set(datasets: Sequence[Path]) -> EvaluationSet | None:
+    """That of the first folder which has a `val` of its own, or None.
+
+    Raises:
+        UserError: its ground truth is malformed, or an image that it names does not exist.
+    """
+    for dataset in datasets:
+        if (dataset / "val" / "gt").is_dir() or (dataset / "val" / "label.txt").is_file():
+            return open_evaluation_set(dataset, gt_dir=None, need_images=True)
+    return None
+
+
+def _ground_truths(labelled: Sequence[LabelledImage], folder: Path) -> list[GroundTruth]:
+    """Named without a suffix as WIDER FACE does it, unless two images differ in nothing else."""
+    paths = [image.path.relative_to(folder) for image in labelled]
+    counts = Counter(path.with_suffix("") for path in paths)
+    truths = []
+    for path, image in zip(paths, labelled, strict=True):
+        name = path.with_suffix("") if counts[path.with_suffix("")] == 1 else path
+        corners, ends = image.boxes[:, :2].astype(np.float64), image.boxes[:, 2:].astype(np.float64)
+        subsets = {ALL_FACES: np.ones(len(image.boxes), bool)}
+        truths.append(GroundTruth(name.as_posix(), np.concatenate([corners, ends - corners], axis=1), subsets))
+    return truths

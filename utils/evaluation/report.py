@@ -1,0 +1,202 @@
+"""What a measurement leaves: lines to read, results.txt, results.json, curves, and a row in a table of all runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.evaluation.ground_truth import EvaluationSet
+from utils.evaluation.run import EvaluationRun
+from utils.evaluation.wider_eval import Curve, Evaluation
+from utils.runtime.files import replacing
+
+# Heights in pixels of the image as it is, where one class of faces ends and the next begins.
+_HEIGHTS = (16, 32, 64, 128)
+SURE_SCORE = 0.5  # the score from which inference.py shows a face
+_TABLE_COLUMNS = (
+    "date experiment checkpoint ground_truth images easy medium hard all images_per_second protocol".split()
+)
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What a detector did in this run: how many images it saw, in how many seconds, and which it could not, and why."""
+
+    images: int = 0
+    seconds: float = 0.0
+    skipped: Sequence[tuple[str, str]] = ()
+
+    @property
+    def images_per_second(self) -> float | None:
+        return round(self.images / self.seconds, 2) if self.images else None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A finished measurement.
+
+    Attributes:
+        predicted: the predictions and how they were made.
+        faces: what was measured on.
+        evaluation: how the two compare.
+        detected: nothing, where the predictions were given.
+        with_predictions: the images that have predictions, be they empty.
+        standard_errors: of the average precisions, by subset; empty where they were not asked for.
+    """
+
+    predicted: EvaluationRun
+    faces: EvaluationSet
+    evaluation: Evaluation
+    detected: Detected
+    with_predictions: Set[str]
+    standard_errors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def without_predictions(self) -> list[str]:
+        return [name for name in self.faces.names if name not in self.with_predictions]
+
+
+@dataclass(frozen=True)
+class HeightClass:
+    """The faces of some heights: how many count, and which part of them is found at all and with a good score."""
+
+    heights: str
+    faces: int
+    recall: float
+    recall_sure: float
+
+
+def recall_by_height(faces: EvaluationSet, evaluation: Evaluation) -> list[HeightClass]:
+    """Recall over all predictions, and over those of a score of at least 0.5, by the height of the faces.
+
+    The faces are those of the largest subset. A class without faces has a recall of 0.
+    """
+    counted = [truth.subsets[faces.largest_subset] for truth in faces.truths]
+    heights = np.concatenate([truth.boxes[counts, 3] for truth, counts in zip(faces.truths, counted, strict=True)])
+    scores = np.concatenate(
+        [matches.face_scores[counts] for matches, counts in zip(evaluation.matches, counted, strict=True)]
+    )
+    classes = np.digitize(heights, _HEIGHTS)
+    names = [f"under {_HEIGHTS[0]}", *(f"{low} to {high}" for low, high in pairwise(_HEIGHTS))]
+    rows = []
+    for number, name in enumerate([*names, f"from {_HEIGHTS[-1]}"]):
+        members = scores[classes == number]
+        count = max(1, len(members))
+        found, sure = np.sum(~np.isnan(members)), np.sum(members >= SURE_SCORE)
+        rows.append(HeightClass(name, len(members), float(found / count), float(sure / count)))
+    return rows
+
+
+def describe(measured: Measurement) -> list[str]:
+    """Lines for people; the last is the figure that the measurement is for."""
+    count, detected = len(measured.faces.truths), measured.detected
+    lines = []
+    if detected.images:
+        kept = len(measured.with_predictions) - detected.images
+        lines.append(
+            f"{detected.images} images in {detected.seconds:.1f} s ({detected.images_per_second:.1f} images/s)"
+            + (f", {kept} from an earlier run" if kept else "")
+        )
+    lines += [f"skipped {name}: {reason}; nothing is found in it" for name, reason in detected.skipped]
+    absent = measured.without_predictions
+    if len(absent) > len(detected.skipped):
+        lines.append(f"{len(absent)} of {count} images have no predictions and count as empty; first {absent[0]}")
+    lines += [f"protocol: {measured.predicted.protocol}", f"ground truth: {measured.faces.source_name}, {count} images"]
+    subset = measured.faces.largest_subset
+    lines.append(f"{f'face height ({subset} faces)':<24}{'faces':>7}{'recall':>9}{f'score >= {SURE_SCORE}':>14}")
+    for row in recall_by_height(measured.faces, measured.evaluation):
+        lines.append(f"{row.heights + ' px':<24}{row.faces:>7}{row.recall:>9.3f}{row.recall_sure:>14.3f}")
+    if measured.standard_errors:
+        errors = "   ".join(f"{subset} {error:.4f}" for subset, error in measured.standard_errors.items())
+        lines.append(f"standard error of the AP over such images: {errors}")
+    precisions = measured.evaluation.average_precisions
+    if measured.faces.official:
+        lines.append("   ".join(f"{subset.capitalize()} AP : {value:.4f}" for subset, value in precisions.items()))
+    else:
+        (value,) = precisions.values()
+        lines.append(f"AP over all labelled faces, not the official WIDER FACE figure : {value:.4f}")
+    return lines
+
+
+def write_report(folder: Path, measured: Measurement) -> None:
+    """Write results.txt, results.json and pr_curves.png into a folder that exists.
+
+    Raises:
+        OSError: one of them cannot be written.
+    """
+    with replacing(folder / "results.txt") as temporary:
+        temporary.write_text("\n".join(describe(measured)) + "\n", encoding="utf-8", errors="backslashreplace")
+    with replacing(folder / "results.json") as temporary:
+        temporary.write_text(json.dumps(_as_json(measured), indent=2) + "\n", encoding="utf-8")
+    with replacing(folder / "pr_curves.png") as temporary:
+        _draw_curves(
+            temporary, measured.evaluation.curves, f"{measured.predicted.experiment}\n{measured.predicted.protocol}"
+        )
+
+
+def _as_json(measured: Measurement) -> dict[str, Any]:
+    return {
+        "experiment": measured.predicted.experiment,
+        "checkpoint": measured.predicted.checkpoint,
+        "protocol": measured.predicted.protocol,
+        "settings": dict(measured.predicted.settings),
+        "ground_truth": measured.faces.source_name,
+        "official": measured.faces.official,
+        "images": len(measured.faces.truths),
+        "faces": {subset: curve.faces for subset, curve in measured.evaluation.curves.items()},
+        "ap": measured.evaluation.average_precisions,
+        "ap_standard_errors": dict(measured.standard_errors),
+        "recall_by_height": [vars(row) for row in recall_by_height(measured.faces, measured.evaluation)],
+        "detected_in_this_run": measured.detected.images,
+        "seconds": round(measured.detected.seconds, 2),
+        "images_per_second": measured.detected.images_per_second,
+        "skipped": [{"name": name, "reason": reason} for name, reason in measured.detected.skipped],
+        "without_predictions": measured.without_predictions,
+    }
+
+
+def append_to_table(path: Path, measured: Measurement) -> None:
+    """Add a row to the table of all runs, which is made if it is not there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    precisions = {subset: f"{value:.4f}" for subset, value in measured.evaluation.average_precisions.items()}
+    row = {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "experiment": measured.predicted.experiment,
+        "checkpoint": measured.predicted.checkpoint,
+        "ground_truth": measured.faces.source_name,
+        "images": len(measured.faces.truths),
+        "images_per_second": measured.detected.images_per_second,
+        "protocol": measured.predicted.protocol,
+        **precisions,
+    }
+    with path.open("a", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.DictWriter(file, _TABLE_COLUMNS)
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _draw_curves(path: Path, curves: Mapping[str, Curve], title: str) -> None:
+    from matplotlib.figure import Figure  # no pyplot, so no display is looked for
+
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for subset, curve in curves.items():
+        shown = curve.precision > 0
+        axes.plot(curve.recall[shown], curve.precision[shown], label=f"{subset}  {curve.average_precision:.4f}")
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01))
+    axes.set_title(title, fontsize="small")
+    axes.grid(alpha=0.3)
+    axes.legend(title="average precision", loc="lower left")
+    figure.savefig(path, format="png", dpi=100)

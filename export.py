@@ -1,4 +1,4 @@
-"""Write a detector's network for ONNX Runtime: python export.py --experiment_name=NAME --output=FILE.
+"""Write a detector for ONNX Runtime: python export.py --experiment_name=NAME --output=FILE.
 
 The file takes `images`, (B, H, W, 3) uint8 BGR of any number and size, and gives the raw outputs of the last stage, one
 row a prior: `class_logits`, `box_deltas` and, where the model has them, `landmark_deltas`, `iou_logits`, `priors`. The
@@ -10,125 +10,103 @@ With --with_nms it takes one image, (1, H, W, 3), and gives its faces, best firs
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from config import (
+    DATA,
     DEFAULT_EXPERIMENT,
     EXPERIMENTS,
-    ROOT,
-    ConfigError,
-    DetectionConfig,
     ExperimentConfig,
-    Flags,
-    ModelConfig,
+    ExportOptions,
+    ModelOverrides,
+    PostprocessConfig,
     RunOptions,
-    UserError,
     WeightOptions,
-    option,
-    parse_flags,
 )
-from models.backend import (
-    OnnxBackend,
-    TorchBackend,
-    detector_graph,
-    detector_output_names,
-    missing_onnx_packages,
-    network_graph,
-    output_names,
-)
+from models.backend import OnnxBackend, TorchBackend, fuse_batch_norm
 from models.checkpoint import load_checkpoint, locate_checkpoint
-from models.detector import FaceDetector, build_network
-from models.fuse import fuse_batch_norm
+from models.detector import FaceDetector
+from models.initialise import load_model
+from models.onnx_graph import detector_graph, detector_output_names, missing_onnx_packages, output_names, raw_graph
 from models.retinaface import RetinaFace
+from utils.errors import ConfigError, UserError
+from utils.options import Flags, declarations, parse_flags
 from utils.runtime.cli import run
-from utils.runtime.experiment import user_path
-from utils.runtime.files import disk_errors, replacing
+from utils.runtime.files import atomic_write, disk_errors, user_path
 from utils.runtime.images import read_image
 
-_CHECKED_PICTURE = ROOT / "data/sample_widerface/images/astronaut.jpg"
+GROUPS = (RunOptions(), WeightOptions(), ExportOptions(), ExperimentConfig().inference, ModelOverrides())
+_CHECKED_IMAGE = DATA / "sample_widerface/images/astronaut.jpg"
 _CHECKED_SHAPES = ((1, 160, 160, 3), (2, 97, 210, 3))
 _PIXEL_TOLERANCE = 0.05
 _TOLERANCE = 1e-3  # of logits and deltas: a hundredth of a pixel in a box of 100
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """What is written."""
-
-    output: str = option("detector.onnx", "file to write; one that is there is replaced")
-    with_nms: bool = option(False, "decode and suppress in the file, with the thresholds given here")
-
-
-OPTIONS = (RunOptions(), WeightOptions(), ExportOptions(), ExperimentConfig().inference, ModelConfig)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    flags = parse_flags(__doc__ or "", OPTIONS, argv)
+    flags = parse_flags(__doc__ or "", GROUPS, argv)
     options = flags.apply(ExportOptions())
-    _refuse_idle_flags(flags, options)
-    if missing := missing_onnx_packages():
-        raise ConfigError(f"ONNX needs {', '.join(missing)}; pip install them")
+    _check(flags, options)
     name = flags.apply(RunOptions()).experiment_name or DEFAULT_EXPERIMENT
-    checkpoint = load_checkpoint(locate_checkpoint(EXPERIMENTS, name, flags.apply(WeightOptions()).model_weight), flags)
-    network = fuse_batch_norm(build_network(checkpoint))
-    detection = flags.apply((checkpoint.experiment or ExperimentConfig()).inference)
+    path = locate_checkpoint(EXPERIMENTS, name, flags.apply(WeightOptions()).model_weight)
+    checkpoint = load_checkpoint(path, flags.apply(ModelOverrides()))
+    model, config = fuse_batch_norm(load_model(checkpoint)), flags.apply(checkpoint.inference)
     output = user_path(options.output)
     if not output.parent.is_dir():
         raise ConfigError(f"--output={output}: there is no folder {output.parent}; make it, or choose another")
-    graph = detector_graph(network, detection) if options.with_nms else network_graph(network)
-    with disk_errors(output), replacing(output) as temporary:
+    graph = detector_graph(model, config) if options.with_nms else raw_graph(model)
+    with disk_errors(output), atomic_write(output) as temporary:
         temporary.write_bytes(graph)
     if options.with_nms:
-        difference, tolerance = largest_detection_difference(network, output, detection), _PIXEL_TOLERANCE
+        difference, tolerance = largest_detection_difference(model, output, config), _PIXEL_TOLERANCE
     else:
-        difference, tolerance = largest_difference(network, output), _TOLERANCE
+        difference, tolerance = largest_difference(model, output), _TOLERANCE
     if difference > tolerance:
         raise UserError(f"{output}: its outputs differ from PyTorch's by {difference:.2g}; do not use it")
     size = len(graph) / 1e6
-    print(f"{output}: {checkpoint.path.name}, {size:.1f} MB; outputs equal PyTorch's up to {difference:.1g}")
+    print(f"{output}: {path.name}, {size:.1f} MB; outputs equal PyTorch's up to {difference:.1g}")
 
 
-def _refuse_idle_flags(flags: Flags, options: ExportOptions) -> None:
-    """Thresholds are for a file that holds the suppression."""
-    idle = sorted({item.name for item in dataclasses.fields(DetectionConfig)} & set(flags.given))
+def _check(flags: Flags, options: ExportOptions) -> None:
+    """Refuse thresholds without the suppression that uses them, and missing packages."""
+    idle = sorted(set(declarations(PostprocessConfig)) & set(flags.given))
     if idle and not options.with_nms:
-        raise ConfigError(f"--{idle[0]} does nothing without --with_nms; add it, or drop --{idle[0]}")
+        raise ConfigError(f"--{idle[0]} has no effect without --with_nms; add it, or drop --{idle[0]}")
+    if missing := missing_onnx_packages():
+        raise ConfigError(f"ONNX needs {', '.join(missing)}; pip install them")
 
 
 @torch.inference_mode()
-def largest_difference(network: RetinaFace, graph: Path) -> float:
-    """Between any outputs of a network and of its graph, for noise of two sizes; relative where they exceed 1."""
-    in_torch, in_onnx = TorchBackend(network), OnnxBackend(graph)
+def largest_difference(model: RetinaFace, graph: Path) -> float:
+    """Largest difference of any output of a model and of its graph, for noise of two sizes; relative above 1."""
+    in_torch, in_onnx = TorchBackend(model), OnnxBackend(graph, model.levels)
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for shape in _CHECKED_SHAPES:
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         expected, found = in_torch(images), in_onnx(images)
-        for name in output_names(network.config):
+        for name in output_names(model.model_config):
             value = getattr(expected, name)
             difference = (getattr(found, name) - value).abs() / value.abs().clamp(min=1)
             largest = max(largest, float(difference.max()))
     return largest
 
 
-def largest_detection_difference(network: RetinaFace, graph: Path, detection: DetectionConfig) -> float:
-    """Between boxes, landmarks and scores of `FaceDetector` and of a graph with suppression, for a sample picture.
+def largest_detection_difference(model: RetinaFace, graph: Path, config: PostprocessConfig) -> float:
+    """Largest difference of boxes, landmarks and scores of `FaceDetector` and of a graph with suppression.
 
-    Infinite where they find another number of faces.
+    Infinite where they find different numbers of faces in the sample image.
     """
     import onnxruntime  # an optional package
 
     session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-    image = read_image(_CHECKED_PICTURE)[:400]
-    found = FaceDetector(network, detection).detect(image)
-    names, values = detector_output_names(network.config), session.run(None, {"images": image[None]})
+    image = read_image(_CHECKED_IMAGE)[:400]
+    found = FaceDetector(model, config).detect(image)
+    names, values = detector_output_names(model.model_config), session.run(None, {"images": image[None]})
     largest = 0.0
     for name, value in zip(names, values, strict=True):
         expected = getattr(found, name).numpy()

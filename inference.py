@@ -1,96 +1,95 @@
-"""Find faces in pictures: python inference.py --inference_dir=FOLDER --save_img. See README.md, or --help."""
+"""Detect faces in images: python inference.py --inference_dir=FOLDER --save_img. See README.md, or --help."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
 
 from config import (
+    DATA,
+    DEFAULT_EXPERIMENT,
+    EXPERIMENTS,
+    ComputeOptions,
     ExperimentConfig,
-    Flags,
     InferenceOptions,
-    MemoryOptions,
-    ModelConfig,
+    ModelOverrides,
     RunOptions,
-    SpeedOptions,
-    UserError,
     WeightOptions,
-    parse_flags,
 )
-from engine.inference import InferenceJob
-from utils.results.masks import Head, InferenceResults
-from utils.runtime.cli import run
-from utils.runtime.distributed import in_step, join_processes
-from utils.runtime.sources import ImageFiles
-from utils.runtime.threads import Background
+from engine.inference import InferenceRun, run_inference
+from models.checkpoint import load_checkpoint, locate_checkpoint
+from models.detector import FaceDetector
+from models.initialise import load_model
+from utils.options import Flags, parse_flags
+from utils.results.files import OUTPUT_FOLDERS
+from utils.results.masks import HeadMask, HeadSegmenter, InferenceResults
+from utils.runtime.cli import choose_device, run
+from utils.runtime.distributed import DistributedContext, distributed_context, run_on_all
+from utils.runtime.files import user_path
+from utils.runtime.sources import open_source
 from utils.structures import Detections
 
-OPTIONS = (
+GROUPS = (
     RunOptions(),
     WeightOptions(),
     InferenceOptions(),
-    SpeedOptions(),
-    MemoryOptions(),
+    ComputeOptions(),
     ExperimentConfig().inference,
-    ModelConfig,
+    ModelOverrides(),
 )
 
 
-def inference(argv: Sequence[str] | None = None) -> InferenceResults:
-    """Do what the command does and return what it found, for callers in Python; all masks are held in memory.
+def main(argv: Sequence[str] | None = None) -> None:
+    _infer(argv, lambda detections, heads: None)
 
-    With `--resume`, and in one of several processes, that is what this call did itself.
+
+def inference(argv: Sequence[str] | None = None) -> InferenceResults:
+    """Do what the command does and return the results, for callers in Python. All masks are held in memory.
+
+    With `--resume`, and in one of several processes, the results are those of this call only.
 
     Raises:
-        UserError: what was asked for cannot be done; the message says why and what to do.
+        UserError: says what cannot be done, why, and what to do about it.
     """
     results = InferenceResults([], [], [], [], [])
-    _infer(parse_flags(__doc__ or "", OPTIONS, argv), results.add)
+    _infer(argv, results.add)
     return results
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    _infer(parse_flags(__doc__ or "", OPTIONS, argv), lambda detections, heads: None)
+def _infer(argv: Sequence[str] | None, keep: Callable[[Detections, Sequence[HeadMask]], None]) -> None:
+    flags = parse_flags(__doc__ or "", GROUPS, argv)
+    # The processes exchange messages, not tensors, for which the CPU suffices.
+    with distributed_context(torch.device("cpu")) as context, ExitStack() as stack:
+        run_inference(run_on_all(lambda: resolve(flags, context, stack)), context, keep)
 
 
-def _infer(flags: Flags, keep: Callable[[Detections, Sequence[Head]], None]) -> None:
-    # They exchange words, not tensors: for that the CPU is enough, and a long wait costs nothing.
-    with join_processes(torch.device("cpu")) as processes, ExitStack() as stack:
-        job = in_step(lambda: InferenceJob.open(flags, processes, stack))
-        source = job.source
-        say = print if processes.is_main else _say_nothing
-        if job.checkpoint.note:
-            say(f"note: {job.checkpoint.note}")
-        say(job.describe())
-        start = time.perf_counter()
-        writer = job.open_writer(processes)
-        if writer.start.note:
-            say(f"{job.folder}: {writer.start.note}", flush=True)
-        try:
-            with writer, Background() as background:
-                for picture, detections, heads in job.find(writer, background):
-                    if picture.image is not None:
-                        keep(detections, heads or [])
-        except KeyboardInterrupt:
-            say(f"interrupted{'; --resume goes on from here' if isinstance(source, ImageFiles) else ''}")
-            raise
-        finally:
-            if not writer.start.is_finished:
-                say(writer.summary.describe(time.perf_counter() - start))
-                if job.segmenter is not None:
-                    say(job.segmenter.describe())
-        if source.ignored:
-            say(f"{source.ignored} files without an image's suffix were left alone")
-        say(f"results are in {job.folder.resolve()}")
-        if processes.is_main and not writer.start.is_finished and not writer.summary.images:
-            raise UserError(f"{source.description}: no image could be read")
-
-
-def _say_nothing(*words: object, **options: object) -> None:
-    """What all processes but the main one say."""
+def resolve(flags: Flags, context: DistributedContext, stack: ExitStack) -> InferenceRun:
+    """Open everything that a run needs; `stack` closes it."""
+    options, compute = flags.apply(InferenceOptions()), flags.apply(ComputeOptions())
+    device, name = choose_device(flags.apply(RunOptions()).gpu_num), flags.apply(RunOptions()).experiment_name
+    path = locate_checkpoint(EXPERIMENTS, name or DEFAULT_EXPERIMENT, flags.apply(WeightOptions()).model_weight)
+    checkpoint = load_checkpoint(path, flags.apply(ModelOverrides()))
+    detector = FaceDetector(load_model(checkpoint).to(device), flags.apply(checkpoint.inference), compute)
+    folder = user_path(options.inference_save_folder)
+    # Where the folder of the results is the one that is searched, the images that runs write there are left out.
+    exclude = {folder, *(folder / name for name in OUTPUT_FOLDERS)}
+    source = open_source(options.inference_dir, DATA, exclude, options.max_frames)
+    segmenter_model = user_path(options.segmenter_model) if options.segmenter_model else None
+    inference_run = InferenceRun(
+        name=name or checkpoint.experiment_name(EXPERIMENTS),
+        checkpoint=checkpoint,
+        detector=detector,
+        compute=compute,
+        source=source,
+        folder=folder,
+        options=options,
+        segmenter=stack.enter_context(HeadSegmenter(segmenter_model)) if options.mask else None,
+        segmenter_model=segmenter_model,
+    )
+    inference_run.check(context)
+    return inference_run
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Measure a detector on WIDER FACE or labelled images of your own: python test.py --experiment_name=NAME.
+"""Evaluate a detector on WIDER FACE or on your own labelled images: python test.py --experiment_name=NAME.
 
-`--pred_dir` measures predictions that any detector left, instead of running one. See README.md, or --help.
+`--pred_dir` evaluates predictions of any detector, instead of running one. See README.md, or --help.
 """
 
 from __future__ import annotations
@@ -8,64 +8,92 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from config import (
-    EVALUATION_MEMORY,
+    DATA,
+    DEFAULT_EXPERIMENT,
+    EVALUATION_COMPUTE,
     EXPERIMENTS,
-    ROOT,
-    ConfigError,
     EvaluationOptions,
     ExperimentConfig,
-    Flags,
-    ModelConfig,
+    ModelOverrides,
     ProtocolConfig,
     RunOptions,
-    SpeedOptions,
-    UserError,
     WeightOptions,
-    parse_flags,
 )
 from utils.datasets.folders import find_dataset
+from utils.errors import ConfigError, UserError
 from utils.evaluation.ground_truth import EvaluationSet, open_evaluation_set
+from utils.evaluation.prediction_set import PredictionSet
 from utils.evaluation.predictions import prediction_file, read_predictions
-from utils.evaluation.report import Detected, Measurement, append_to_table, describe, write_report
-from utils.evaluation.run import EvaluationRun
+from utils.evaluation.report import DetectionStats, Measurement, append_to_table, describe, write_report
+from utils.options import Flags, parse_flags
 from utils.runtime.cli import choose_device, run
-from utils.runtime.experiment import Experiment, make_folder, user_path
-from utils.runtime.files import disk_errors
+from utils.runtime.experiment import Experiment
+from utils.runtime.files import disk_errors, make_folder, user_path
 
-OPTIONS = (
+GROUPS = (
     RunOptions(),
     EvaluationOptions(),
-    SpeedOptions(),
-    EVALUATION_MEMORY,
+    EVALUATION_COMPUTE,
     ProtocolConfig(),
     ExperimentConfig().evaluation,
     WeightOptions(),
-    ModelConfig,
+    ModelOverrides(),
 )
-# The flags that mean something where no detector runs.
-_WITH_GIVEN_PREDICTIONS = {"pred_dir", "gt_dir", "dataset", "save_errors", "bootstrap", "experiment_name", "gpu_num"}
+# The flags that have a meaning where no detector runs.
+_WITH_PREDICTIONS = {"pred_dir", "gt_dir", "dataset", "save_errors", "bootstrap", "experiment_name", "gpu_num"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    flags = parse_flags(__doc__ or "", OPTIONS, argv)
+    flags = parse_flags(__doc__ or "", GROUPS, argv)
     options = flags.apply(EvaluationOptions())
-    faces = open_faces(flags, options)
+    faces = open_faces(options, "dataset" in flags.given)
     if options.pred_dir:
-        report(given_predictions(flags, options), Detected(), faces, options)
+        report(open_predictions(flags, options.pred_dir), DetectionStats(), faces, options)
         return
-    # PyTorch takes a second to import, which --pred_dir need not wait for.
-    from engine.evaluation import predict
-    from utils.runtime.distributed import join_processes
+    # PyTorch takes a second to import, which --pred_dir does without.
+    from engine.evaluation import EvaluationRun, predict
+    from models.checkpoint import load_checkpoint, locate_checkpoint
+    from models.detector import FaceDetector
+    from models.initialise import load_model
+    from utils.runtime.distributed import distributed_context
 
-    device = choose_device(flags.apply(RunOptions()).gpu_num)
-    with join_processes(device) as processes:
-        predicted, detected = predict(flags, options, faces, device, processes)
-        if processes.is_main:
+    device, name = choose_device(flags.apply(RunOptions()).gpu_num), flags.apply(RunOptions()).experiment_name
+    with distributed_context(device) as context:
+        weight = flags.apply(WeightOptions()).model_weight
+        path = locate_checkpoint(EXPERIMENTS, name or DEFAULT_EXPERIMENT, weight)
+        checkpoint = load_checkpoint(path, flags.apply(ModelOverrides()))
+        model = load_model(checkpoint).to(device)
+        detector = FaceDetector(model, flags.apply(checkpoint.evaluation), flags.apply(EVALUATION_COMPUTE))
+        name = name or checkpoint.experiment_name(EXPERIMENTS)
+        results = Experiment(EXPERIMENTS / name).results_folder
+        evaluation = EvaluationRun(name, checkpoint, detector, flags.apply(ProtocolConfig()), results, options.resume)
+        predicted, detected = predict(evaluation, faces, context)
+        if context.is_main:
             report(predicted, detected, faces, options)
 
 
-def report(predicted: EvaluationRun, detected: Detected, faces: EvaluationSet, options: EvaluationOptions) -> None:
-    """Measure predictions, write what there is to say of them, and print it."""
+def open_faces(options: EvaluationOptions, dataset_is_given: bool) -> EvaluationSet:
+    """The ground truth. Images are needed by a detector, and to show errors."""
+    needs_images = options.pred_dir is None or options.save_errors > 0
+    is_optional = options.gt_dir is not None and not dataset_is_given and not needs_images
+    is_absent = is_optional and not (DATA / options.dataset).is_dir()
+    dataset = None if is_absent else find_dataset(options.dataset, DATA)
+    gt_dir = user_path(options.gt_dir) if options.gt_dir else None
+    return open_evaluation_set(dataset, gt_dir, need_images=needs_images)
+
+
+def open_predictions(flags: Flags, pred_dir: str) -> PredictionSet:
+    """The predictions of any detector in `--pred_dir`."""
+    idle = sorted(set(flags.given) - _WITH_PREDICTIONS)
+    if idle:
+        raise ConfigError(f"--{idle[0]} has no effect with --pred_dir, because no detector runs; drop one of them")
+    return PredictionSet.open(user_path(pred_dir), flags.apply(RunOptions()).experiment_name)
+
+
+def report(
+    predicted: PredictionSet, detected: DetectionStats, faces: EvaluationSet, options: EvaluationOptions
+) -> None:
+    """Evaluate predictions, write the report, and print it."""
     predictions = read_predictions(predicted.folder, faces.names)
     if not predictions:
         example = prediction_file(predicted.folder, faces.names[0])
@@ -77,29 +105,11 @@ def report(predicted: EvaluationRun, detected: Detected, faces: EvaluationSet, o
         write_report(results, measured)
         append_to_table(EXPERIMENTS / "results.csv", measured)
         if options.save_errors:
-            from utils.evaluation.error_gallery import write_error_page  # OpenCV is not needed for the rest
+            from utils.evaluation.error_gallery import write_error_gallery  # the rest does without OpenCV
 
-            write_error_page(results / "errors.png", measured, predictions, options.save_errors)
+            write_error_gallery(results / "errors.png", measured, predictions, options.save_errors)
     print(f"results are in {results}")
     print("\n".join(describe(measured)))
-
-
-def open_faces(flags: Flags, options: EvaluationOptions) -> EvaluationSet:
-    """The ground truth that the flags name. Images are needed by a detector, and to show errors."""
-    need_images = options.pred_dir is None or options.save_errors > 0
-    is_dispensable = options.gt_dir is not None and "dataset" not in flags.given and not need_images
-    folder = ROOT / "data" / options.dataset
-    dataset = None if is_dispensable and not folder.is_dir() else find_dataset(options.dataset, ROOT / "data")
-    gt_dir = user_path(options.gt_dir) if options.gt_dir else None
-    return open_evaluation_set(dataset, gt_dir, need_images=need_images)
-
-
-def given_predictions(flags: Flags, options: EvaluationOptions) -> EvaluationRun:
-    """Predictions of any detector, which `--pred_dir` names."""
-    idle = sorted(set(flags.given) - _WITH_GIVEN_PREDICTIONS)
-    if idle:
-        raise ConfigError(f"--{idle[0]} does nothing with --pred_dir, for no detector runs; drop one of them")
-    return EvaluationRun.given(user_path(options.pred_dir or ""), flags.apply(RunOptions()).experiment_name)
 
 
 if __name__ == "__main__":

@@ -4,154 +4,176 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
 
 from config import (
+    DATA,
     EXPERIMENTS,
-    ROOT,
-    ConfigError,
     DataConfig,
     ExperimentConfig,
-    Flags,
     LossConfig,
-    ModelConfig,
+    ModelOverrides,
     RunOptions,
     StartOptions,
     TrainConfig,
-    model_config_from_flags,
-    parse_flags,
 )
 from engine.training import Trainer
+from engine.training_state import TrainingData
+from models.architecture import apply_overrides
 from models.checkpoint import Checkpoint, load_checkpoint
-from models.initialise import expect_few_faces, initialise_backbone, initialise_from_detector
+from models.image_pyramid import build_model, pyramid_levels
+from models.initialise import initialise_backbone, initialise_for_focal_loss, initialise_from_detector
 from models.retinaface import RetinaFace
 from models.teacher import Teacher
 from utils.datasets.contact_sheet import write_contact_sheet
 from utils.datasets.folders import find_datasets, read_split
 from utils.datasets.sampler import image_weights
+from utils.errors import ConfigError
 from utils.evaluation.ground_truth import open_validation_set
+from utils.options import Flags, parse_flags
 from utils.runtime.cli import choose_device, run
-from utils.runtime.distributed import Processes, join_processes
-from utils.runtime.experiment import Experiment, make_folder, user_path
-from utils.runtime.files import disk_errors
+from utils.runtime.distributed import DistributedContext, distributed_context
+from utils.runtime.experiment import Experiment, load_config, save_config
+from utils.runtime.files import disk_errors, make_folder, user_path
 from utils.runtime.logger import RunLog
 
-OPTIONS = (RunOptions(), StartOptions(), ModelConfig(), DataConfig(), LossConfig(), TrainConfig())
+GROUPS = (RunOptions(), StartOptions(), ModelOverrides(), DataConfig(), LossConfig(), TrainConfig())
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """Everything that a command line asks for.
+
+    Attributes:
+        experiment: folder of the experiment.
+        config: of the experiment.
+        start: where training starts.
+        checkpoint: detector that it starts from, or None.
+    """
+
+    experiment: Experiment
+    config: ExperimentConfig
+    start: StartOptions
+    checkpoint: Checkpoint | None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    flags = parse_flags(__doc__ or "", OPTIONS, argv)
+    flags = parse_flags(__doc__ or "", GROUPS, argv)
     device = choose_device(flags.apply(RunOptions()).gpu_num)
-    with join_processes(device) as processes:
-        train(flags, device, processes)
+    with distributed_context(device) as context:
+        train(resolve(flags), device, context)
 
 
-def train(flags: Flags, device: torch.device, processes: Processes) -> None:
-    start = flags.apply(StartOptions())
-    experiment, config, checkpoint = open_experiment(flags, start, flags.apply(RunOptions()))
-    folders = find_datasets(config.data.dataset, ROOT / "data")
-    parts = read_split(folders, "train")
-    images = list(chain.from_iterable(parts))
-    weights = image_weights(config.data.dataset_weights, [len(part) for part in parts])
-    validation = open_validation_set(folders)
+def resolve(flags: Flags) -> TrainingRun:
+    """The experiment's folder, its configuration, and the checkpoint that it starts from.
 
+    The configuration is the one saved in the folder, if training continues there, changed by the flags. A new
+    experiment has the architecture of the checkpoint that it starts from, changed by the flags.
+    """
+    start, name = flags.apply(StartOptions()), flags.apply(RunOptions()).experiment_name
+    if start.pretrained_detector and start.pretrained_backbone != "none":
+        raise ConfigError("--pretrained_detector brings its backbone: drop --pretrained_backbone")
+    named = Experiment(EXPERIMENTS / name) if name else None
+    saved, base, checkpoint = ExperimentConfig(), None, None
+    if start.resume and named and named.config_file.is_file():
+        saved = load_config(named.config_file)
+        base = saved.model
+    elif start.pretrained_detector:
+        checkpoint = load_checkpoint(user_path(start.pretrained_detector))
+        base = checkpoint.model_config
+    model_config = apply_overrides(flags.apply(ModelOverrides()), base)
+    config = dataclasses.replace(
+        saved,
+        model=model_config,
+        loss=flags.apply(saved.loss),
+        data=flags.apply(saved.data),
+        train=flags.apply(saved.train),
+    )
+    return TrainingRun(named or Experiment(EXPERIMENTS / model_config.name), config, start, checkpoint)
+
+
+def train(training: TrainingRun, device: torch.device, context: DistributedContext) -> None:
+    config, experiment, start = training.config, training.experiment, training.start
+    data = open_data(config.data)
     torch.manual_seed(config.train.seed)
-    network = RetinaFace(config.model)
+    model = build_model(config.model)
     last = experiment.checkpoint(config.model.backbone, "last")
     resumed = load_checkpoint(last) if start.resume and last.is_file() and not start.show_batch else None
-    new = resumed.training["new_parameters"] if resumed else initialise(network, start, checkpoint, config.loss)
-    log = RunLog(make_folder(experiment.log_folder) if processes.is_main else None)
-    network.to(device)
+    new_parameters = resumed.training["new_parameters"] if resumed else initialise(model, training)
+    log = RunLog(make_folder(experiment.log_folder) if context.is_main else None)
     trainer = Trainer(
-        network,
+        model.to(device),
         config,
         experiment,
-        images,
-        validation,
+        data,
         log,
-        weights=weights,
-        processes=processes,
-        new_parameters=new,
+        context=context,
+        new_parameters=new_parameters,
         teacher=open_teacher(config, device),
     )
     with disk_errors(experiment.folder):
         if start.show_batch:
             sheet = experiment.log_folder / "batch.png"
             write_contact_sheet(sheet, trainer.loader, start.show_batch)
-            log.line(f"what the network will see: {sheet}")
+            log.line(f"augmented crops: {sheet}")
             return
         if resumed:
             trainer.resume(resumed)
             log.line(f"continuing after {trainer.progress.describe()}")
-        elif checkpoint:
-            log.line(f"started from {checkpoint.path.name} ({checkpoint.kind}); {len(new)} tensors start at random")
-        if processes.is_main:
-            config.save(experiment.config_file)
-        log.line(f"{len(images)} training images on {device}, {processes.count} process(es)", f", {experiment.folder}")
-        if validation:
-            kind = "mean of easy, medium and hard AP" if validation.official else "AP over all labelled faces"
-            log.line(f"validation: {kind} on the {len(validation.truths)} images of {validation.source}")
-        else:
-            log.line("no val/ with label.txt or gt/: ckpt-best will be the newest epoch, not the best one")
+        elif training.checkpoint:
+            origin = f"{training.checkpoint.path.name} ({training.checkpoint.kind})"
+            log.line(f"started from {origin}; {len(new_parameters)} tensors are randomly initialised")
+        if context.is_main:
+            save_config(config, experiment.config_file)
+        log.line(
+            f"{len(data.images)} training images on {device}, {context.world_size} process(es)",
+            f", {experiment.folder}",
+        )
+        log.line(describe_validation(data))
         trainer.fit()
     best = experiment.checkpoint(config.model.backbone, "best")
-    log.line("done" + (f", best validation AP {trainer.progress.best_ap:.4f}" if validation else ""), f": {best}")
+    log.line("done" + (f", best validation AP {trainer.progress.best_ap:.4f}" if data.validation else ""), f": {best}")
     log.close()
 
 
-def open_experiment(
-    flags: Flags, start: StartOptions, runtime: RunOptions
-) -> tuple[Experiment, ExperimentConfig, Checkpoint | None]:
-    """The experiment's folder, its configuration, and the checkpoint that it starts from.
+def open_data(config: DataConfig) -> TrainingData:
+    folders = find_datasets(config.dataset, DATA)
+    parts = read_split(folders, "train")
+    weights = image_weights(config.dataset_weights, [len(part) for part in parts])
+    return TrainingData(list(chain.from_iterable(parts)), weights, open_validation_set(folders))
 
-    The configuration is the one saved in the folder, if training goes on there, changed by the flags. A new
-    experiment has the architecture of the checkpoint that it starts from, changed by the flags.
-    """
-    if start.pretrained_detector and start.pretrained_backbone != "none":
-        raise ConfigError("--pretrained_detector brings its backbone: drop --pretrained_backbone")
-    named = Experiment(EXPERIMENTS / runtime.experiment_name) if runtime.experiment_name else None
-    saved, architecture, checkpoint = ExperimentConfig(), None, None
-    if start.resume and named and named.config_file.is_file():
-        saved = ExperimentConfig.load(named.config_file)
-        architecture = saved.model
-    elif start.pretrained_detector:
-        checkpoint = load_checkpoint(user_path(start.pretrained_detector))
-        architecture = checkpoint.model
-    model = model_config_from_flags(flags, architecture)
-    config = ExperimentConfig(
-        model=model,
-        loss=flags.apply(saved.loss),
-        data=flags.apply(saved.data),
-        train=flags.apply(saved.train),
-        inference=saved.inference,
-        evaluation=saved.evaluation,
-    )
-    return named or Experiment(EXPERIMENTS / model.name), config, checkpoint
+
+def describe_validation(data: TrainingData) -> str:
+    if data.validation is None:
+        return "no val/ with label.txt or gt/: ckpt-best will be the newest epoch, not the best one"
+    kind = "mean of easy, medium and hard AP" if data.validation.official else "AP over all labelled faces"
+    return f"validation: {kind} on the {len(data.validation.truths)} images of {data.validation.source}"
+
+
+def initialise(model: RetinaFace, training: TrainingRun) -> list[str]:
+    """Load the initial weights; returns the names of parameters that a pretrained detector lacks."""
+    if training.checkpoint:
+        return initialise_from_detector(model, training.checkpoint)
+    initialise_backbone(model, training.start.pretrained_backbone)
+    if training.config.loss.classification == "focal":
+        initialise_for_focal_loss(model)
+    return []
 
 
 def open_teacher(config: ExperimentConfig, device: torch.device) -> Teacher | None:
-    """The detector that `--teacher` names, if it does, with the levels of the model."""
+    """The detector that `--teacher` names, at the scales of the image that give it the model's priors."""
     if config.train.teacher is None:
         return None
     checkpoint = load_checkpoint(user_path(config.train.teacher))
-    names = ("fine_levels", "strides", "anchor_sizes", "context_share", "coarse_share")
-    levels = {name: getattr(config.model, name) for name in names}
-    network = RetinaFace(dataclasses.replace(checkpoint.model, **levels))
-    if initialise_from_detector(network, checkpoint):
+    model_config = dataclasses.replace(checkpoint.model_config, image_pyramid=config.model.image_pyramid)
+    if pyramid_levels(model_config) != pyramid_levels(config.model):
         raise ConfigError(f"--teacher {checkpoint.path}: its anchors are not those of the model; choose another")
-    return Teacher(network.to(device))
-
-
-def initialise(network: RetinaFace, start: StartOptions, checkpoint: Checkpoint | None, loss: LossConfig) -> list[str]:
-    """Give the network the weights that training starts from; returns what a detector's checkpoint lacked of them."""
-    if checkpoint:
-        return initialise_from_detector(network, checkpoint)
-    initialise_backbone(network, start.pretrained_backbone)
-    if loss.classification == "focal":
-        expect_few_faces(network)
-    return []
+    model = build_model(model_config)
+    initialise_from_detector(model, checkpoint)
+    return Teacher(model.to(device))
 
 
 if __name__ == "__main__":

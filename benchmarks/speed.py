@@ -24,21 +24,30 @@ import numpy as np
 import torch
 
 from benchmarks.scaling import measure
-from config import DEFAULT_EXPERIMENT, EXPERIMENTS, ROOT, DetectionConfig, Flags, ModelConfig, SpeedOptions, UserError
+from config import (
+    DEFAULT_EXPERIMENT,
+    EXPERIMENTS,
+    ROOT,
+    ComputeOptions,
+    Flags,
+    ModelConfig,
+    PostprocessConfig,
+    UserError,
+)
 from engine.evaluation import predict_files
 from layers.postprocess import postprocess
 from models.backend import missing_onnx_packages
 from models.checkpoint import load_checkpoint
-from models.detector import FaceDetector, build_network
+from models.detector import FaceDetector, load_model
 from models.retinaface import RetinaFace
+from utils.drawing import draw_detections
 from utils.evaluation.predictions import write_predictions
-from utils.results.drawing import draw_detections
 from utils.results.masks import HeadSegmenter
 from utils.runtime.cli import run
 from utils.runtime.images import IMAGE_SUFFIXES, read_image, write_image
 
 # As in both projects' evaluations.
-_DETECTION = DetectionConfig(confidence_threshold=0.02, nms_threshold=0.4)
+_DETECTION = PostprocessConfig(confidence_threshold=0.02, nms_threshold=0.4)
 _CANDIDATES, _FACES = 5000, 750
 _SIDE = 640  # of the image that ResNet-50 sees
 
@@ -171,7 +180,7 @@ def _all(function: Callable[[torch.Tensor], object], tensors: Sequence[torch.Ten
 def our_detectors(network: RetinaFace) -> dict[str, FaceDetector]:
     """The network as it is, fused, and where it is installed in ONNX Runtime, which is the fastest."""
     backends = ["torch"] if missing_onnx_packages() else ["torch", "onnx"]
-    speeds = {"eager": None} | {name: SpeedOptions(backend=name) for name in backends}
+    speeds = {"eager": None} | {name: ComputeOptions(backend=name) for name in backends}
     return {
         name: FaceDetector(copy.deepcopy(network), _DETECTION, speed, max_pixels=0) for name, speed in speeds.items()
     }
@@ -230,7 +239,7 @@ def measure_masks(detector: FaceDetector, files: Sequence[tuple[str, Path]], rep
     """What `--mask` costs for each face that `inference.py` would find."""
     images = [read_image(path) for _, path in files]
     found = [detector.detect(image) for image in images]
-    surest = [faces.boxes[faces.scores > DetectionConfig.confidence_threshold].numpy() for faces in found]
+    surest = [faces.boxes[faces.scores > PostprocessConfig.confidence_threshold].numpy() for faces in found]
     with HeadSegmenter() as segmenter:
         for _ in range(repeats):
             for image, boxes in zip(images, surest, strict=True):
@@ -252,7 +261,7 @@ def measure_memory(files: Sequence[tuple[str, Path]], weights: Path, threads: in
 def measure_resnet(repeats: int) -> None:
     """A cascade on ResNet-50 with random weights."""
     torch.manual_seed(0)
-    network = RetinaFace(ModelConfig.for_backbone("resnet50")).eval()
+    network = RetinaFace(usual_config("resnet50")).eval()
     image = torch.randint(0, 256, (1, _SIDE, _SIDE, 3), dtype=torch.uint8)
     runs: dict[str, Callable[[], object]] = {
         "eager, default layout": partial(copy.deepcopy(network), image.permute(0, 3, 1, 2).contiguous())
@@ -281,7 +290,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     cv2.setNumThreads(arguments.threads)
     files = find_images(arguments.images, arguments.limit)
-    network = build_network(load_checkpoint(arguments.model_weight, Flags({}))).eval()
+    network = load_model(load_checkpoint(arguments.model_weight, Flags({}))).eval()
     print(f"{len(files)} images, {arguments.model_weight.name}, {arguments.threads} threads, {arguments.repeats} turns")
     best = measure_pipeline(network, files, arguments.yunet, arguments.repeats)
     measure_masks(best, files, arguments.repeats)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_convert, box_iou
 
-from config import DataConfig, ExperimentConfig, ModelConfig, TrainConfig
+from config import DataConfig, ExperimentConfig, TrainConfig
 from engine.training import Trainer
 from layers.prior_box import prior_boxes
 from models.retinaface import RetinaFace
@@ -34,7 +34,7 @@ from utils.runtime.cli import run
 from utils.runtime.experiment import Experiment
 from utils.runtime.logger import RunLog
 
-MODEL = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, cascade=False, model_version="retina")
+MODEL = usual_config("mobilenet0.25", num_anchor=2, cascade=False, model_version="retina")
 _MEAN = np.array(MODEL.pixel_mean, np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Image files to prediction files, as the WIDER FACE evaluation takes them."""
+"""From image files to prediction files in the format of the WIDER FACE evaluation."""
 
 from __future__ import annotations
 
@@ -6,45 +6,112 @@ import dataclasses
 import time
 from collections.abc import Generator, Iterable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
-from config import EXPERIMENTS, EvaluationOptions, Flags, ProtocolConfig, to_dict
+from config import ProtocolConfig
 from engine.stream import BatchDetector, detect_files
-from models.detector import open_detector
-from models.tta import ProtocolDetector
+from models.checkpoint import Checkpoint
+from models.detector import FaceDetector
+from models.tta import TestTimeAugmentation
 from utils.evaluation.ground_truth import EvaluationSet
+from utils.evaluation.prediction_set import PredictionSet, describe_protocol
 from utils.evaluation.predictions import write_predictions
-from utils.evaluation.report import Detected
-from utils.evaluation.run import EvaluationRun, describe_protocol
+from utils.evaluation.report import DetectionStats
+from utils.options import to_dict
 from utils.runtime.cli import show_progress
-from utils.runtime.distributed import Processes, done_by_main, merge_over_processes
-from utils.runtime.experiment import Experiment
+from utils.runtime.distributed import DistributedContext, gather_dicts, run_on_main
 from utils.runtime.files import disk_errors
-from utils.runtime.manifest import digest_of_file
-from utils.runtime.sources import Picture
-from utils.runtime.threads import Background
+from utils.runtime.manifest import file_digest
+from utils.runtime.sources import InputImage
+from utils.runtime.threads import BackgroundWorker
 from utils.structures import Detections
+
+
+@dataclass(frozen=True)
+class EvaluationRun:
+    """Everything that a run of `test.py` needs to make predictions.
+
+    Attributes:
+        name: of the experiment, which the results bear.
+        checkpoint: of the detector.
+        detector: on its device.
+        protocol: how images are shown to it.
+        results: folder of the results.
+        resume: keep the predictions of an interrupted run.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    detector: FaceDetector
+    protocol: ProtocolConfig
+    results: Path
+    resume: bool
+
+    def settings(self, faces: EvaluationSet) -> dict[str, Any]:
+        """Everything that the predictions depend on, as JSON values."""
+        return {
+            "checkpoint": self.checkpoint.path.name,
+            "checkpoint_sha256": file_digest(self.checkpoint.path),
+            "model": to_dict(self.detector.model.model_config),
+            "protocol": dataclasses.asdict(self.protocol),
+            "detection": dataclasses.asdict(self.detector.config),
+            "max_pixels": self.detector.max_pixels,
+            "ground_truth": faces.source_name,
+        }
+
+
+def predict(
+    run: EvaluationRun, faces: EvaluationSet, context: DistributedContext
+) -> tuple[PredictionSet, DetectionStats]:
+    """Detect in this process's share of the images, and write the predictions as they come."""
+    protocol = describe_protocol(run.protocol, run.detector.config)
+    predicted = PredictionSet.for_detector(
+        run.results, run.name, run.checkpoint.path.name, protocol, run.settings(faces)
+    )
+    if context.is_main and not run.resume and (former := predicted.files):
+        print(f"{predicted.folder}: replacing {len(former)} predictions of an earlier run (--resume keeps them)")
+    done = set(run_on_main(lambda: predicted.begin(faces.names, resume=run.resume)))
+    missing = [file for file in zip(faces.names, faces.images or [], strict=True) if file[0] not in done]
+    files = missing[context.rank :: context.world_size]
+    if context.is_main:
+        where = f"{run.detector.model.device}, {run.detector.backend.name}"
+        print(f"{run.name} ({run.checkpoint.kind}) on {where}: {len(missing)} images, {protocol}", flush=True)
+
+    start, problems = time.perf_counter(), {}
+    detector = TestTimeAugmentation(run.detector, run.protocol)
+    detected = predict_files(detector, files, predicted.folder, run.protocol.integer_boxes)
+    try:
+        with disk_errors(predicted.folder), closing(detected):
+            for image in show_progress(detected, len(files)) if context.is_main else detected:
+                problems[image.name] = image.problem
+    except KeyboardInterrupt:
+        print(f"\n{len(done) + len(problems)} of {len(faces.names)} images are done; --resume continues from here")
+        raise
+    problems = gather_dicts(problems)
+    skipped = tuple((name, problem) for name, problem in problems.items() if problem)
+    return predicted, DetectionStats(len(problems) - len(skipped), time.perf_counter() - start, skipped)
 
 
 def predict_files(
     detector: BatchDetector, files: Iterable[tuple[str, Path]], folder: Path, integer_boxes: bool
-) -> Generator[Picture, None, None]:
-    """Detect in image files and write the predictions of each below `folder`.
+) -> Generator[InputImage, None, None]:
+    """Detect in image files, and write the predictions of each below `folder`; see `write_predictions`.
 
-    A thread writes them while the next are detected; all are there when the iterator ends, is closed or fails.
-    Pictures that come out with a `problem` have no predictions. See `write_predictions`.
+    A thread writes them while the next ones are made; all are written when the generator ends, is closed or fails.
+    Images that are yielded with a `problem` have no predictions.
 
     Raises:
         OSError: predictions cannot be written.
     """
-    with Background() as background:
-        for picture, detections in detect_files(detector, files):
-            if picture.problem is None:
-                background.submit(_write_predictions, folder, picture.name, detections, integer_boxes)
-            yield picture
+    with BackgroundWorker() as worker:
+        for image, detections in detect_files(detector, files):
+            if image.problem is None:
+                worker.submit(_write_predictions, folder, image.name, detections, integer_boxes)
+            yield image
 
 
 def _write_predictions(folder: Path, name: str, detections: Detections, integer_boxes: bool) -> None:
@@ -52,52 +119,6 @@ def _write_predictions(folder: Path, name: str, detections: Detections, integer_
 
 
 def prediction_rows(detections: Detections) -> np.ndarray:
-    """(N, 5) float64 x, y, width, height, score in pixels, as the WIDER FACE evaluation takes them."""
+    """(N, 5) float64 x, y, width, height, score in pixels, as the WIDER FACE evaluation expects them."""
     x1, y1, x2, y2 = detections.boxes.double().numpy().T
     return np.stack([x1, y1, x2 - x1, y2 - y1, detections.scores.double().numpy()], axis=1)
-
-
-def predict(
-    flags: Flags,
-    options: EvaluationOptions,
-    faces: EvaluationSet,
-    device: torch.device,
-    processes: Processes,
-) -> tuple[EvaluationRun, Detected]:
-    """Run the detector over this process's share of the images and write its predictions as they come."""
-    detector, checkpoint, name = open_detector(flags, device, "evaluation", EXPERIMENTS)
-    protocol = flags.apply(ProtocolConfig())
-    settings = {
-        "checkpoint": checkpoint.path.name,
-        "checkpoint_sha256": digest_of_file(checkpoint.path),
-        "model": to_dict(detector.network.config),
-        "protocol": dataclasses.asdict(protocol),
-        "detection": dataclasses.asdict(detector.detection),
-        "max_pixels": detector.max_pixels,
-        "ground_truth": faces.source_name,
-    }
-    stamp = describe_protocol(protocol, detector.detection)
-    predicted = EvaluationRun.of_detector(
-        Experiment(EXPERIMENTS / name).results_folder, name, checkpoint.path.name, stamp, settings
-    )
-    if processes.is_main and not options.resume and (former := predicted.files):
-        print(f"{predicted.folder}: replacing {len(former)} predictions of an earlier run (--resume keeps them)")
-    kept = set(done_by_main(lambda: predicted.begin(faces.names, resume=options.resume)))
-    missing = [file for file in zip(faces.names, faces.images or [], strict=True) if file[0] not in kept]
-    files = missing[processes.rank :: processes.count]
-    if processes.is_main:
-        where = f"{device}, {detector.backend.name}"
-        print(f"{name} ({checkpoint.kind}) on {where}: {len(missing)} images, {stamp}", flush=True)
-
-    start, problems = time.perf_counter(), {}
-    found = predict_files(ProtocolDetector(detector, protocol), files, predicted.folder, protocol.integer_boxes)
-    try:
-        with disk_errors(predicted.folder), closing(found):
-            for picture in show_progress(found, len(files)) if processes.is_main else found:
-                problems[picture.name] = picture.problem
-    except KeyboardInterrupt:
-        print(f"\n{len(kept) + len(problems)} of {len(faces.names)} images are done; --resume goes on from here")
-        raise
-    problems = merge_over_processes(problems)
-    skipped = tuple((name, problem) for name, problem in problems.items() if problem)
-    return predicted, Detected(len(problems) - len(skipped), time.perf_counter() - start, skipped)

@@ -1,10 +1,10 @@
-"""What `inference.py` does: pictures to faces, masks and files."""
+"""From images to detections, masks and result files."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,153 +12,182 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import (
-    EXPERIMENTS,
-    ROOT,
-    ConfigError,
-    Flags,
-    InferenceOptions,
-    RunOptions,
-    SpeedOptions,
-    to_dict,
-)
-from engine.stream import BATCH_SIZE, detect_pictures
+from config import ComputeOptions, InferenceOptions
+from engine.stream import BATCH_SIZE, detect_images
 from models.checkpoint import Checkpoint
-from models.detector import FaceDetector, open_detector
-from utils.results.masks import Head, HeadSegmenter
-from utils.results.writer import ResultWriter
-from utils.runtime.cli import choose_device, show_progress
-from utils.runtime.distributed import Processes, own_share
-from utils.runtime.experiment import user_path
-from utils.runtime.manifest import digest_of_file
-from utils.runtime.sources import ImageFiles, Picture, Source, open_source
-from utils.runtime.threads import Background
+from models.detector import FaceDetector
+from utils.errors import ConfigError, UserError
+from utils.options import to_dict
+from utils.results.masks import HeadMask, HeadSegmenter
+from utils.results.writer import OutputOptions, ResultWriter
+from utils.runtime.cli import show_progress
+from utils.runtime.distributed import DistributedContext, shard_positions
+from utils.runtime.manifest import file_digest
+from utils.runtime.sources import ImageFiles, InputImage, Source
+from utils.runtime.threads import BackgroundWorker
 from utils.structures import Detections
 
-# Fields of `InferenceOptions` that say where or when something is done, not what.
-_NOT_OF_RESULTS = ("inference_dir", "inference_save_folder", "segmenter_model", "max_frames", "resume")
+# Fields of `InferenceOptions` on which the results do not depend.
+_IRRELEVANT_OPTIONS = ("inference_dir", "inference_save_folder", "segmenter_model", "max_frames", "resume")
 
-FoundHeads = tuple[Picture, Detections, list[Head] | None]
+DetectedHeads = tuple[InputImage, Detections, list[HeadMask] | None]
 
 
 @dataclass(frozen=True)
-class InferenceJob:
-    """What a command line asks for, opened.
+class InferenceRun:
+    """Everything that a run of `inference.py` needs.
 
     Attributes:
+        name: of the experiment, which the results bear.
+        checkpoint: of the detector.
+        detector: on its device.
+        compute: how the detector is computed.
+        source: the images.
         folder: of the results.
-        name: that they bear.
-        about: all that they depend on.
+        options: what is written.
+        segmenter: of heads, with `--mask`.
+        segmenter_model: file of the segmenter, if the user gave one.
     """
 
-    options: InferenceOptions
-    folder: Path
-    detector: FaceDetector
-    checkpoint: Checkpoint
     name: str
+    checkpoint: Checkpoint
+    detector: FaceDetector
+    compute: ComputeOptions
     source: Source
+    folder: Path
+    options: InferenceOptions
     segmenter: HeadSegmenter | None
-    about: dict[str, Any]
+    segmenter_model: Path | None
 
-    @classmethod
-    def open(cls, flags: Flags, processes: Processes, stack: ExitStack) -> InferenceJob:
-        """Open everything that a run needs; `stack` closes it.
+    def check(self, context: DistributedContext) -> None:
+        """Refuse to shard or resume frames, which can only be read one after another.
 
         Raises:
-            UserError: something is not there, or cannot be had together.
+            ConfigError: says what to do instead.
         """
-        options = flags.apply(InferenceOptions())
-        device = choose_device(flags.apply(RunOptions()).gpu_num)
-        detector, checkpoint, name = open_detector(flags, device, "inference", EXPERIMENTS)
-        folder = user_path(options.inference_save_folder)
-        source = open_source(options.inference_dir, ROOT / "data", exclude=folder, max_frames=options.max_frames)
-        if not isinstance(source, ImageFiles):
-            _refuse_to_divide(source, options, processes)
-        model = user_path(options.segmenter_model) if options.segmenter_model else None
-        segmenter = stack.enter_context(HeadSegmenter(model)) if options.mask else None
-        about = {
-            "experiment": name,
-            "checkpoint": checkpoint.path.name,
-            "source": source.description,
-            "detection": dataclasses.asdict(detector.detection),
-            "checkpoint_sha256": digest_of_file(checkpoint.path),
-            "model": to_dict(detector.network.config),
-            "paths_sha256": source.digest() if isinstance(source, ImageFiles) else None,
-            "computed": {
-                **dataclasses.asdict(flags.apply(SpeedOptions())),
-                "backend": detector.backend.name,
-                "device": device.type,
-                "max_pixels": detector.max_pixels,
-            },
-            "options": {key: value for key, value in dataclasses.asdict(options).items() if key not in _NOT_OF_RESULTS},
-            "segmenter_sha256": digest_of_file(model) if model else None,
-        }
-        return cls(options, folder, detector, checkpoint, name, source, segmenter, about)
+        if isinstance(self.source, ImageFiles):
+            return
+        if context.world_size > 1:
+            raise ConfigError(
+                f"{self.source.description}: {context.world_size} processes cannot share a video or camera; start one"
+            )
+        if self.options.resume:
+            raise ConfigError(f"{self.source.description}: a video or camera cannot be resumed; drop --resume")
 
     def describe(self) -> str:
-        """What is detected in, by what and where, in one line."""
-        number, device = self.source.total or "unknown", self.detector.network.pixel_mean.device
-        detector = f"{self.name} ({self.checkpoint.kind}) on {device}, {self.detector.backend.name}"
-        return f"{self.source.description}: {number} images; {detector}"
+        """The images, the detector and the device, in one line."""
+        detector = f"{self.name} ({self.checkpoint.kind}) on {self.detector.model.device}, {self.detector.backend.name}"
+        return f"{self.source.description}: {self.source.total or 'unknown'} images; {detector}"
 
-    def open_writer(self, processes: Processes) -> ResultWriter:
-        """Begin writing, or go on with what an interrupted run left; see `ResultWriter`."""
+    def settings(self) -> dict[str, Any]:
+        """Everything that the results depend on, as JSON values."""
+        options = dataclasses.asdict(self.options)
+        return {
+            "experiment": self.name,
+            "checkpoint": self.checkpoint.path.name,
+            "source": self.source.description,
+            "detection": dataclasses.asdict(self.detector.config),
+            "checkpoint_sha256": file_digest(self.checkpoint.path),
+            "model": to_dict(self.detector.model.model_config),
+            "paths_sha256": self.source.digest() if isinstance(self.source, ImageFiles) else None,
+            "computed": {
+                **dataclasses.asdict(self.compute),
+                "backend": self.detector.backend.name,
+                "device": self.detector.model.device.type,
+            },
+            "options": {name: value for name, value in options.items() if name not in _IRRELEVANT_OPTIONS},
+            "segmenter_sha256": file_digest(self.segmenter_model) if self.segmenter_model else None,
+        }
+
+    def open_writer(self, context: DistributedContext) -> ResultWriter:
+        """Begin writing results, or continue an interrupted run."""
+        options = self.options
+        # On a CPU, the last digits of PyTorch's results depend on the number of threads.
+        depends_on_threads = self.detector.model.device.type == "cpu" and self.detector.backend.name != "onnx"
         return ResultWriter(
             self.folder,
             self.name,
-            self.about,
+            self.settings(),
             names=self.source.names,
-            save_images=self.options.save_img,
-            save_masks=self.options.save_mask,
-            frames_per_second=self.source.frames_per_second,
-            threads=self._threads,
-            resume=self.options.resume,
-            processes=processes,
+            output=OutputOptions(options.save_img, options.save_mask, self.source.frames_per_second),
+            threads=torch.get_num_threads() if depends_on_threads else None,
+            resume=options.resume,
+            context=context,
         )
 
-    @property
-    def _threads(self) -> int | None:
-        """That compute, where it is known that the last digits depend on their number."""
-        is_cpu = self.detector.network.pixel_mean.device.type == "cpu"
-        return torch.get_num_threads() if is_cpu and self.detector.backend.name != "onnx" else None
 
-    def find(self, writer: ResultWriter, background: Background) -> Iterator[FoundHeads]:
-        """Go through this process's share of the pictures, have what is found written, and pass it on."""
-        batched = self.options.infer_imsize_same
-        pictures, again, total = _share(self.source, writer, BATCH_SIZE if batched else 1)
-        if writer.start.threads is not None:
-            torch.set_num_threads(writer.start.threads)
-        found = detect_pictures(self.detector, pictures, batched)
-        missing = ((picture, detections) for picture, detections in found if picture.position not in again)
-        for picture, detections in show_progress(missing, total) if writer.processes.is_main else missing:
-            heads = None
-            if picture.image is None:
-                background.submit(writer.skip, picture.name, picture.problem or "unreadable", picture.position)
-            else:
-                if self.segmenter is not None:
-                    heads = [self.segmenter.segment(picture.image, face) for face in detections.boxes.numpy()]
-                background.submit(writer.add, picture.name, picture.image, detections, heads, picture.position)
-            yield picture, detections, heads
+def run_inference(
+    run: InferenceRun, context: DistributedContext, keep: Callable[[Detections, Sequence[HeadMask]], None]
+) -> None:
+    """Detect in this process's share of the images, and write the results.
+
+    Args:
+        run: what to do.
+        context: rank and number of processes.
+        keep: called with the detections and head masks of every image that could be read.
+
+    Raises:
+        UserError: results cannot be written, or no image could be read.
+    """
+    say = print if context.is_main else _say_nothing
+    if run.checkpoint.note:
+        say(f"note: {run.checkpoint.note}")
+    say(run.describe())
+    start = time.perf_counter()
+    writer = run.open_writer(context)
+    if writer.start.note:
+        say(f"{run.folder}: {writer.start.note}", flush=True)
+    try:
+        with writer, BackgroundWorker() as worker:
+            for image, detections, heads in _detect(run, writer, worker):
+                if image.pixels is not None:
+                    keep(detections, heads or [])
+    except KeyboardInterrupt:
+        say(f"interrupted{'; --resume continues from here' if isinstance(run.source, ImageFiles) else ''}")
+        raise
+    finally:
+        if not writer.start.is_complete:
+            say(writer.summary.describe(time.perf_counter() - start))
+            if run.segmenter is not None:
+                say(run.segmenter.describe())
+    if run.source.ignored:
+        say(f"{run.source.ignored} files without an image's suffix were skipped")
+    say(f"results are in {run.folder.resolve()}")
+    if context.is_main and not writer.start.is_complete and not writer.summary.images:
+        raise UserError(f"{run.source.description}: no image could be read")
 
 
-def _refuse_to_divide(source: Source, options: InferenceOptions, processes: Processes) -> None:
-    """Frames come one after another, so others cannot begin in the middle, nor can a later run."""
-    if processes.count > 1:
-        raise ConfigError(
-            f"{source.description}: {processes.count} processes cannot share a video or camera; start one"
-        )
-    if options.resume:
-        raise ConfigError(f"{source.description}: a video or camera cannot be resumed; drop --resume")
+def _detect(run: InferenceRun, writer: ResultWriter, worker: BackgroundWorker) -> Iterator[DetectedHeads]:
+    """Detect in this process's share of the images, write the results in the background, and yield them."""
+    batched = run.options.infer_imsize_same
+    images, repeated, total = _own_images(run.source, writer, BATCH_SIZE if batched else 1)
+    if writer.start.threads is not None:
+        torch.set_num_threads(writer.start.threads)
+    detected = detect_images(run.detector, images, batched)
+    missing = ((image, detections) for image, detections in detected if image.position not in repeated)
+    for image, detections in show_progress(missing, total) if writer.context.is_main else missing:
+        heads = None
+        if image.pixels is None:
+            worker.submit(writer.skip, image.name, image.problem or "unreadable", image.position)
+        else:
+            if run.segmenter is not None:
+                heads = [run.segmenter.segment(image.pixels, face) for face in detections.boxes.numpy()]
+            worker.submit(writer.add, image.name, image.pixels, detections, heads, image.position)
+        yield image, detections, heads
 
 
-def _share(source: Source, writer: ResultWriter, block: int) -> tuple[Iterator[Picture], set[int], int | None]:
-    """This process's pictures, the positions among them that need not be written again, and how many others there are.
+def _own_images(source: Source, writer: ResultWriter, block: int) -> tuple[Iterator[InputImage], set[int], int | None]:
+    """This process's images, the positions among them that are done already, and the number of the others.
 
-    Pictures that are done come once more where they shared a pass with one that is not: the last digits of that one
-    could depend on it.
+    Images that are done are repeated where they share a batch with one that is not, because the last digits of that
+    one may depend on the batch.
     """
     if not isinstance(source, ImageFiles):
         return iter(source), set(), source.total
-    positions = own_share(len(source.names), writer.start.done, block, writer.processes)
-    again = set(np.intersect1d(positions, writer.start.done).tolist())
-    return source.read(positions), again, len(positions) - len(again)
+    positions = shard_positions(len(source.names), writer.start.done, block, writer.context)
+    repeated = set(np.intersect1d(positions, writer.start.done).tolist())
+    return source.read(positions), repeated, len(positions) - len(repeated)
+
+
+def _say_nothing(*words: object, **options: object) -> None:
+    """What processes other than the main one print."""

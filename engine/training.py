@@ -1,186 +1,314 @@
-"""The training loop, the validation loop, and what keeps a run safe."""
+"""The training loop."""
 
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NoReturn, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import EVALUATION_MEMORY, ExperimentConfig, UserError
-from engine.evaluation import prediction_rows
+from config import ExperimentConfig
 from engine.optimisation import build_average, build_optimizer, build_scheduler, freeze_batch_norm
-from engine.stream import detect_files
+from engine.training_state import Progress, TrainingData, TrainingError, check_options
+from engine.validation import validate
 from layers.multibox_loss import MultiBoxLoss
-from models.checkpoint import Checkpoint, CheckpointError, save_checkpoint
-from models.detector import FaceDetector
+from models.checkpoint import Checkpoint, save_checkpoint
+from models.foreign_checkpoint import CheckpointError
 from models.retinaface import RetinaFace
 from models.teacher import Teacher
-from utils.datasets.face_dataset import Batch, FaceDataset, collate
-from utils.datasets.labels import LabelledImage
+from utils.datasets.face_dataset import Batch
+from utils.datasets.loader import build_loader
 from utils.datasets.sampler import EpochSampler
-from utils.evaluation.ground_truth import EvaluationSet
-from utils.results.drawing import draw_detections
-from utils.runtime.distributed import (
-    ALONE,
-    Processes,
-    any_of_processes,
-    copy_from_main,
-    mean_over_processes,
-    merge_over_processes,
-)
+from utils.runtime.distributed import SINGLE_PROCESS, DistributedContext, any_process, reduce_mean
 from utils.runtime.experiment import Experiment
 from utils.runtime.logger import RunLog
 from utils.runtime.signals import StopRequest
 
 _LOG_EVERY_STEPS = 20
-_ASK_EVERY_STEPS = 10  # steps after which processes agree whether to stop, for to ask costs a message
-_PICTURES_IN_LOG = 4
-# A network that has learnt little finds faces everywhere, and to sort them out takes minutes; a trained one has fewer.
-_VALIDATION_TOP_K = 10_000
-
-
-class TrainingError(UserError):
-    """Training cannot go on."""
-
-
-@dataclass
-class Progress:
-    """How far a run has come.
-
-    Attributes:
-        epoch: epochs completed.
-        position: images of the next one that have been learnt from, over all processes.
-        sums: of each loss term over its batches so far.
-        best_ap: of all validations.
-        waited: validations since the best.
-        unreadable: images that could not be read, and why.
-    """
-
-    epoch: int = 0
-    position: int = 0
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    best_ap: float = -1.0
-    waited: int = 0
-    unreadable: dict[str, str] = field(default_factory=dict)
-
-    def describe(self) -> str:
-        within = f" and {self.position} images of the next" if self.position else ""
-        return f"epoch {self.epoch}{within}"
+_CHECK_STOP_EVERY_STEPS = 10  # in several processes, because agreeing costs a message
 
 
 class Trainer:
-    """Trains one experiment, and can be stopped and continued at any step.
+    """Trains one experiment, and can be stopped and resumed at any step.
 
-    `ckpt-best` is that of the best validation AP; without validation images it is that of the newest epoch.
-
-    Order and augmentation of an epoch depend on the seed and the epoch's number alone, so a continued run sees what
-    an undisturbed one would have seen. Several processes share each batch.
+    `ckpt-best` is the checkpoint of the highest validation AP, or the newest one without validation images. Order and
+    augmentation of an epoch depend only on the seed and the number of the epoch, so a resumed run sees what an
+    uninterrupted one would have seen. Several processes share each batch.
     """
 
     def __init__(
         self,
-        network: RetinaFace,
+        model: RetinaFace,
         config: ExperimentConfig,
         experiment: Experiment,
-        images: Sequence[LabelledImage],
-        validation: EvaluationSet | None,
+        data: TrainingData,
         log: RunLog,
         *,
-        weights: Sequence[float] | None = None,
-        processes: Processes = ALONE,
+        context: DistributedContext = SINGLE_PROCESS,
         new_parameters: Sequence[str] = (),
         teacher: Teacher | None = None,
     ) -> None:
         """Prepare a run.
 
         Args:
-            network: on its device.
-            images: to learn from.
-            weights: how often each is drawn relative to the others; None draws each once an epoch.
-            validation: what decides which checkpoint is the best.
-            new_parameters: names of those that start at random while the others do not.
-            teacher: on the same device, of the same priors.
+            model: on its device.
+            config: of the experiment.
+            experiment: folder of the checkpoints.
+            data: training and validation images.
+            log: receives lines and metrics.
+            context: rank and number of processes.
+            new_parameters: names of the parameters that are randomly initialised while the others are not.
+            teacher: on the device of the model, with the same priors.
 
         Raises:
-            TrainingError: what is asked for needs CUDA, or the batch cannot be shared.
+            TrainingError: an option needs CUDA, or the batch cannot be shared by the processes.
         """
+        self.device = model.device
+        check_options(config, data, self.device, context)
         train = config.train
-        self.device = network.pixel_mean.device
-        if train.sync_bn and self.device.type == "cuda" and processes.count > 1:
-            network = cast(RetinaFace, nn.SyncBatchNorm.convert_sync_batchnorm(network))
-        self.network = network.to(memory_format=torch.channels_last)
-        self.config = config
-        self.experiment = experiment
-        self.images = images
-        self.validation = validation
-        self.teacher = teacher
-        self.log = log
-        self.processes = processes
-        self.parallel: nn.Module = self.network
-        self._check()
+        if train.sync_bn:
+            model = cast(RetinaFace, nn.SyncBatchNorm.convert_sync_batchnorm(model))
+        self.model = model.to(memory_format=torch.channels_last)
+        self.ddp_model: nn.Module = self.model
+        self.config, self.experiment, self.data, self.log = config, experiment, data, log
+        self.context, self.teacher = context, teacher
         self.loss = MultiBoxLoss(config.loss, config.model)
-        self.batch_size = min(train.batch_size, max(len(images) // processes.count, 1) * processes.count)
+        world_size = context.world_size
+        self.batch_size = min(train.batch_size, max(len(data.images) // world_size, 1) * world_size)
         self.sampler = EpochSampler(
-            len(images),
-            self.batch_size // processes.count,
+            len(data.images),
+            self.batch_size // world_size,
             seed=train.seed,
-            weights=weights,
-            rank=processes.rank,
-            world_size=processes.count,
+            weights=data.weights,
+            rank=context.rank,
+            world_size=world_size,
         )
-        self.loader = build_loader(images, config, self.sampler, pin_memory=self.device.type == "cuda")
-        self.batches = len(self.sampler) * processes.count // self.batch_size
+        self.loader = build_loader(data.images, config, self.sampler, pin_memory=self.device.type == "cuda")
+        self.steps_per_epoch = len(self.sampler) * world_size // self.batch_size
         self.new_parameters = list(new_parameters)
         self.progress = Progress()
-        self.optimizer = build_optimizer(network, train, self.new_parameters)
-        self.averaged = build_average(network, train.ema_decay)
-        self.scheduler = self._build_scheduler()
+        self.optimizer = build_optimizer(model, train, self.new_parameters)
+        self.averaged = build_average(model, train.ema_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.amp)
+        self._build_scheduler()
         self._saved_at = time.monotonic()
 
-    def _check(self) -> None:
-        train, device, count = self.config.train, self.device, self.processes.count
-        if train.amp and device.type != "cuda":
-            raise TrainingError("--amp needs a CUDA device; drop it")
-        if train.sync_bn and (device.type != "cuda" or count == 1):
-            raise TrainingError("--sync_bn needs several processes with a CUDA device each; use torchrun, or drop it")
-        if train.batch_size % count:
-            raise TrainingError(f"--batch_size={train.batch_size} cannot be shared by {count} processes evenly")
-        if train.best_metric != "mean" and not (self.validation and self.validation.official):
-            raise TrainingError(
-                f"--best_metric={train.best_metric} needs the official ground truth in val/gt; use mean, or add it"
-            )
+    @property
+    def trained_model(self) -> RetinaFace:
+        """The model that is validated and kept: the averaged one, if weights are averaged."""
+        return self.model if self.averaged is None else cast(RetinaFace, self.averaged.module)
+
+    def fit(self) -> None:
+        """Train the remaining epochs.
+
+        Raises:
+            TrainingError: the loss is not finite.
+            KeyboardInterrupt: a signal asked to stop; everything is saved.
+        """
+        train, progress = self.config.train, self.progress
+        with StopRequest() as self.stop:
+            for epoch in range(progress.epoch + 1, train.epochs + 1):
+                if train.patience and progress.validations_without_improvement >= train.patience:
+                    self.log.line(f"no improvement in {train.patience} validations: stopping early")
+                    break
+                self._start_epoch(epoch)
+                start, first_position = time.perf_counter(), progress.position
+                for step, batch in self._batches(epoch):
+                    self._train_step(batch, epoch, step)
+                    self._log_step(epoch, step)
+                    self._save_within_epoch(step)
+                seconds = time.perf_counter() - start
+                rate = (self.steps_per_epoch * self.batch_size - first_position) / seconds
+                metrics = self._epoch_metrics()
+                progress.epoch, progress.position, progress.sums = epoch, 0, {}
+                metrics |= self._validate_and_save_best(epoch)
+                # Before ckpt-last: a run that is killed in between repeats the epoch and replaces its row.
+                self.log.epoch(epoch, metrics, rate)
+                self._save_last()
+                if epoch < train.epochs and any_process(self.stop.requested, self.device):
+                    self._stop()
+        if progress.unreadable:
+            names = ", ".join(f"{name} ({reason})" for name, reason in progress.unreadable.items())
+            self.log.line(f"{len(progress.unreadable)} training images could not be read: {names}")
+
+    def _start_epoch(self, epoch: int) -> None:
+        """Set modes and frozen parameters of the epoch, and wrap the model where several processes train it."""
+        train = self.config.train
+        self.model.train()
+        backbone_is_frozen = epoch <= train.freeze_backbone_epochs
+        self.model.backbone.requires_grad_(not backbone_is_frozen)
+        if train.freeze_bn:
+            freeze_batch_norm(self.model, self.new_parameters)
+        if backbone_is_frozen:
+            freeze_batch_norm(self.model.backbone)
+        # Wrapped again when the backbone is unfrozen, because the wrapper expects the gradients of its first epoch.
+        must_wrap = self.ddp_model is self.model or epoch == train.freeze_backbone_epochs + 1
+        if self.context.world_size > 1 and must_wrap:
+            devices = None if self.device.type == "cpu" else [self.device.index]
+            self.ddp_model = DistributedDataParallel(self.model, device_ids=devices)
+        self.sampler.set_epoch(epoch, start=self.progress.position)
+
+    def _batches(self, epoch: int) -> Iterator[tuple[int, Batch]]:
+        """The remaining batches of the epoch with their steps, counted from 1, under a progress bar."""
+        # Without a terminal there is no bar; the log has a line every few steps.
+        self.bar = tqdm(
+            total=self.steps_per_epoch * self.batch_size,
+            initial=self.progress.position,
+            desc=f"epoch {epoch}/{self.config.train.epochs}",
+            unit="image",
+            leave=False,
+            disable=None if self.context.is_main else True,
+        )
+        with self.bar:
+            for batch in self.loader:
+                self._warn_about_unreadable(batch)
+                yield self.progress.position // self.batch_size + 1, batch
+                self.bar.update(self.batch_size)
+
+    def _train_step(self, batch: Batch, epoch: int, step: int) -> None:
+        """Forward, loss and backward of one batch; an optimiser step after every `accumulate` batches."""
+        train = self.config.train
+        images = batch.images.to(self.device, non_blocking=True).float().contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.float16, enabled=train.amp):
+            outputs = self.ddp_model(images)
+            teacher_scores = self.teacher(images) if self.teacher else None
+        terms = self.loss(outputs, batch.targets.to(self.device), (images.shape[2], images.shape[3]), teacher_scores)
+        total = torch.stack(list(terms.values())).sum()
+
+        group_start = (step - 1) // train.accumulate * train.accumulate
+        group_size = min(group_start + train.accumulate, self.steps_per_epoch) - group_start
+        self.scaler.scale(total / group_size).backward()
+        is_last_of_group = step == group_start + group_size
+        finite = torch.isfinite(total.detach())
+        if is_last_of_group:
+            norm = self._clip_gradients()
+            # Scaled gradients may overflow, which the scaler handles.
+            finite = finite if train.amp else finite & torch.isfinite(norm)
+        if not finite:
+            self._raise_non_finite(batch, f"epoch {epoch}, step {step}", float(total.detach()))
+        if is_last_of_group:
+            self._optimizer_step()
+        for name, value in {"loss": total, **terms}.items():
+            self.progress.sums[name] = self.progress.sums.get(name, torch.zeros_like(total)) + value.detach()
+        self.progress.position += self.batch_size
+
+    def _clip_gradients(self) -> Tensor:
+        """Clip the gradients to the largest norm that is allowed, and return their norm."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        largest = self.config.train.clip_gradient or math.inf
+        return nn.utils.clip_grad_norm_(parameters, largest)
+
+    def _optimizer_step(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+
+    def _raise_non_finite(self, batch: Batch, where: str, loss: float) -> NoReturn:
+        names = ", ".join(str(self.data.images[index].path) for index in batch.indices)
+        raise TrainingError(
+            f"{where}: the loss is {loss} or has no finite gradient; the last checkpoint is kept; lower "
+            f"--learning_rate, or look at the images of this batch: {names}"
+        )
+
+    def _warn_about_unreadable(self, batch: Batch) -> None:
+        for name, reason in batch.replaced:
+            if name not in self.progress.unreadable:
+                self.progress.unreadable[name] = reason
+                self.log.line(f"warning: {name}: {reason}; taking another image")
+
+    def _log_step(self, epoch: int, step: int) -> None:
+        if step % _LOG_EVERY_STEPS and step != self.steps_per_epoch:
+            return
+        loss = float(self.progress.sums["loss"]) / step
+        self.bar.set_postfix(loss=f"{loss:.3f}")
+        self.log.step((epoch - 1) * self.steps_per_epoch + step, loss, self._learning_rate)
+        if self.bar.disable:
+            self.log.line(f"epoch {epoch} step {step}/{self.steps_per_epoch}: mean loss {loss:.4f}")
 
     @property
-    def result(self) -> RetinaFace:
-        """The network that training is for: the averaged one, if there is an average."""
-        return self.network if self.averaged is None else cast(RetinaFace, self.averaged.module)
+    def _learning_rate(self) -> float:
+        return float(self.scheduler.get_last_lr()[0])
+
+    def _epoch_metrics(self) -> dict[str, float]:
+        """Mean of every loss term over the whole epoch, and the last learning rate."""
+        sums = {name: reduce_mean(value) for name, value in self.progress.sums.items()}
+        means = {name: float(value) / self.steps_per_epoch for name, value in sums.items()}
+        return {**means, "learning_rate": self._learning_rate}
+
+    def _validate_and_save_best(self, epoch: int) -> dict[str, float]:
+        """Validate where it is due, and save the model if it is the best so far; returns the metrics."""
+        train, progress, validation = self.config.train, self.progress, self.data.validation
+        if validation is None:
+            self._save("best", self.trained_model, epoch=epoch)
+            return {}
+        if epoch % train.eval_every and epoch != train.epochs:
+            return {}
+        metrics = validate(self.trained_model, self.config, validation, self.context, self.log, epoch)
+        value = metrics["val/ap" if train.best_metric == "mean" else f"val/ap_{train.best_metric}"]
+        progress.validations_without_improvement += 1
+        if value > progress.best_ap:
+            progress.best_ap, progress.validations_without_improvement = value, 0
+            self._save("best", self.trained_model, epoch=epoch, val_ap=value)
+        return metrics
+
+    def _save_within_epoch(self, step: int) -> None:
+        """Save where time or a signal asks for it; after a signal, stop."""
+        if step % self.config.train.accumulate or step == self.steps_per_epoch:
+            return
+        minutes = (time.monotonic() - self._saved_at) / 60
+        is_due = bool(self.config.train.save_minutes) and minutes >= self.config.train.save_minutes
+        may_stop = step % _CHECK_STOP_EVERY_STEPS == 0 or self.context.world_size == 1
+        must_stop = may_stop and any_process(self.stop.requested, self.device)
+        if is_due or must_stop:
+            self._save_last()
+        if must_stop:
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        self.log.line(f"stopped after {self.progress.describe()}; the same command continues from here")
+        raise KeyboardInterrupt
+
+    def _save_last(self) -> None:
+        self._save(
+            "last",
+            self.model,
+            averaged={} if self.averaged is None else self.averaged.state_dict(),
+            new_parameters=self.new_parameters,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            **vars(self.progress),
+        )
+        self._saved_at = time.monotonic()
+
+    def _save(self, which: str, model: RetinaFace, **training: Any) -> None:
+        if self.context.is_main:
+            path = self.experiment.checkpoint(self.config.model.backbone, which)
+            save_checkpoint(path, self.config, model.state_dict(), **training)
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue from a `ckpt-last` of the same experiment; rates and decays are those of the configuration.
+        """Continue from a `ckpt-last` of the same experiment, with the learning rates of the configuration.
 
         Raises:
             CheckpointError: it is of another architecture or of another kind of optimiser.
         """
         saved = checkpoint.training
-        if checkpoint.model != self.config.model:
+        if checkpoint.model_config != self.config.model:
             raise CheckpointError(f"{checkpoint.path}: is of another architecture; use another --experiment_name")
         if checkpoint.experiment and checkpoint.experiment.train.optimizer != self.config.train.optimizer:
             raise CheckpointError(
                 f"{checkpoint.path}: was trained with --optimizer={checkpoint.experiment.train.optimizer}; keep it, or "
                 "use another --experiment_name"
             )
-        self.network.load_state_dict(checkpoint.state)
+        self.model.load_state_dict(checkpoint.state)
         asked = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -197,240 +325,11 @@ class Trainer:
             self.scaler.load_state_dict(saved["scaler"])
         self.progress = Progress(**{name: saved[name] for name in vars(self.progress) if name in saved})
         self.progress.sums = {name: value.to(self.device) for name, value in self.progress.sums.items()}
-        self.scheduler = self._build_scheduler()
+        self._build_scheduler()
 
-    def fit(self) -> None:
-        """Train the epochs that are left.
-
-        Raises:
-            TrainingError: the loss is not finite.
-            KeyboardInterrupt: a signal asked to stop; all is saved.
-        """
-        train = self.config.train
-        with StopRequest() as self.stop:
-            for epoch in range(self.progress.epoch + 1, train.epochs + 1):
-                if train.patience and self.progress.waited >= train.patience:
-                    self.log.line(f"no better validation in {train.patience} of them: stopping early")
-                    break
-                self._run_epoch(epoch)
-        if self.progress.unreadable:
-            names = ", ".join(f"{name} ({reason})" for name, reason in self.progress.unreadable.items())
-            self.log.line(f"{len(self.progress.unreadable)} training images could not be read: {names}")
-
-    def _run_epoch(self, epoch: int) -> None:
-        train = self.config.train
-        start, at_start = time.perf_counter(), self.progress.position
-        metrics = self._train_epoch(epoch)
-        images_per_second = (self.batches * self.batch_size - at_start) / (time.perf_counter() - start)
-        self.progress.epoch, self.progress.position, self.progress.sums = epoch, 0, {}
-        if self.validation is None:
-            self._save("best", self.result, epoch=epoch)
-        elif epoch % train.eval_every == 0 or epoch == train.epochs:
-            metrics |= self._validate(self.validation, epoch)
-            better = metrics[self._best_metric] > self.progress.best_ap
-            self.progress.waited = 0 if better else self.progress.waited + 1
-            if better:
-                self.progress.best_ap = metrics[self._best_metric]
-                self._save("best", self.result, epoch=epoch, val_ap=self.progress.best_ap)
-        # Before ckpt-last: a run killed in between repeats the epoch and replaces its row, so none is ever missing.
-        self.log.epoch(epoch, metrics, images_per_second)
-        self._save_last()
-        if epoch < train.epochs and any_of_processes(self.stop.asked, self.device):
-            self._stop()
-
-    @property
-    def _best_metric(self) -> str:
-        metric = self.config.train.best_metric
-        return "val/ap" if metric == "mean" else f"val/ap_{metric}"
-
-    def _train_epoch(self, epoch: int) -> dict[str, float]:
-        """The rest of an epoch; returns the mean of every loss term over the whole of it, and the last rate."""
-        parallel = self._prepare(epoch)
-        self.sampler.set_epoch(epoch, start=self.progress.position)
-        total = self.batches * self.batch_size
-        # No bar where nobody watches it: the log has a line every few steps instead.
-        bar = tqdm(
-            total=total,
-            initial=self.progress.position,
-            desc=f"epoch {epoch}/{self.config.train.epochs}",
-            unit="image",
-            leave=False,
-            disable=None if self.processes.is_main else True,
-        )
-        with bar:
-            for batch in self.loader:
-                self._learn(parallel, batch, epoch)
-                self.progress.position += self.batch_size
-                bar.update(self.batch_size)
-                step = self.progress.position // self.batch_size
-                if step % _LOG_EVERY_STEPS == 0 or step == self.batches:
-                    loss = float(self.progress.sums["loss"]) / step
-                    bar.set_postfix(loss=f"{loss:.3f}")
-                    self.log.step((epoch - 1) * self.batches + step, loss, float(self.scheduler.get_last_lr()[0]))
-                    if bar.disable:
-                        self.log.line(f"epoch {epoch} step {step}/{self.batches}: mean loss {loss:.4f}")
-                if step % self.config.train.accumulate == 0 and step < self.batches:
-                    self._save_in_between(step)
-        sums = {name: mean_over_processes(value) for name, value in self.progress.sums.items()}
-        means = {name: float(value) / self.batches for name, value in sums.items()}
-        return {**means, "learning_rate": float(self.scheduler.get_last_lr()[0])}
-
-    def _prepare(self, epoch: int) -> nn.Module:
-        """The network as this epoch trains it: modes, what learns, and the wrapper that shares gradients."""
-        train = self.config.train
-        self.network.train()
-        freezes_backbone = epoch <= train.freeze_backbone_epochs
-        backbone = self.network.backbone
-        backbone.requires_grad_(not freezes_backbone)
-        if train.freeze_bn:
-            freeze_batch_norm(self.network, self.new_parameters)
-        if freezes_backbone:
-            freeze_batch_norm(backbone)
-        if self.processes.count > 1 and self._must_wrap(epoch):
-            # Anew where other parameters begin to learn, for it expects gradients of those that did when it was made.
-            devices = None if self.device.type == "cpu" else [self.device.index]
-            self.parallel = DistributedDataParallel(self.network, device_ids=devices)
-        return self.parallel
-
-    def _must_wrap(self, epoch: int) -> bool:
-        """Whether the network is not wrapped yet, or learns with other parameters from this epoch on."""
-        return self.parallel is self.network or epoch == self.config.train.freeze_backbone_epochs + 1
-
-    def _learn(self, parallel: nn.Module, batch: Batch, epoch: int) -> None:
-        train = self.config.train
-        step = self.progress.position // self.batch_size + 1
-        for name, reason in batch.replaced:
-            if name not in self.progress.unreadable:
-                self.progress.unreadable[name] = reason
-                self.log.line(f"warning: {name}: {reason}; taking another image")
-        images = batch.images.to(self.device, non_blocking=True).float().contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.float16, enabled=train.amp):
-            outputs = parallel(images)
-            lesson = self.teacher(images) if self.teacher else None
-        terms = self.loss(outputs, batch.targets.to(self.device), (images.shape[2], images.shape[3]), lesson)
-        total = torch.stack(list(terms.values())).sum()
-        first_of_group = (step - 1) // train.accumulate * train.accumulate
-        self.scaler.scale(total / (min(first_of_group + train.accumulate, self.batches) - first_of_group)).backward()
-        health = total.detach()
-        if step % train.accumulate == 0 or step == self.batches:
-            norm = self._gradient_norm()
-            health = health if train.amp else health + norm  # scaled gradients may overflow; the scaler sees to it
-        if not torch.isfinite(health):
-            self._refuse(batch, f"epoch {epoch}, step {step}", float(total.detach()))
-        if step % train.accumulate == 0 or step == self.batches:
-            self._update()
-        for name, value in {"loss": total, **terms}.items():
-            self.progress.sums[name] = self.progress.sums.get(name, torch.zeros_like(total)) + value.detach()
-
-    def _gradient_norm(self) -> Tensor:
-        """The norm of all gradients, which are clipped to the largest one that is allowed."""
-        self.scaler.unscale_(self.optimizer)
-        parameters = [weights for weights in self.network.parameters() if weights.grad is not None]
-        if self.config.train.clip_gradient:
-            return nn.utils.clip_grad_norm_(parameters, self.config.train.clip_gradient)
-        return nn.utils.get_total_norm([weights.grad for weights in parameters if weights.grad is not None])
-
-    def _update(self) -> None:
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.network)
-
-    def _refuse(self, batch: Batch, where: str, loss: float) -> NoReturn:
-        names = ", ".join(str(self.images[index].path) for index in batch.indices)
-        raise TrainingError(
-            f"{where}: the loss is {loss} or has no finite gradient; the last checkpoint is kept; lower "
-            f"--learning_rate, or look at the images of this batch: {names}"
-        )
-
-    def _build_scheduler(self) -> LRScheduler:
-        """The schedule, put where the progress is."""
-        steps_per_epoch = math.ceil(self.batches / self.config.train.accumulate)
-        within = self.progress.position // self.batch_size // self.config.train.accumulate
-        done = self.progress.epoch * steps_per_epoch + within
-        return build_scheduler(self.optimizer, self.config.train, steps_per_epoch, done)
-
-    def _save_in_between(self, step: int) -> None:
-        """Save where time or a signal asks for it; after a signal, end."""
-        minutes = (time.monotonic() - self._saved_at) / 60
-        due = bool(self.config.train.save_minutes) and minutes >= self.config.train.save_minutes
-        asks = step % _ASK_EVERY_STEPS == 0 or self.processes.count == 1
-        stop = asks and any_of_processes(self.stop.asked, self.device)
-        if due or stop:
-            self._save_last()
-        if stop:
-            self._stop()
-
-    def _stop(self) -> NoReturn:
-        self.log.line(f"stopped after {self.progress.describe()}; the same command goes on from here")
-        raise KeyboardInterrupt
-
-    def _validate(self, validation: EvaluationSet, epoch: int) -> dict[str, float]:
-        """The mean average precision as `val/ap`, and where there are several subsets, that of each.
-
-        Every process detects in its share of the images.
-        """
-        copy_from_main(self.result)
-        thresholds = self.config.evaluation
-        thresholds = replace(thresholds, top_k=thresholds.top_k or _VALIDATION_TOP_K)
-        detector = FaceDetector(self.result, thresholds, max_pixels=EVALUATION_MEMORY.max_pixels)
-        files = list(zip(validation.names, validation.images or [], strict=True))
-        own = files[self.processes.rank :: self.processes.count]
-        quiet = None if self.processes.is_main else True
-        found = tqdm(detect_files(detector, own), total=len(own), desc="validation", disable=quiet, leave=False)
-        predictions = {}
-        for number, (picture, detections) in enumerate(found):
-            if picture.problem:
-                self.log.line(f"warning: {picture.name}: {picture.problem}; nothing is found in it")
-            elif number < _PICTURES_IN_LOG and picture.image is not None:
-                sure = detections.select(detections.scores >= self.config.inference.confidence_threshold)
-                self.log.picture(f"validation/{number}", draw_detections(picture.image, sure), epoch)
-            predictions[picture.name] = prediction_rows(detections)
-        evaluation = validation.evaluate(merge_over_processes(predictions))
-        self.log.curves(evaluation.curves, epoch)
-        precisions = evaluation.average_precisions
-        subsets = {f"val/ap_{subset}": value for subset, value in precisions.items()} if len(precisions) > 1 else {}
-        return {"val/ap": sum(precisions.values()) / len(precisions), **subsets}
-
-    def _save_last(self) -> None:
-        self._save(
-            "last",
-            self.network,
-            averaged={} if self.averaged is None else self.averaged.state_dict(),
-            new_parameters=self.new_parameters,
-            optimizer=self.optimizer.state_dict(),
-            scaler=self.scaler.state_dict(),
-            **vars(self.progress),
-        )
-        self._saved_at = time.monotonic()
-
-    def _save(self, which: Literal["best", "last"], network: RetinaFace, **training: Any) -> None:
-        if self.processes.is_main:
-            path = self.experiment.checkpoint(self.config.model.backbone, which)
-            save_checkpoint(path, self.config, network.state_dict(), **training)
-
-
-def build_loader(
-    images: Sequence[LabelledImage], config: ExperimentConfig, sampler: EpochSampler, pin_memory: bool
-) -> DataLoader[Any]:
-    """Batches of this process's share of the augmented crops, in the order of the sampler."""
-    return DataLoader(
-        FaceDataset(images, config.data, fill=config.model.pixel_mean),
-        batch_size=sampler.batch_size,
-        sampler=sampler,
-        num_workers=config.data.num_workers,
-        persistent_workers=config.data.num_workers > 0,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        worker_init_fn=_prepare_worker,
-    )
-
-
-def _prepare_worker(_worker: int) -> None:
-    """Workers are parallel already, so OpenCV must not start threads; and Ctrl-C is for the main process to handle."""
-    import cv2
-
-    cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def _build_scheduler(self) -> None:
+        """Build the learning rate schedule at the step that the progress has reached."""
+        accumulate = self.config.train.accumulate
+        steps_per_epoch = math.ceil(self.steps_per_epoch / accumulate)
+        steps = self.progress.epoch * steps_per_epoch + self.progress.position // self.batch_size // accumulate
+        self.scheduler = build_scheduler(self.optimizer, self.config.train, steps_per_epoch, steps)

@@ -1,4 +1,4 @@
-"""Which prior answers for which face."""
+"""Matches priors with ground-truth faces (SSD, arXiv:1512.02325, section 2.2)."""
 
 from __future__ import annotations
 
@@ -7,66 +7,61 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from utils.boxes import paired_iou
-from utils.structures import BatchTargets
+from utils.structures import FaceTargets
 
 BACKGROUND = -1
 IGNORED = -2
-# A face whose best prior overlaps it less than this is too far from every prior to be learnt from.
+# A face whose best prior has a lower IoU is too far from every prior to be learnt from.
 MIN_FORCED_IOU = 0.2
-# Faces compared with all priors at once: memory does not grow with the crowd, and what is compared stays in the cache.
-_FACES_AT_ONCE = 32
-# Different IoUs of 1/1000 and more are at least 2^-34 apart in float32, so float64 has room beside them for the row of
-# one of 2^15 faces.
-_ROW_UNIT = 2.0**-50
+_FACES_AT_ONCE = 64  # bounds the memory of the IoU matrix in crowds
 
 
 @torch.no_grad()
-def match_priors(
-    targets: BatchTargets, priors: Tensor, match_iou: float, background_iou: float | None = None
-) -> Tensor:
-    """Assign a face to every prior of every image, as SSD does (arXiv:1512.02325, section 2.2).
+def match_priors(targets: FaceTargets, priors: Tensor, match_iou: float, background_iou: float | None = None) -> Tensor:
+    """Assign a face, background or nothing to every prior of every image.
 
-    A prior takes the face of its image that it overlaps most, the first of equals, if by `match_iou` or more. It is
-    background below `background_iou` and ignored between the two. In addition every face gets its best prior even
-    below `match_iou`, down to `MIN_FORCED_IOU`; the last face wins a prior that is the best of several. Faces that are
-    out of reach even so (tiny ones, or those without area) are background: ignoring them, or faces that a crop cuts
-    off, made the detector find more that is no face than it found more faces.
-
-    Never waits for the device.
+    A prior takes the face of its image with which it has the highest IoU, the first of equals, if the IoU is at least
+    `match_iou`. It is background below `background_iou` and ignored in between. In addition every face gets its best
+    prior, even below `match_iou` and down to `MIN_FORCED_IOU`; the last face wins a prior that is the best of several.
 
     Args:
         targets: N faces of B images, on the device of the priors; N may be 0.
-        priors: (P, 4) cxcywh, normalised to the image; or (B, P, 4), other ones for each image.
-        match_iou: 1/1000 or more.
-        background_iou: at most `match_iou`; None is `match_iou`: nothing is ignored.
+        priors: (P, 4) cxcywh, normalised to the image; or (B, P, 4), different ones for each image.
+        match_iou: IoU from which a prior is positive.
+        background_iou: at most `match_iou`; None is `match_iou`, so that nothing is ignored.
 
     Returns:
         (B, P) int64: row of the face in `targets`, `BACKGROUND` or `IGNORED`.
     """
-    count = priors.shape[-2]
-    # Planes of x1, y1, x2 and y2 lie in one piece each, which makes the IoU several times as fast.
-    corners = box_convert(priors, "cxcywh", "xyxy").movedim(-1, 0).contiguous().movedim(0, -1)
-    best = torch.zeros(targets.batch_size, count, dtype=torch.float64, device=priors.device)
-    forced = torch.full((targets.batch_size * count,), BACKGROUND, device=priors.device)
-    rows = torch.arange(len(targets), device=priors.device)
-    pieces = (tensor.split(_FACES_AT_ONCE) for tensor in (rows, targets.image_indices, targets.boxes))
-    for row, image, boxes in zip(*pieces, strict=True):
-        iou = paired_iou(boxes.unsqueeze(1), corners if corners.dim() == 2 else _of_images(corners, image))
-        # The largest of these is the largest IoU and, among equal ones, the first face.
-        ordered = iou.double() - (row * _ROW_UNIT).unsqueeze(1)
-        best.scatter_reduce_(0, image.unsqueeze(1).expand_as(ordered), ordered, "amax")
-        forced_iou, forced_prior = iou.max(dim=1)
-        reachable = torch.where(forced_iou >= MIN_FORCED_IOU, row, BACKGROUND)
-        forced.scatter_reduce_(0, image * count + forced_prior, reachable, "amax")
+    corners = box_convert(priors, "cxcywh", "xyxy")
+    # Contiguous x1, y1, x2 and y2 make the IoU several times as fast.
+    corners = corners.movedim(-1, 0).contiguous().movedim(0, -1)
+    matches, first_row = [], 0
+    for image, boxes in enumerate(targets.boxes.split(targets.counts)):
+        own_corners = corners if corners.dim() == 2 else corners[image]
+        faces = _match_image(boxes, own_corners, match_iou, background_iou or match_iou)
+        matches.append(torch.where(faces >= 0, faces + first_row, faces))
+        first_row += len(boxes)
+    return torch.stack(matches)
 
-    best_iou = best.float()
-    best_face = ((best_iou - best) / _ROW_UNIT).long()
-    without = torch.where(best_iou < (background_iou or match_iou), BACKGROUND, IGNORED)
-    matches = torch.where(best_iou >= match_iou, best_face, without)
-    forced = forced.view_as(matches)
+
+def _match_image(boxes: Tensor, corners: Tensor, match_iou: float, background_iou: float) -> Tensor:
+    """Match the (N, 4) faces of one image with its (P, 4) priors, all xyxy; see `match_priors`.
+
+    Returns:
+        (P,) int64: index of the face, `BACKGROUND` or `IGNORED`.
+    """
+    best_iou = corners.new_zeros(len(corners))
+    best_face = torch.full((len(corners),), BACKGROUND, device=corners.device)
+    forced = torch.full((len(corners),), BACKGROUND, device=corners.device)
+    for part in torch.arange(len(boxes), device=corners.device).split(_FACES_AT_ONCE):
+        iou = paired_iou(boxes[part].unsqueeze(1), corners)
+        part_iou, part_face = iou.max(dim=0)
+        best_face = torch.where(part_iou > best_iou, part[part_face], best_face)
+        best_iou = torch.maximum(part_iou, best_iou)
+        best_prior_iou, best_prior = iou.max(dim=1)
+        reachable = torch.where(best_prior_iou >= MIN_FORCED_IOU, part, BACKGROUND)
+        forced.scatter_reduce_(0, best_prior, reachable, "amax")
+    unmatched = torch.where(best_iou < background_iou, BACKGROUND, IGNORED)
+    matches = torch.where(best_iou >= match_iou, best_face, unmatched)
     return torch.where(forced != BACKGROUND, forced, matches)
-
-
-def _of_images(corners: Tensor, images: Tensor) -> Tensor:
-    """Rows `images` of (B, P, 4), in planes as well."""
-    return corners.movedim(-1, 0)[:, images].movedim(0, -1)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,70 +13,63 @@ from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, sigmoi
 
 from config import LossConfig, ModelConfig, StageConfig
 from layers.matcher import BACKGROUND, match_priors
-from layers.prior_box import prior_boxes
-from utils.boxes import bounded_deltas, decode_boxes, encode_boxes, encode_landmarks, paired_iou
+from utils.boxes import clamp_deltas, decode_boxes, encode_boxes, encode_landmarks, paired_iou
 from utils.runtime.distributed import share_of_count
-from utils.structures import BatchTargets, StageOutput
+from utils.structures import FaceTargets, StageOutput
 
-# Of the wing loss, in landmark deltas: a delta of 1 is a tenth of the prior's side (the first variance), and errors up
-# to there are magnified. The bend keeps the paper's proportion of 10 to 2 pixels.
+# Width and bend of the Wing loss in landmark deltas. A delta of 1 is a tenth of the prior's side (the first variance).
+# The bend keeps the paper's proportion of 10 to 2 pixels.
 WING_WIDTH = 1.0
 WING_BEND = 0.2
 
 
 class MultiBoxLoss:
-    """Classification, boxes, landmarks and, for `tina`, the IoU of the decoded box.
+    """Losses of classes, boxes, landmarks and, for `tina`, of the IoU of the decoded boxes.
 
-    By default the terms follow RetinaFace (arXiv:1905.00641, eq. 1) in the form of biubug6/Pytorch_Retinaface; the
-    IoU term is TinaFace's (arXiv:2011.13183, section 3.3), as are focal classification and DIoU boxes where they are
-    chosen. They are means over the priors that have a face, in all processes together; computed in float32, and finite
-    for images without faces or landmarks.
+    By default the terms follow RetinaFace (arXiv:1905.00641, eq. 1) in the form of biubug6/Pytorch_Retinaface. The IoU
+    term is TinaFace's (arXiv:2011.13183, section 3.3), as are the focal and the DIoU loss. All terms are means over
+    the positive priors of all processes, are computed in float32, and are finite for images without faces.
     """
 
-    def __init__(self, loss: LossConfig, model: ModelConfig) -> None:
-        self.loss = loss
-        self.model = model
+    def __init__(self, loss_config: LossConfig, model_config: ModelConfig) -> None:
+        self.loss_config = loss_config
+        self.model_config = model_config
 
     def __call__(
         self,
         outputs: Sequence[StageOutput],
-        targets: BatchTargets,
+        targets: FaceTargets,
         image_size_hw: tuple[int, int],
         teacher_scores: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Weighted terms, `stage1/class` and so on; their sum is what to minimise.
+        """Weighted terms, `stage1/class` and so on. Their sum is the loss to minimise.
 
-        On CUDA the device is waited for once for all stages that match the fixed priors alike, and once for each
-        other stage: to gather the few priors that have a face. torchvision's IoU losses wait as well.
+        On CUDA, gathering the positive priors takes one host-device synchronisation for all stages with the same
+        priors and thresholds and one for each other stage. torchvision's IoU losses synchronise as well.
 
         Args:
-            outputs: one a stage, B images each.
-            targets: of B images, on the device of the outputs.
-            image_size_hw: height and width of the network's input in pixels.
-            teacher_scores: (B, P) in [0, 1], what a teacher says of every prior.
+            outputs: one for each stage, of B images.
+            targets: faces of the B images, on the device of the outputs.
+            image_size_hw: height and width of the model's input in pixels.
+            teacher_scores: (B, P) face scores of a teacher in [0, 1].
         """
-        device = outputs[0].class_logits.device
-        fixed = prior_boxes(image_size_hw, self.model.anchor_sizes, self.model.strides, device)
-        match_fixed = cache(lambda *thresholds: Matched.of(targets, fixed, *thresholds))
         terms = {}
-        for number, (stage, output) in enumerate(zip(self.model.stages, outputs, strict=True), start=1):
-            thresholds = (stage.match_iou, stage.background_iou)
-            priors = output.priors
-            matched = match_fixed(*thresholds) if priors is None else Matched.of(targets, priors, *thresholds)
-            found = _in_float32(output)
-            values = self._stage_terms(found, matched, image_size_hw)
+        matched, former = None, None
+        for number, (stage, output) in enumerate(zip(self.model_config.stages, outputs, strict=True), start=1):
+            matching = (id(output.priors), stage.match_iou, stage.background_iou)
+            if matched is None or matching != former:
+                matched, former = match_batch(targets, output.priors, stage), matching
+            output_32 = output.float()
+            values = self._stage_terms(output_32, matched, image_size_hw)
             if teacher_scores is not None:
-                values["distil"] = distillation_loss(found.class_logits, teacher_scores) / matched.count
+                values["distil"] = distillation_loss(output_32.class_logits, teacher_scores) / matched.count
             for name, value in values.items():
-                terms[f"stage{number}/{name}"] = self._weight(stage, name) * value
+                terms[f"stage{number}/{name}"] = stage.loss_weight * getattr(self.loss_config, f"{name}_weight") * value
         return terms
 
-    def _weight(self, stage: StageConfig, name: str) -> float:
-        weight: float = getattr(self.loss, f"{name}_weight")
-        return stage.loss_weight * weight
-
     def _stage_terms(self, output: StageOutput, matched: Matched, image_size_hw: tuple[int, int]) -> dict[str, Tensor]:
-        """Unweighted terms."""
+        """Unweighted terms of one stage."""
+        variances = self.model_config.variances
         box_deltas = matched.of_positives(output.box_deltas)
         terms = {
             "class": self._class_loss(output.class_logits, matched),
@@ -86,10 +77,10 @@ class MultiBoxLoss:
         }
         if output.landmark_deltas is not None:
             losses = self._landmark_losses(matched.of_positives(output.landmark_deltas), matched)
-            known = matched.has_landmarks
-            terms["landmark"] = torch.where(known, losses, 0.0).sum() / share_of_count(known.sum())
+            count = share_of_count(matched.has_landmarks.sum())
+            terms["landmark"] = torch.where(matched.has_landmarks, losses, 0.0).sum() / count
         if output.iou_logits is not None:
-            decoded = _decode_bounded(box_deltas.detach(), matched.priors, self.model.variances)
+            decoded = decode_boxes(clamp_deltas(box_deltas.detach(), variances), matched.priors, variances)
             iou_targets = paired_iou(decoded, matched.boxes)
             iou_logits = matched.of_positives(output.iou_logits)
             losses = F.binary_cross_entropy_with_logits(iou_logits, iou_targets, reduction="none")
@@ -97,42 +88,44 @@ class MultiBoxLoss:
         return terms
 
     def _class_loss(self, class_logits: Tensor, matched: Matched) -> Tensor:
-        if self.loss.classification == "focal":
+        if self.loss_config.classification == "focal":
             return focal_loss(class_logits, matched.positive, matched.background) / matched.count
-        mined = mined_cross_entropy(class_logits, matched.positive, matched.background, self.loss.negative_ratio)
-        return mined / matched.count
+        ratio = self.loss_config.negative_ratio
+        return ohem_cross_entropy(class_logits, matched.positive, matched.background, ratio) / matched.count
 
     def _box_losses(self, box_deltas: Tensor, matched: Matched, image_size_hw: tuple[int, int]) -> Tensor:
-        """(M, 4) deltas of the positives to (M,)."""
-        if self.loss.box_regression == "smooth_l1":
-            box_targets = encode_boxes(matched.boxes, matched.priors, self.model.variances)
+        """(M, 4) deltas of the positive priors to (M,)."""
+        variances = self.model_config.variances
+        if self.loss_config.box_regression == "smooth_l1":
+            box_targets = encode_boxes(matched.boxes, matched.priors, variances)
             return F.smooth_l1_loss(box_deltas, box_targets, reduction="none").sum(dim=1)
-        decoded = _decode_bounded(box_deltas, matched.priors, self.model.variances)
-        iou_loss = {"diou": distance_box_iou_loss, "ciou": complete_box_iou_loss}[self.loss.box_regression]
-        # Distances and proportions in an image that is not square are others when normalised to it.
-        found, faces = _in_pixels(decoded, image_size_hw), _in_pixels(matched.boxes, image_size_hw)
-        losses: Tensor = iou_loss(found, faces, reduction="none")
+        decoded = decode_boxes(clamp_deltas(box_deltas, variances), matched.priors, variances)
+        iou_loss = {"diou": distance_box_iou_loss, "ciou": complete_box_iou_loss}[self.loss_config.box_regression]
+        # In pixels, because normalising to an image that is not square changes distances and proportions.
+        losses: Tensor = iou_loss(
+            _to_pixels(decoded, image_size_hw), _to_pixels(matched.boxes, image_size_hw), reduction="none"
+        )
         return losses
 
     def _landmark_losses(self, landmark_deltas: Tensor, matched: Matched) -> Tensor:
-        """(M, 10) deltas of the positives to (M,)."""
-        landmark_targets = encode_landmarks(matched.landmarks, matched.priors, self.model.variances)
-        if self.loss.landmark_regression == "wing":
+        """(M, 10) deltas of the positive priors to (M,)."""
+        landmark_targets = encode_landmarks(matched.landmarks, matched.priors, self.model_config.variances)
+        if self.loss_config.landmark_regression == "wing":
             return wing_loss(landmark_deltas - landmark_targets).sum(dim=1)
         return F.smooth_l1_loss(landmark_deltas, landmark_targets, reduction="none").sum(dim=1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Matched:
-    """Which priors have a face, and those M of all B images that do.
+    """The matched priors of B images, M of which are positive.
 
     Attributes:
-        positive: (B, P) bool, priors that have a face.
-        background: (B, P) bool, priors that have none; what is neither is ignored.
-        count: of the positives, at least 1; of several processes, the share of each.
-        images, indices: (M,) int64, where the positives lie in (B, P).
-        priors: (M, 4) cxcywh, the positives themselves.
-        boxes, landmarks, has_landmarks: (M, ...), of the face of each positive; see `BatchTargets`.
+        positive: (B, P) bool, priors matched with a face.
+        background: (B, P) bool, negative priors; those that are neither are ignored.
+        count: number of positive priors, at least 1; in each of several processes, its share of the total.
+        images, indices: (M,) int64, positions of the positive priors in (B, P).
+        priors: (M, 4) cxcywh, the positive priors.
+        boxes, landmarks, has_landmarks: (M, ...), of the face of each positive prior; see `FaceTargets`.
     """
 
     positive: Tensor
@@ -145,45 +138,45 @@ class Matched:
     landmarks: Tensor
     has_landmarks: Tensor
 
-    @classmethod
-    def of(cls, targets: BatchTargets, priors: Tensor, match_iou: float, background_iou: float) -> Matched:
-        """Match the faces with (P, 4) or (B, P, 4) priors, as `match_priors` does."""
-        matches = match_priors(targets, priors, match_iou, background_iou)
-        positive = matches >= 0
-        images, indices = positive.nonzero(as_tuple=True)
-        faces = matches[images, indices]
-        return cls(
-            positive=positive,
-            background=matches == BACKGROUND,
-            count=share_of_count(positive.sum()),
-            images=images,
-            indices=indices,
-            priors=priors[indices] if priors.dim() == 2 else priors[images, indices],
-            boxes=targets.boxes[faces],
-            landmarks=targets.landmarks[faces],
-            has_landmarks=targets.has_landmarks[faces],
-        )
-
     def of_positives(self, prediction: Tensor) -> Tensor:
-        """(B, P, ...) to the (M, ...) of the positives."""
+        """Gather the (M, ...) predictions of the positive priors from (B, P, ...)."""
         return prediction[self.images, self.indices]
 
 
-def mined_cross_entropy(class_logits: Tensor, positive: Tensor, background: Tensor, negative_ratio: int) -> Tensor:
-    """Cross-entropy over the positives and the hardest negatives of each image (SSD, arXiv:1512.02325, section 2.2).
+def match_batch(targets: FaceTargets, priors: Tensor, stage: StageConfig) -> Matched:
+    """Match the faces with (P, 4) or (B, P, 4) priors by the thresholds of a stage; see `match_priors`."""
+    matches = match_priors(targets, priors, stage.match_iou, stage.background_iou)
+    positive = matches >= 0
+    images, indices = positive.nonzero(as_tuple=True)
+    faces = matches[images, indices]
+    return Matched(
+        positive=positive,
+        background=matches == BACKGROUND,
+        count=share_of_count(positive.sum()),
+        images=images,
+        indices=indices,
+        priors=priors[indices] if priors.dim() == 2 else priors[images, indices],
+        boxes=targets.boxes[faces],
+        landmarks=targets.landmarks[faces],
+        has_landmarks=targets.has_landmarks[faces],
+    )
 
-    An image without positives contributes its `negative_ratio` hardest negatives.
+
+def ohem_cross_entropy(class_logits: Tensor, positive: Tensor, background: Tensor, negative_ratio: int) -> Tensor:
+    """Cross-entropy with hard negative mining in each image (SSD, arXiv:1512.02325, section 2.2).
+
+    An image without positive priors contributes its `negative_ratio` hardest negatives.
 
     Args:
         class_logits: (B, P, 2).
-        positive: (B, P) bool, priors that have a face.
-        background: (B, P) bool, priors that have none; what is neither is left out.
+        positive: (B, P) bool, priors matched with a face.
+        background: (B, P) bool, negative priors; those that are neither are ignored.
 
     Returns:
-        The sum.
+        The sum over the positive priors and the mined negatives.
     """
     losses = F.cross_entropy(class_logits.flatten(0, 1), positive.flatten().long(), reduction="none").view_as(positive)
-    # Losses are not negative, so what is no background comes last.
+    # Losses are not negative, so priors that are not background come last.
     hardest_first = losses.masked_fill(~background, -1).sort(dim=1, descending=True).values
     wanted = negative_ratio * positive.sum(dim=1, keepdim=True).clamp(min=1)
     mined = torch.minimum(wanted, background.sum(dim=1, keepdim=True))
@@ -193,17 +186,17 @@ def mined_cross_entropy(class_logits: Tensor, positive: Tensor, background: Tens
 
 
 def focal_loss(class_logits: Tensor, positive: Tensor, background: Tensor) -> Tensor:
-    """Focal loss of all priors (arXiv:1708.02002, eq. 5), with its gamma 2 and alpha 0.25.
+    """Focal loss (arXiv:1708.02002, eq. 5) with gamma 2 and alpha 0.25.
 
-    The softmax of two logits is the sigmoid of their difference, so that is what the sigmoid form is given.
+    The softmax of two logits is the sigmoid of their difference, on which the loss is computed.
 
     Args:
         class_logits: (B, P, 2).
-        positive: (B, P) bool, priors that have a face.
-        background: (B, P) bool, priors that have none; what is neither is left out.
+        positive: (B, P) bool, priors matched with a face.
+        background: (B, P) bool, negative priors; those that are neither are ignored.
 
     Returns:
-        The sum.
+        The sum over all priors that are not ignored.
     """
     face_logits = class_logits[..., 1] - class_logits[..., 0]
     losses = sigmoid_focal_loss(face_logits, positive.to(face_logits.dtype), alpha=0.25, gamma=2.0)
@@ -211,7 +204,7 @@ def focal_loss(class_logits: Tensor, positive: Tensor, background: Tensor) -> Te
 
 
 def distillation_loss(class_logits: Tensor, teacher_scores: Tensor) -> Tensor:
-    """How far the face scores are from a teacher's, as the divergence of two Bernoullis (arXiv:1503.02531).
+    """Kullback-Leibler divergence of the face scores from those of a teacher (arXiv:1503.02531).
 
     Args:
         class_logits: (B, P, 2).
@@ -226,26 +219,17 @@ def distillation_loss(class_logits: Tensor, teacher_scores: Tensor) -> Tensor:
 
 
 def wing_loss(errors: Tensor) -> Tensor:
-    """Wing loss (arXiv:1711.06753, eq. 5) of each error, with `WING_WIDTH` w and `WING_BEND` e.
+    """Wing loss (arXiv:1711.06753, eq. 5) of each error.
 
-    w ln(1 + |x| / e) below w, which magnifies small errors, and |x| - C from there, where C joins the two.
+    It is w ln(1 + |x| / e) for |x| < w, which magnifies small errors, and |x| - C beyond, where C joins the two. w is
+    `WING_WIDTH` and e is `WING_BEND`.
     """
     sizes = errors.abs()
     offset = WING_WIDTH - WING_WIDTH * math.log1p(WING_WIDTH / WING_BEND)
     return torch.where(sizes < WING_WIDTH, WING_WIDTH * torch.log1p(sizes / WING_BEND), sizes - offset)
 
 
-def _decode_bounded(deltas: Tensor, priors: Tensor, variances: tuple[float, float]) -> Tensor:
-    return decode_boxes(bounded_deltas(deltas, variances), priors, variances)
-
-
-def _in_pixels(boxes: Tensor, image_size_hw: tuple[int, int]) -> Tensor:
-    """Normalised (M, 4) xyxy in pixels; made of numbers, for a tensor from the host would wait for the device."""
+def _to_pixels(boxes: Tensor, image_size_hw: tuple[int, int]) -> Tensor:
+    """Normalised (M, 4) xyxy in pixels. Scaling by numbers avoids the synchronisation of a copy to the device."""
     height, width = image_size_hw
     return torch.stack([side * size for side, size in zip(boxes.unbind(1), (width, height) * 2, strict=True)], dim=1)
-
-
-def _in_float32(output: StageOutput) -> StageOutput:
-    """16-bit predictions of mixed precision are too coarse for logarithms and sums over all priors."""
-    tensors: dict[str, Any] = {name: None if value is None else value.float() for name, value in vars(output).items()}
-    return StageOutput(**tensors)

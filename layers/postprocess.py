@@ -1,24 +1,22 @@
-"""From a stage's raw outputs to detections in pixels."""
+"""From the raw outputs of a stage to detections in pixels."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from config import DetectionConfig, ModelConfig
-from layers.prior_box import prior_boxes
+from config import ModelConfig, PostprocessConfig
 from utils.boxes import decode_boxes, decode_landmarks
 from utils.nms import pixel_nms
-from utils.structures import Detections, StageOutput, corner_of
+from utils.structures import Detections, StageOutput, image_size_xy
 
-_LOGIT_MARGIN = 1e-3  # more than rounding makes of a logit
+_LOGIT_MARGIN = 1e-3  # more than the rounding error of a logit
 
 
 def fuse_scores(class_logits: Tensor, iou_logits: Tensor | None, exponent: float) -> Tensor:
-    """Scores p^a * iou^(1-a) of the IoU-aware head (arXiv:2011.13183, section 3.3); p alone without the branch.
+    """Scores p^a * iou^(1-a) of the IoU-aware head (arXiv:2011.13183, section 3.3), or p without the branch.
 
     Args:
         class_logits: (..., 2) background, face.
@@ -35,77 +33,66 @@ def fuse_scores(class_logits: Tensor, iou_logits: Tensor | None, exponent: float
 
 
 def postprocess(
-    output: StageOutput, image_size_hw: tuple[int, int], model: ModelConfig, detection: DetectionConfig
+    output: StageOutput, image_size_hw: tuple[int, int], model_config: ModelConfig, config: PostprocessConfig
 ) -> list[Detections]:
     """Score, filter, decode and suppress.
 
+    Filtering and decoding run on the device of the output, the suppression on the CPU, which takes two host-device
+    synchronisations per batch.
+
     Args:
-        output: of the stage whose boxes are wanted, B images of one size.
-        image_size_hw: height and width of the network's input in pixels.
+        output: of the stage whose boxes are wanted, B images of the same size.
+        image_size_hw: height and width of the model's input in pixels.
 
     Returns:
         B `Detections`, on the CPU.
     """
-    # All images at once, and the suppression where the results are wanted: a GPU is waited for twice a batch.
-    candidates = find_candidates(output, image_size_hw, model, detection).cpu().above_threshold()
-    counts = candidates.image_indices.bincount(minlength=output.box_deltas.shape[0]).tolist()
-    images = candidates.detections.split(counts)
-    return [suppress(found, image_size_hw, detection) for found in images]
+    candidates, image_indices, is_above = filter_and_decode(output, image_size_hw, model_config, config)
+    candidates, image_indices, is_above = candidates.cpu(), image_indices.cpu(), is_above.cpu()
+    counts = image_indices[is_above].bincount(minlength=len(output.box_deltas)).tolist()
+    return [apply_nms(found, image_size_hw, config) for found in candidates.select(is_above).split(counts)]
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """Decoded boxes, among them all that enter the suppression.
+def filter_and_decode(
+    output: StageOutput, image_size_hw: tuple[int, int], model_config: ModelConfig, config: PostprocessConfig
+) -> tuple[Detections, Tensor, Tensor]:
+    """Decode the boxes whose score may exceed the threshold.
 
-    Attributes:
-        detections: of all images, one after the other, in the order of the priors.
-        image_indices: (N,) int64 in ascending order: the image of each.
-        is_above: (N,) bool: whether its score is above the threshold, and its box finite.
+    Scores and boxes are computed only for those priors that the class logits do not rule out.
+
+    Args:
+        output: raw outputs of B images.
+        image_size_hw: height and width of the model's input in pixels.
+
+    Returns:
+        The decoded boxes of all images, one image after the other, as N unclipped detections in pixels of the input;
+        (N,) int64 index of the image of each; (N,) bool whether its score exceeds the threshold and its box is finite.
     """
-
-    detections: Detections
-    image_indices: Tensor
-    is_above: Tensor
-
-    def cpu(self) -> Candidates:
-        return Candidates(self.detections.cpu(), self.image_indices.cpu(), self.is_above.cpu())
-
-    def above_threshold(self) -> Candidates:
-        chosen = torch.nonzero(self.is_above).squeeze(1)
-        return Candidates(self.detections.select(chosen), self.image_indices[chosen], self.is_above[chosen])
-
-
-def find_candidates(
-    output: StageOutput, image_size_hw: tuple[int, int], model: ModelConfig, detection: DetectionConfig
-) -> Candidates:
-    """The boxes that may be above the score threshold, decoded; see `postprocess`.
-
-    Scores, exponentials and boxes are computed for those priors only whose logits do not rule it out.
-    """
-    fixed = prior_boxes(image_size_hw, model.anchor_sizes, model.strides, output.box_deltas.device)
     logits = output.class_logits.flatten(0, 1)
-    bound = _least_logit(detection.confidence_threshold, 1.0 if output.iou_logits is None else model.score_exponent)
-    likely = torch.nonzero(logits[:, 1] - logits[:, 0] > bound).squeeze(1)
+    least_logit = _least_logit(
+        config.confidence_threshold, 1.0 if output.iou_logits is None else model_config.score_exponent
+    )
+    chosen = torch.nonzero(logits[:, 1] - logits[:, 0] > least_logit).squeeze(1)
 
-    iou_logits = None if output.iou_logits is None else output.iou_logits.flatten()[likely]
-    scores = fuse_scores(logits[likely], iou_logits, model.score_exponent)
+    iou_logits = None if output.iou_logits is None else output.iou_logits.flatten()[chosen]
+    scores = fuse_scores(logits[chosen], iou_logits, model_config.score_exponent)
     count = output.box_deltas.shape[1]
-    priors = fixed[likely % count] if output.priors is None else output.priors.flatten(0, 1)[likely]
-    corner = corner_of(image_size_hw, scores)
-    boxes = decode_boxes(output.box_deltas.flatten(0, 1)[likely], priors, model.variances) * corner.repeat(2)
+    priors = output.priors[chosen % count] if output.priors.dim() == 2 else output.priors.flatten(0, 1)[chosen]
+    size_xy = image_size_xy(image_size_hw, scores)
+    boxes = decode_boxes(output.box_deltas.flatten(0, 1)[chosen], priors, model_config.variances) * size_xy.repeat(2)
     landmarks = None
     if output.landmark_deltas is not None:
-        deltas = output.landmark_deltas.flatten(0, 1)[likely]
-        landmarks = decode_landmarks(deltas, priors, model.variances) * corner
-    finite = boxes.isfinite().all(dim=1)  # exp() overflows for the deltas of an untrained or damaged network
-    is_above = (scores > detection.confidence_threshold) & finite
-    return Candidates(Detections(boxes, scores, landmarks), likely // count, is_above)
+        deltas = output.landmark_deltas.flatten(0, 1)[chosen]
+        landmarks = decode_landmarks(deltas, priors, model_config.variances) * size_xy
+    is_finite = boxes.isfinite().all(dim=1)  # exp() overflows for the deltas of an untrained or damaged model
+    is_above = (scores > config.confidence_threshold) & is_finite
+    return Detections(boxes, scores, landmarks), chosen // count, is_above
 
 
 def _least_logit(score_threshold: float, exponent: float) -> float:
-    """A difference of the class logits that a score above the threshold exceeds, whatever the IoU branch says.
+    """The difference of the class logits above which a score may exceed the threshold, whatever the IoU is.
 
-    p^a * iou^(1-a) > t asks for p^a > t, for the other factor is at most 1.
+    p^a * iou^(1-a) > t requires p^a > t, because the other factor is at most 1.
     """
     if score_threshold <= 0 or exponent == 0:
         return -math.inf
@@ -115,12 +102,12 @@ def _least_logit(score_threshold: float, exponent: float) -> float:
     return math.log(probability) - math.log1p(-probability) - _LOGIT_MARGIN if probability > 0 else -math.inf
 
 
-def suppress(candidates: Detections, image_size_hw: tuple[int, int], detection: DetectionConfig) -> Detections:
-    """The detections of one image that remain of its candidates, best first."""
-    if detection.top_k:
-        candidates = candidates.select(candidates.scores.argsort(descending=True)[: detection.top_k])
-    kept = pixel_nms(candidates.boxes, candidates.scores, detection.nms_threshold)
-    if detection.keep_top_k:
-        kept = kept[: detection.keep_top_k]
+def apply_nms(candidates: Detections, image_size_hw: tuple[int, int], config: PostprocessConfig) -> Detections:
+    """Suppress the weaker of overlapping boxes of one image, and clip the others if asked to; best first."""
+    if config.top_k:
+        candidates = candidates.select(candidates.scores.argsort(descending=True)[: config.top_k])
+    kept = pixel_nms(candidates.boxes, candidates.scores, config.nms_threshold)
+    if config.keep_top_k:
+        kept = kept[: config.keep_top_k]
     found = candidates.select(kept)
-    return found.clipped(image_size_hw) if detection.clip_boxes else found
+    return found.clipped(image_size_hw) if config.clip_boxes else found

@@ -1,313 +1,186 @@
-"""How a network's raw outputs are computed where it no longer learns: PyTorch, `torch.compile` or ONNX Runtime."""
+"""How the raw outputs of a trained model are computed: by PyTorch, `torch.compile` or ONNX Runtime."""
 
 from __future__ import annotations
 
-import importlib.util
-import io
-import json
-import logging
+import copy
 import math
 import sys
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from config import ConfigError, DetectionConfig, ModelConfig, SpeedOptions, to_dict
-from layers.postprocess import find_candidates, suppress
-from models.fuse import fuse_batch_norm
+from config import ComputeOptions, LevelConfig
+from layers.prior_box import prior_boxes
+from models.onnx_graph import missing_onnx_packages, quiet_exporter, raw_graph
 from models.retinaface import RetinaFace
+from utils.errors import ConfigError
 from utils.structures import StageOutput
 
-_ONNX_PACKAGES = ("onnx", "onnxruntime")
-_OPSET = 17
-_TIMES_BEFORE_TUNING = 20
-_MOST_LANES = 4  # each needs the memory of an image's activations
-_EXAMPLE_SIZE = (96, 128)  # of the image that is traced
+_MAX_WORKERS = 4  # each needs memory for the activations of an image
 
 
 class Backend(Protocol):
-    """Computes what the last stage says of images.
+    """Computes the raw outputs of the last stage.
 
     Attributes:
-        lanes: threads that should call it at once, each its own from `for_lane`, for the machine to be used best.
+        name: of the backend, for the user.
+        num_workers: number of threads that make best use of the machine, each calling its own `for_worker`.
     """
 
     name: str
-    lanes: int
+    num_workers: int
 
-    def for_lane(self) -> Backend:
-        """The same for such threads, with a share of the cores."""
+    def for_worker(self) -> Backend:
+        """The same backend for one of `num_workers` threads, with a share of the cores."""
         ...
 
     def __call__(self, images: Tensor) -> StageOutput:
-        """(B, H, W, 3) uint8 BGR on the network's device to the raw outputs of the last stage, there."""
+        """(B, H, W, 3) uint8 BGR on the model's device to the raw outputs of the last stage."""
         ...
 
 
 class TorchBackend:
-    """The network as it is, run by PyTorch, which uses all cores for one call."""
+    """Runs the model in PyTorch, which uses all cores for one call."""
 
-    lanes = 1
+    num_workers = 1
 
-    def __init__(self, network: Callable[[Tensor], list[StageOutput]], name: str = "torch") -> None:
-        self.network = network
+    def __init__(self, model: Callable[[Tensor], list[StageOutput]], name: str = "torch", amp: bool = False) -> None:
+        self.model = model
         self.name = name
+        self.amp = amp
 
-    def for_lane(self) -> Backend:
+    def for_worker(self) -> Backend:
         return self
 
     def __call__(self, images: Tensor) -> StageOutput:
-        # Seen so, images lie in channels_last already; nothing is copied.
-        return self.network(images.permute(0, 3, 1, 2))[-1]
-
-
-class CudaBackend(TorchBackend):
-    """PyTorch on a GPU, with what is to be had only there."""
-
-    def __init__(self, network: Callable[[Tensor], list[StageOutput]], name: str, options: SpeedOptions) -> None:
-        super().__init__(network, name)
-        self._options = options
-        self._seen: Counter[torch.Size] = Counter()
-
-    def __call__(self, images: Tensor) -> StageOutput:
-        with self._tuned(images.shape), torch.autocast("cuda", torch.float16, enabled=self._options.amp):
-            output = super().__call__(images)
-        return output.float()
-
-    @contextmanager
-    def _tuned(self, shape: torch.Size) -> Iterator[None]:
-        """Have cuDNN try its algorithms, which takes it some hundred passes' time, once a size has come often."""
-        self._seen[shape] += 1
-        before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = before or (
-            self._options.cudnn_benchmark and self._seen[shape] > _TIMES_BEFORE_TUNING
-        )
-        try:
-            yield
-        finally:
-            torch.backends.cudnn.benchmark = before
+        # The permuted view is in channels_last already; nothing is copied.
+        view = images.permute(0, 3, 1, 2)
+        if not self.amp:
+            return self.model(view)[-1]
+        with torch.autocast(images.device.type, torch.float16):
+            return self.model(view)[-1].float()
 
 
 class OnnxBackend:
-    """A graph that `network_graph` made, or a file of it, run by ONNX Runtime on the CPU."""
+    """Runs a graph of `raw_graph` in ONNX Runtime on the CPU."""
 
     name = "onnx"
 
-    def __init__(self, graph: Path | bytes, threads: int | None = None) -> None:
+    def __init__(self, graph: Path | bytes, levels: tuple[LevelConfig, ...], threads: int | None = None) -> None:
         """Open a graph.
 
         Args:
-            threads: that a call uses; None is as many as PyTorch does.
+            graph: a file or its content.
+            levels: of the priors, for graphs whose outputs do not contain them.
+            threads: number of threads of a call; None is as many as PyTorch uses.
         """
         import onnxruntime  # an optional package
 
         self._graph = graph
+        self._levels = levels
         self._threads = threads or torch.get_num_threads()
-        self.lanes = min(self._threads, _MOST_LANES)
+        self.num_workers = min(self._threads, _MAX_WORKERS)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
-        # Threads that wait by spinning slow the post-processing that runs next.
+        # Threads that spin while they wait slow down the post-processing that runs next.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # A pattern is kept for every size of image, and photographs come in many.
+        # A memory pattern is kept for every image size, and photographs come in many.
         options.enable_mem_pattern = False
         content = graph if isinstance(graph, bytes) else str(graph)
         self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self._names = [output.name for output in self._session.get_outputs()]
 
-    def for_lane(self) -> Backend:
-        return self._lane
+    def for_worker(self) -> Backend:
+        return self._worker
 
     @cached_property
-    def _lane(self) -> Backend:
-        # Two calls with one thread each take less time than one after the other with two: no thread waits for another.
-        # Rounded up, for a core without work is worse than a thread too many.
-        return OnnxBackend(self._graph, math.ceil(self._threads / self.lanes))
+    def _worker(self) -> Backend:
+        # Two calls with one thread each take less time than two calls with two threads one after the other. Rounded up,
+        # because an idle core costs more than one thread too many.
+        return OnnxBackend(self._graph, self._levels, math.ceil(self._threads / self.num_workers))
 
     def __call__(self, images: Tensor) -> StageOutput:
         try:
             values = self._session.run(self._names, {"images": images.numpy()})
-        except Exception as error:  # its errors share no other base; callers know PyTorch's, "out of memory" among them
+        except Exception as error:  # its errors have no common base class; callers handle those of PyTorch
             raise RuntimeError(f"ONNX Runtime: {error}") from error
         tensors = {name: torch.from_numpy(value) for name, value in zip(self._names, values, strict=True)}
+        if "priors" not in tensors:
+            tensors["priors"] = prior_boxes((images.shape[1], images.shape[2]), self._levels)
         return StageOutput(
             class_logits=tensors["class_logits"],
             box_deltas=tensors["box_deltas"],
             landmark_deltas=tensors.get("landmark_deltas"),
             iou_logits=tensors.get("iou_logits"),
-            priors=tensors.get("priors"),
+            priors=tensors["priors"],
         )
 
 
-def build_backend(network: RetinaFace, options: SpeedOptions) -> Backend:
-    """What computes the outputs of a network in evaluation mode, as `options` ask.
+def build_backend(model: RetinaFace, options: ComputeOptions) -> Backend:
+    """The backend that `options` ask for, for a model in evaluation mode.
 
     Raises:
-        ConfigError: the backend that was asked for is not installed, or does not compute on the network's device.
+        ConfigError: the backend is not installed, or does not compute on the device of the model.
     """
-    ready = fuse_batch_norm(network) if options.fuse else network
-    is_cuda = network.pixel_mean.device.type == "cuda"
-    for name in ("amp", "cudnn_benchmark"):
-        if getattr(options, name) and not is_cuda:
-            raise ConfigError(f"--{name} needs a CUDA device; drop it")
-    name = _choose(options.backend, ready)
+    if options.amp and model.device.type != "cuda":
+        raise ConfigError("--amp needs a CUDA device; drop it")
+    fused = fuse_batch_norm(model)
+    name = _choose(options.backend, model.device)
     if name == "onnx":
-        return OnnxBackend(network_graph(ready))
-    backend = _compiled(ready) if name == "compile" else TorchBackend(ready)
-    return CudaBackend(backend.network, backend.name, options) if is_cuda else backend
+        return OnnxBackend(raw_graph(fused), fused.levels)
+    return _compile(fused, options.amp) if name == "compile" else TorchBackend(fused, amp=options.amp)
 
 
-def _choose(asked: str, network: RetinaFace) -> str:
-    """`torch`, `compile` or `onnx`; see `build_backend`.
-
-    `auto` is the fastest that is installed: ONNX Runtime on a CPU.
-    """
-    device, missing = network.pixel_mean.device, missing_onnx_packages()
-    can_run_onnx = device.type == "cpu" and not missing
+def _choose(asked: str, device: torch.device) -> str:
+    """`torch`, `compile` or `onnx`; see `ComputeOptions.backend`."""
+    missing = missing_onnx_packages()
     if asked == "auto":
-        return "onnx" if can_run_onnx else "torch"
+        return "onnx" if device.type == "cpu" and not missing else "torch"
     if asked == "onnx" and missing:
         raise ConfigError(f"--backend=onnx needs {', '.join(missing)}; pip install them, or choose --backend=torch")
-    if asked == "onnx" and not can_run_onnx:
+    if asked == "onnx" and device.type != "cpu":
         raise ConfigError(f"--backend=onnx computes on the CPU, not on {device}; add --gpu_num=-1, or use torch")
     return asked
 
 
-def missing_onnx_packages() -> list[str]:
-    """What would have to be installed to write and run ONNX graphs."""
-    return [package for package in _ONNX_PACKAGES if importlib.util.find_spec(package) is None]
-
-
 @torch.inference_mode()
-def _compiled(network: RetinaFace) -> TorchBackend:
-    """`network` compiled for any size; as it is, with a line on standard error, where there is no compiler."""
-    backend = TorchBackend(torch.compile(network, dynamic=True), "compile")
+def _compile(model: RetinaFace, amp: bool) -> TorchBackend:
+    """`model` compiled for any image size, or as it is, with a warning, where there is no compiler."""
+    backend = TorchBackend(torch.compile(model, dynamic=True), "compile", amp)
     try:
-        with _quiet_exporter():
-            backend(torch.zeros((2, *_EXAMPLE_SIZE, 3), dtype=torch.uint8, device=network.pixel_mean.device))
+        with quiet_exporter():
+            backend(torch.zeros((2, 96, 128, 3), dtype=torch.uint8, device=model.device))
     except Exception as error:  # whatever compilers and their absence raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"warning: --backend=compile: cannot compile here ({reason}); using torch", file=sys.stderr)
-        return TorchBackend(network)
+        return TorchBackend(model, amp=amp)
     return backend
 
 
-# ------------------------------------------------------------------------------------------------- the graph
+def fuse_batch_norm(model: RetinaFace) -> RetinaFace:
+    """A frozen copy for inference in which batch normalisation is folded into the convolution before it.
 
-
-class _LastStage(nn.Module):
-    """The graph's form of a network: images as OpenCV reads them to the tensors of the last `StageOutput`."""
-
-    def __init__(self, network: RetinaFace) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        output = self.network(images.permute(0, 3, 1, 2))[-1]
-        return tuple(getattr(output, name) for name in output_names(self.network.config))
-
-
-class _Detector(nn.Module):
-    """The graph's form of a whole detector: one image to its boxes, scores and landmarks."""
-
-    def __init__(self, network: RetinaFace, detection: DetectionConfig) -> None:
-        super().__init__()
-        self.network = network
-        self.detection = detection
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        output = self.network(images.permute(0, 3, 1, 2))[-1]
-        size_hw = (images.shape[1], images.shape[2])
-        candidates = find_candidates(output, size_hw, self.network.config, self.detection).above_threshold()
-        found = suppress(candidates.detections, size_hw, self.detection)
-        return (found.boxes, found.scores, *(() if found.landmarks is None else (found.landmarks,)))
-
-
-def output_names(model: ModelConfig) -> list[str]:
-    """The fields of `StageOutput` that the last stage of a model fills: the outputs of its graph, in order."""
-    present = {
-        "class_logits": True,
-        "box_deltas": True,
-        "landmark_deltas": model.landmarks,
-        "iou_logits": model.iou_aware,
-        "priors": model.refinement == "rematch",
-    }
-    return [name for name, is_present in present.items() if is_present]
-
-
-def detector_output_names(model: ModelConfig) -> list[str]:
-    """The outputs of a graph that ends with detections, in order: fields of `Detections`."""
-    return ["boxes", "scores", *(["landmarks"] if model.landmarks else [])]
-
-
-def network_graph(network: RetinaFace) -> bytes:
-    """A network in evaluation mode on the CPU as an ONNX graph.
-
-    Its input is `images`, (B, H, W, 3) uint8 BGR of any number and size; its outputs are `output_names`, with the
-    shapes of `StageOutput`. It subtracts the mean, and makes the priors of a rematching cascade for the size it sees.
-    Its metadata `model` is the architecture as JSON.
+    Its outputs equal those of `model` in evaluation mode up to rounding. It is on the same device, in channels_last.
     """
-    axes = {"images": {0: "batch", 1: "height", 2: "width"}}
-    axes |= {name: {0: "batch", 1: "priors"} for name in output_names(network.config)}
-    return _export(_LastStage(network), (2, *_EXAMPLE_SIZE, 3), axes, {"model": to_dict(network.config)})
+    fused = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in list(fused.modules()):
+        for (name, convolution), (norm_name, norm) in _conv_bn_pairs(module):
+            setattr(module, name, fuse_conv_bn_eval(convolution, norm))
+            setattr(module, norm_name, nn.Identity())
+    return fused.to(memory_format=torch.channels_last)
 
 
-def detector_graph(network: RetinaFace, detection: DetectionConfig) -> bytes:
-    """A network with decoding and suppression behind it as an ONNX graph; see `network_graph`.
+def _conv_bn_pairs(module: nn.Module) -> Iterator[tuple[tuple[str, nn.Conv2d], tuple[str, nn.BatchNorm2d]]]:
+    """The convolutions among a module's children that are followed by batch normalisation, and their names.
 
-    Its input is `images`, (1, H, W, 3) uint8 BGR; its outputs are `detector_output_names`, with the shapes of
-    `Detections`, in pixels, best first. The thresholds are constants, and metadata `detection` too.
+    Children are in the order of their use in `nn.Sequential`, and in torchvision's ResNet (conv1, bn1, conv2, ...).
     """
-    axes = {"images": {1: "height", 2: "width"}}
-    axes |= {name: {0: "faces"} for name in detector_output_names(network.config)}
-    about = {"model": to_dict(network.config), "detection": to_dict(detection)}
-    return _export(_Detector(network, detection), (1, *_EXAMPLE_SIZE, 3), axes, about)
-
-
-@torch.no_grad()
-def _export(
-    module: nn.Module,
-    example_shape: tuple[int, ...],
-    dynamic_axes: Mapping[str, Mapping[int, str]],
-    metadata: Mapping[str, Any],
-) -> bytes:
-    import onnx  # an optional package
-
-    content = io.BytesIO()
-    with _quiet_exporter():
-        # By tracing, in a fraction of a second: the newer exporter (dynamo=True) takes some ten for the same graph.
-        torch.onnx.export(
-            module.eval(),
-            (torch.zeros(example_shape, dtype=torch.uint8),),
-            content,  # type: ignore[arg-type]  # it takes files as well as paths
-            dynamo=False,
-            opset_version=_OPSET,
-            input_names=["images"],
-            output_names=[name for name in dynamic_axes if name != "images"],
-            dynamic_axes=dynamic_axes,
-        )
-    graph = onnx.load_from_string(content.getvalue())
-    onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in metadata.items()})
-    return bytes(graph.SerializeToString())
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Hold back what PyTorch's tracer says of its own workings."""
-    loggers = [logging.getLogger(name) for name in ("torch",)]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    for (name, child), (next_name, following) in pairwise(list(module.named_children())):
+        if isinstance(child, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
+            yield (name, child), (next_name, following)

@@ -1,34 +1,64 @@
-"""Starting a network from published weights."""
+"""Initial weights from published backbones and trained detectors."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 
-from config import UserError
-from models.checkpoint import Checkpoint, CheckpointError, State, load_backbone
-from models.detector import load_strictly
-from models.levels import adapt_levels
+from config import LevelConfig, ModelConfig
+from models.checkpoint import Checkpoint, load_backbone
+from models.foreign_checkpoint import CheckpointError, State
+from models.image_pyramid import add_upsampled_stages, build_model, nearest_anchor
 from models.retinaface import RetinaFace
-from utils.landmarks import LANDMARKS_PER_FACE
-from utils.runtime.experiment import user_path
+from utils.errors import UserError
+from utils.runtime.files import user_path
 
 
-def initialise_backbone(network: RetinaFace, source: str) -> None:
-    """Give the backbone the weights of `source`: a file, `imagenet` (torchvision's own), or `none`.
+def load_model(checkpoint: Checkpoint) -> RetinaFace:
+    """The model of a checkpoint with its weights; every tensor of the one must be a tensor of the other.
+
+    Raises:
+        CheckpointError: names the first tensor that is missing, left over or of another shape.
+    """
+    model = build_model(checkpoint.model_config)
+    load_strictly(model, checkpoint.state, checkpoint.path)
+    return model
+
+
+def load_strictly(module: nn.Module, state: State, path: Path) -> None:
+    """Copy `state` into `module`; see `load_model`."""
+    expected = module.state_dict()
+    # PyTorch before 0.4.1 did not save this counter, which only batch normalisation without momentum uses.
+    optional = {name for name in expected if name.endswith(".num_batches_tracked")}
+    problems = [f"lacks {name}" for name in expected if name not in state and name not in optional]
+    problems += [f"has {name}, which the architecture does not" for name in state if name not in expected]
+    problems += [
+        f"has {name} of shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{path}: {problems[0]}{more}; the file is damaged or of another architecture")
+    module.load_state_dict({**{name: expected[name] for name in optional}, **state})
+
+
+def initialise_backbone(model: RetinaFace, source: str) -> None:
+    """Load the weights of the backbone from `source`: a file, `imagenet` (torchvision's own), or `none`.
 
     Raises:
         CheckpointError: the file does not fit the backbone.
-        UserError: torchvision has no weights for it, or they cannot be fetched.
+        UserError: torchvision has no weights for it, or they cannot be downloaded.
     """
     if source == "none":
         return
-    name = network.config.backbone
+    name = model.model_config.backbone
     if source == "imagenet":
         state, origin = _torchvision_weights(name), Path(f"torchvision-{name}")
     else:
@@ -36,7 +66,7 @@ def initialise_backbone(network: RetinaFace, source: str) -> None:
         if not origin.is_file():
             raise CheckpointError(f"--pretrained_backbone {source}: no such file")
         state = load_backbone(origin, name)
-    load_strictly(network.backbone, state, origin)
+    load_strictly(model.backbone, state, origin)
 
 
 def _torchvision_weights(name: str) -> State:
@@ -51,80 +81,113 @@ def _torchvision_weights(name: str) -> State:
     except OSError as error:
         file_name = weights.url.rsplit("/", 1)[-1]
         raise UserError(
-            f"--pretrained_backbone imagenet: cannot fetch {file_name} ({error}); put that file anywhere and give "
+            f"--pretrained_backbone imagenet: cannot download {file_name} ({error}); put that file anywhere and give "
             "its path, or use none"
         ) from None
     return {key: value for key, value in state.items() if not key.startswith("fc.")}
 
 
-def initialise_from_detector(network: RetinaFace, checkpoint: Checkpoint) -> list[str]:
-    """Copy a trained detector as far as it goes.
+def initialise_from_detector(model: RetinaFace, checkpoint: Checkpoint) -> list[str]:
+    """Copy the weights of a trained detector as far as the architectures correspond.
 
-    A stage that the checkpoint lacks, or that corrects something else there (`ModelConfig.refinement`), starts as a
-    copy of the first one with box corrections of zero, so that the new cascade begins by finding what the old detector
-    found. Branches that it lacks keep their random start.
-
-    Levels correspond by their strides in the picture that they see, so a network with fine levels begins as the
-    detector that is shown the picture at both sizes; and anchors by their sizes, so a network with more of them begins
-    by finding the same faces.
+    Levels correspond by their strides and anchors by their sizes. A stage that the checkpoint lacks, or that corrects
+    something else there (`ModelConfig.refinement`), starts as a copy of the first one with box corrections of zero, so
+    that the new cascade begins by detecting what the old detector detected. Branches that the checkpoint lacks keep
+    their random initialisation.
 
     Returns:
-        Names of the tensors that kept their random start.
+        Names of the tensors that keep their random initialisation.
 
     Raises:
-        CheckpointError: the backbones differ, or nothing fits.
+        CheckpointError: the backbones differ.
     """
-    if checkpoint.model.backbone != network.config.backbone:
+    source, target = checkpoint.model_config, model.model_config
+    if source.backbone != target.backbone:
         raise CheckpointError(
-            f"{checkpoint.path}: a detector with {checkpoint.model.backbone}, but the model's backbone is "
-            f"{network.config.backbone}; give --backbone={checkpoint.model.backbone}"
+            f"{checkpoint.path}: a detector with {source.backbone}, but the model's backbone is {target.backbone}; "
+            f"give --backbone={source.backbone}"
         )
-    sources = adapt_levels(checkpoint.state, checkpoint.model, network.config)
-    if checkpoint.model.refinement != network.config.refinement:
-        sources = {name: tensor for name, tensor in sources.items() if re.match(r"stages\.[1-9]", name) is None}
-    state = network.state_dict()
-    left: list[str] = []
+    sources = _adapt_levels(checkpoint.state, source.levels, target)
+    if source.refinement != target.refinement:
+        sources = {name: tensor for name, tensor in sources.items() if not re.match(r"stages\.[1-9]", name)}
+    for number in range(1, len(target.stages)):
+        sources = _copies_of_first_stage(sources, number) | sources
+    if not source.image_pyramid.upsampled_levels:
+        sources = add_upsampled_stages(sources, target.image_pyramid.upsampled_levels)
+    state = model.state_dict()
+    matching = {name: tensor for name, tensor in sources.items() if name in state and tensor.shape == state[name].shape}
+    model.load_state_dict(state | matching)
+    return [name for name in state if name not in matching]
+
+
+def _copies_of_first_stage(sources: Mapping[str, Tensor], number: int) -> State:
+    """The tensors of stage `number` as a copy of the first one that corrects nothing yet."""
+    return {
+        f"stages.{number}.{name.removeprefix('stages.0.')}": torch.zeros_like(tensor)
+        if ".box_deltas." in name
+        else tensor
+        for name, tensor in sources.items()
+        if name.startswith("stages.0.")
+    }
+
+
+def _adapt_levels(state: State, levels: tuple[LevelConfig, ...], target: ModelConfig) -> State:
+    """A detector's tensors for the levels and anchors of another one.
+
+    Args:
+        state: tensors of a model with the given levels.
+        levels: of the source.
+        target: architecture of the new model.
+    """
+    if levels == target.levels:
+        return dict(state)
+    index_of_stride = {level.stride: index for index, level in enumerate(target.levels)}
+    adapted = {}
     for name, tensor in state.items():
-        source = sources.get(name)
-        if source is None and name.startswith("stages."):
-            source = _start_of_later_stage(sources, name.split(".", 2)[2], network.config.refinement)
-        if source is None or source.shape != tensor.shape:
-            left.append(name)
-        else:
-            state[name] = source
-    network.load_state_dict(state)
-    return left
+        part = re.fullmatch(r"(fpn\.lateral|fpn\.merge|stages\.\d+\.context|stages\.\d+\.heads)\.(\d+)\.(.+)", name)
+        if part is None:
+            adapted[name] = tensor
+            continue
+        level = levels[int(part[2])]
+        index = index_of_stride.get(level.stride)
+        if index is not None:
+            value = tensor
+            if part[1].endswith("heads"):
+                value = _adapt_anchors(tensor, part[3], level, target.levels[index], target.variances)
+            adapted[f"{part[1]}.{index}.{part[3]}"] = value
+    return adapted
 
 
-def expect_few_faces(network: RetinaFace, probability: float = 0.01) -> None:
-    """Let an untrained network give every prior this score, as the focal loss wants it (arXiv:1708.02002, section 4.1).
+def _adapt_anchors(
+    head: Tensor, name: str, source: LevelConfig, target: LevelConfig, variances: tuple[float, float]
+) -> Tensor:
+    """Weights or biases of a prediction head for other anchors, each predicting what its nearest in size predicted.
 
-    Else its many background priors, each at one half, drown the faces in the first steps.
+    Predictions are rescaled, because deltas are measured in sides of the anchor.
+    """
+    per_anchor = head.unflatten(0, (len(source.anchor_sizes), -1))
+    adapted = []
+    for size in target.anchor_sizes:
+        _, nearest = nearest_anchor(size, [source])
+        values, ratio = per_anchor[nearest].clone(), source.anchor_sizes[nearest] / size
+        branch, _, kind = name.partition(".")
+        if branch == "landmark_deltas":
+            values *= ratio
+        elif branch == "box_deltas":
+            values[:2] *= ratio
+            if kind == "bias":
+                values[2:] += math.log(ratio) / variances[1]
+        adapted.append(values)
+    return torch.stack(adapted).flatten(0, 1)
+
+
+def initialise_for_focal_loss(model: RetinaFace, probability: float = 0.01) -> None:
+    """Let an untrained model give every prior this score (arXiv:1708.02002, section 4.1).
+
+    Otherwise the many negative priors, each with a score of one half, dominate the first steps of the focal loss.
     """
     logit = math.log(probability / (1 - probability))
-    for name, parameter in network.named_parameters():
+    for name, parameter in model.named_parameters():
         if name.endswith("class_logits.bias"):
             with torch.no_grad():
                 parameter.view(-1, 2).copy_(torch.tensor([-logit / 2, logit / 2]))
-
-
-def _start_of_later_stage(sources: State, name: str, refinement: str) -> Tensor | None:
-    """A tensor of a stage that corrects the first one of `sources` and as yet changes nothing; `name` is within it."""
-    source = sources.get(f"stages.0.{name}")
-    if source is None:
-        return None
-    if ".box_deltas." in name:
-        return torch.zeros_like(source)
-    if refinement == "rematch" and ".landmark_deltas." in name:
-        # Landmarks are now offsets from the centre of the first stage's box: the offsets from the prior's centre less
-        # that of the box. Both are linear in the same features. What this leaves out is that they are measured in
-        # sides of the box and no longer of the prior.
-        centres = _per_anchor(sources[f"stages.0.{name.replace('landmark', 'box')}"], 4)[:, :2]
-        offsets = _per_anchor(source, 2 * LANDMARKS_PER_FACE).unflatten(1, (LANDMARKS_PER_FACE, 2))
-        return (offsets - centres.unsqueeze(1)).reshape(source.shape)
-    return source
-
-
-def _per_anchor(head: Tensor, values: int) -> Tensor:
-    """Weights or biases of a prediction head, (anchors * values, ...), as (anchors, values, ...)."""
-    return head.unflatten(0, (-1, values))

@@ -1,39 +1,48 @@
-"""The detector: backbone, pyramid and a list of stages."""
+"""The detector network: backbone, feature pyramid and the stages of the cascade."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
-from layers.prior_box import feature_sizes, prior_boxes
+from layers.prior_box import prior_boxes
 from models.backbone import build_backbone
-from models.heads import Stage
+from models.heads import LevelOutput, Stage, join_levels
 from models.net import FPN
-from utils.boxes import refine_priors
+from utils.boxes import decode_landmarks, encode_landmarks, refine_priors
 from utils.structures import StageOutput
 
 
 class RetinaFace(nn.Module):
-    """RetinaFace (arXiv:1905.00641) as a cascade, with the IoU-aware branch of TinaFace (arXiv:2011.13183) or without.
+    """RetinaFace (arXiv:1905.00641) as a cascade, with or without the IoU-aware branch of TinaFace (arXiv:2011.13183).
 
-    Parameters exist for what the configuration asks for and nothing else.
+    Parameters exist only for what the configuration asks for.
+
+    Attributes:
+        model_config: the architecture.
+        levels: strides and anchor sizes of the priors, in the order of the outputs.
     """
 
     pixel_mean: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, model_config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
-        self.backbone = build_backbone(config.backbone, config.activation_slope)
-        self.fpn = FPN(self.backbone.out_channels, config.fpn_channels, config.activation_slope)  # type: ignore[arg-type]
-        self.stages = nn.ModuleList(Stage(config) for _ in config.stages)
-        # The configuration owns the mean, so checkpoints need not carry it.
-        mean = torch.tensor(config.pixel_mean).view(1, 3, 1, 1)
+        self.model_config = model_config
+        self.levels = model_config.levels
+        self.backbone = build_backbone(model_config.backbone, model_config.activation_slope)
+        self.fpn = FPN(self.backbone.out_channels, model_config.fpn_channels, model_config.activation_slope)  # type: ignore[arg-type]
+        self.stages = nn.ModuleList(Stage(model_config, self.levels) for _ in model_config.stages)
+        # The configuration owns the mean, so checkpoints do not contain it.
+        mean = torch.tensor(model_config.pixel_mean).view(1, 3, 1, 1)
         self.register_buffer("pixel_mean", mean, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
 
     def forward(self, images: Tensor) -> list[StageOutput]:
         """Run every stage.
@@ -42,50 +51,46 @@ class RetinaFace(nn.Module):
             images: (B, 3, H, W) BGR, 0 to 255, uint8 or float, any size.
 
         Returns:
-            One `StageOutput` a stage; the last is the refined one.
+            One `StageOutput` for each stage; the last is the refined one.
         """
-        pixels = images - self.pixel_mean
-        pyramid, surroundings = self._pyramids(pixels)
-        coarse = self._coarse_pyramid(pixels) if self.config.coarse_share else []
-        outputs: list[StageOutput] = []
-        for stage in self.stages:
-            output = stage(pyramid, surroundings, coarse)
-            outputs.append(self._refined(outputs[-1], output, images.shape) if outputs else output)
-        return outputs
+        features = self.features(self.normalise(images))
+        levels = [stage(features) for stage in self.stages]
+        priors = prior_boxes((images.shape[2], images.shape[3]), self.levels, images.device)
+        return run_cascade(levels, priors, self.model_config)
 
-    def _pyramids(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The features of every level, finest first; and those that take part in the scores of fine levels.
+    def normalise(self, images: Tensor) -> Tensor:
+        """Subtract the mean from (B, 3, H, W) BGR images."""
+        return images - self.pixel_mean
 
-        Fine levels are those of the picture at twice its size, where a face is twice as large: an image pyramid of
-        shared weights (arXiv:1612.04402) within the network. Of the picture itself the coarser levels remain, and the
-        others are where fine levels look for what is around a face.
-        """
-        fine_levels = self.config.fine_levels
-        if not fine_levels:
-            return self.fpn(self.backbone(images)), []
-        height, width = images.shape[2:]
-        enlarged = F.interpolate(images, size=(2 * height, 2 * width), mode="bilinear")
-        fine = self.fpn(self.backbone(enlarged))[:fine_levels]
-        # An odd size leaves the enlarged picture a cell more than the level has.
-        sizes = feature_sizes((height, width), self.config.strides)
-        fine = [level[..., :rows, :columns] for level, (rows, columns) in zip(fine, sizes, strict=False)]
-        first = 0 if self.config.context_share else fine_levels - 1
-        plain = self.fpn(self.backbone(images), first=first)
-        kept = fine_levels - 1 - first
-        return fine + plain[kept:], plain[:kept]
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Normalised (B, 3, H, W) images to the (B, C, H_l, W_l) features of every pyramid level, finest first."""
+        features: list[Tensor] = self.fpn(self.backbone(images))
+        return features
 
-    def _coarse_pyramid(self, images: Tensor) -> list[Tensor]:
-        """The features of the picture at half its size, finest first."""
-        height, width = images.shape[2:]
-        halved = F.interpolate(images, size=((height + 1) // 2, (width + 1) // 2), mode="bilinear")
-        return self.fpn(self.backbone(halved))
 
-    def _refined(self, previous: StageOutput, output: StageOutput, images_shape: torch.Size) -> StageOutput:
-        """`output` as a correction of `previous`: of its deltas, or of the boxes that they decode to."""
-        if self.config.refinement == "sum":
-            return dataclasses.replace(output, box_deltas=previous.box_deltas + output.box_deltas)
-        priors = previous.priors
-        if priors is None:
-            size_hw = (images_shape[2], images_shape[3])
-            priors = prior_boxes(size_hw, self.config.anchor_sizes, self.config.strides, output.box_deltas.device)
-        return dataclasses.replace(output, priors=refine_priors(previous.box_deltas, priors, self.config.variances))
+def run_cascade(
+    stage_levels: Sequence[Sequence[LevelOutput]], priors: Tensor, model_config: ModelConfig
+) -> list[StageOutput]:
+    """Relate the predictions of every stage to those of the stage before it.
+
+    With `sum`, box deltas of earlier stages are added and the priors stay the same. With `rematch`, the decoded boxes
+    of a stage become the priors of the next one. Landmarks are predicted relative to the priors of the first stage.
+
+    Args:
+        stage_levels: for each stage, the predictions of every level.
+        priors: (P, 4) cxcywh of the first stage.
+    """
+    outputs: list[StageOutput] = []
+    first_priors = priors
+    for levels in stage_levels:
+        output = join_levels(levels, priors)
+        if priors is not first_priors and output.landmark_deltas is not None:
+            points = decode_landmarks(output.landmark_deltas.float(), first_priors, model_config.variances)
+            landmark_deltas = encode_landmarks(points, priors, model_config.variances)
+            output = dataclasses.replace(output, landmark_deltas=landmark_deltas)
+        if outputs and model_config.refinement == "sum":
+            output = dataclasses.replace(output, box_deltas=outputs[-1].box_deltas + output.box_deltas)
+        outputs.append(output)
+        if model_config.refinement == "rematch":
+            priors = refine_priors(output.box_deltas, priors, model_config.variances)
+    return outputs

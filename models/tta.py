@@ -1,4 +1,4 @@
-"""Showing images to a detector as a measurement's protocol says."""
+"""Test protocols and test-time augmentation: detection in resized, padded, mirrored and rescaled images."""
 
 from __future__ import annotations
 
@@ -8,57 +8,60 @@ import cv2
 import numpy as np
 import torch
 
-from config import DetectionConfig, ProtocolConfig
+from config import PostprocessConfig, ProtocolConfig
 from models.detector import FaceDetector
 from utils.nms import vote_boxes
 from utils.structures import Detections
 
 _VGA_SIDE = 640
 _SHORT_SIDE, _LONGEST_SIDE = 1600, 2150
-# RetinaFace's pyramid: short sides of 500 to 1700 pixels, around its usual 800 (arXiv:1905.00641, section 4.3).
-_PYRAMID = (500 / 800, 1.0, 1100 / 800, 1400 / 800, 1700 / 800)
+# RetinaFace's image pyramid: short sides of 500 to 1700 pixels, relative to its usual 800 (arXiv:1905.00641, section
+# 4.3).
+_SCALES = (500 / 800, 1.0, 1100 / 800, 1400 / 800, 1700 / 800)
 
 
-class ProtocolDetector:
-    """Detects in images that are resized, padded, mirrored and scaled by a protocol.
+class TestTimeAugmentation:
+    """Runs a detector as a test protocol prescribes.
 
-    Detections of several passes are merged by box voting at the NMS threshold; landmarks and score are those of the
+    Detections of several passes are merged by box voting at the NMS threshold. Landmarks and score are those of the
     best box.
     """
+
+    __test__ = False  # the name is the field's; pytest collects none of it
 
     def __init__(self, detector: FaceDetector, protocol: ProtocolConfig) -> None:
         self.detector = detector
         self.protocol = protocol
 
     @property
-    def detection(self) -> DetectionConfig:
-        return self.detector.detection
+    def config(self) -> PostprocessConfig:
+        return self.detector.config
 
     @property
     def max_pixels(self) -> int:
-        """Of images that are shown at their own size; 0 is no limit."""
+        """Limit of images that are shown at their own size; 0 is no limit."""
         return self.detector.max_pixels if self.protocol.protocol == "original" else 0
 
     @property
-    def lanes(self) -> int:
-        return self.detector.lanes
+    def num_workers(self) -> int:
+        return self.detector.num_workers
 
     def pixels_seen(self, size_hw: tuple[int, int]) -> int:
-        """That the network sees of an image of a height and width in its largest pass."""
-        factor = max(_PYRAMID) if self.protocol.multi_scale else 1.0
+        """Number of pixels that the model sees of an image of this height and width in its largest pass."""
+        factor = max(_SCALES) if self.protocol.multi_scale else 1.0
         height, width = resized_size(size_hw, self.protocol.protocol, factor)
         if self.protocol.protocol == "vga":
             height = width = max(height, width)
         return self.detector.pixels_seen((height, width))
 
-    def for_lane(self) -> ProtocolDetector:
-        return ProtocolDetector(self.detector.for_lane(), self.protocol)
+    def for_worker(self) -> TestTimeAugmentation:
+        return TestTimeAugmentation(self.detector.for_worker(), self.protocol)
 
     def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
-        """The faces of (H, W, 3) uint8 BGR images of one size, in pixels of these images, on the CPU."""
+        """Detect the faces of (H, W, 3) uint8 BGR images of the same size, in pixels of these images, on the CPU."""
         passes = [
             self._detect(images, factor, mirrored)
-            for factor in (_PYRAMID if self.protocol.multi_scale else (1.0,))
+            for factor in (_SCALES if self.protocol.multi_scale else (1.0,))
             for mirrored in ((False, True) if self.protocol.flip else (False,))
         ]
         if len(passes) == 1:
@@ -72,20 +75,20 @@ class ProtocolDetector:
         if (new_height, new_width) != (height, width):
             shown = [cv2.resize(image, (new_width, new_height), interpolation=cv2.INTER_LINEAR) for image in shown]
         if self.protocol.protocol == "vga":
-            shown = [self._padded(image, round(_VGA_SIDE * factor)) for image in shown]
+            shown = [self._pad(image, round(_VGA_SIDE * factor)) for image in shown]
         found = [
             detections.scaled(width / new_width, height / new_height)
             for detections in self.detector.detect_batch(shown)
         ]
         if mirrored:
             found = [detections.mirrored(width) for detections in found]
-        if self.detection.clip_boxes:
+        if self.config.clip_boxes:
             found = [detections.clipped((height, width)) for detections in found]
         return found
 
-    def _padded(self, image: np.ndarray, side: int) -> np.ndarray:
-        """The image in the top left corner of a square of the mean colour, which the network takes for zero."""
-        mean = self.detector.network.config.pixel_mean
+    def _pad(self, image: np.ndarray, side: int) -> np.ndarray:
+        """The image in the top left corner of a square of the mean colour, which becomes zero in the model."""
+        mean = self.detector.model.model_config.pixel_mean
         canvas = np.broadcast_to(np.round(mean).astype(np.uint8), (side, side, 3)).copy()
         canvas[: image.shape[0], : image.shape[1]] = image
         return canvas
@@ -93,9 +96,9 @@ class ProtocolDetector:
     def _merge(self, passes: Sequence[Detections]) -> Detections:
         boxes = torch.cat([detections.boxes for detections in passes])
         scores = torch.cat([detections.scores for detections in passes])
-        kept, voted = vote_boxes(boxes, scores, self.detection.nms_threshold)
-        if self.detection.keep_top_k:
-            kept, voted = kept[: self.detection.keep_top_k], voted[: self.detection.keep_top_k]
+        kept, voted = vote_boxes(boxes, scores, self.config.nms_threshold)
+        if self.config.keep_top_k:
+            kept, voted = kept[: self.config.keep_top_k], voted[: self.config.keep_top_k]
         landmarks = [detections.landmarks for detections in passes if detections.landmarks is not None]
         return Detections(voted, scores[kept], torch.cat(landmarks)[kept] if landmarks else None)
 
@@ -105,8 +108,8 @@ def resized_size(size_hw: tuple[int, int], protocol: str, factor: float) -> tupl
 
     Args:
         size_hw: height and width of the image in pixels.
-        protocol: one of `config.PROTOCOLS`.
-        factor: of the protocol's own size, for multi-scale tests.
+        protocol: a value of `ProtocolConfig.protocol`.
+        factor: scale relative to the protocol's own size, for multi-scale tests.
     """
     short, long = sorted(size_hw)
     if protocol == "vga":

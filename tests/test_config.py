@@ -12,23 +12,23 @@ from config import (
     BACKBONES,
     ConfigError,
     DataConfig,
-    DetectionConfig,
     ExperimentConfig,
     Flags,
     InferenceOptions,
     LossConfig,
     ModelConfig,
+    PostprocessConfig,
     RunOptions,
     StageConfig,
     TrainConfig,
+    apply_overrides,
     from_dict,
-    model_config_from_flags,
     parse_flags,
-    stages_for,
     to_dict,
+    usual_stages,
 )
 
-GROUPS = (RunOptions(), InferenceOptions(), ModelConfig(), DataConfig(), TrainConfig(), DetectionConfig())
+GROUPS = (RunOptions(), InferenceOptions(), ModelConfig(), DataConfig(), TrainConfig(), PostprocessConfig())
 
 
 def parse(*words: str) -> Flags:
@@ -93,65 +93,65 @@ def test_help_shows_where_defaults_come_from(capsys: pytest.CaptureFixture[str])
 
 
 def test_architecture_flags_fill_in_what_belongs_together() -> None:
-    model = model_config_from_flags(parse("--backbone=mobilenet0.25", "--num_anchor=2", "--cascade=False"))
-    assert model == ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, cascade=False)
+    model = apply_overrides(parse("--backbone=mobilenet0.25", "--num_anchor=2", "--cascade=False"))
+    assert model == usual_config("mobilenet0.25", num_anchor=2, cascade=False)
     assert (model.fpn_channels, model.activation_slope) == BACKBONES["mobilenet0.25"]
-    assert model_config_from_flags(parse("--landmark_loss=False")).landmarks is False
-    fine = model_config_from_flags(parse("--fine_levels=2", "--num_anchor=2"))
+    assert apply_overrides(parse("--landmark_loss=False")).landmarks is False
+    fine = apply_overrides(parse("--fine_levels=2", "--num_anchor=2"))
     assert (fine.strides, fine.anchor_sizes) == ((4, 8, 16, 32), ((8, 16), (32, 64), (64, 128), (256, 512)))
-    assert model_config_from_flags(parse("--num_anchor=3"), fine).anchor_sizes[3] == (128, 256, 512)
-    assert model_config_from_flags(parse("--backbone=resnet18"), fine).strides == fine.strides
-    assert model_config_from_flags(parse("--fine_levels=0"), fine).strides == (8, 16, 32)
+    assert apply_overrides(parse("--num_anchor=3"), fine).anchor_sizes[3] == (128, 256, 512)
+    assert apply_overrides(parse("--backbone=resnet18"), fine).strides == fine.strides
+    assert apply_overrides(parse("--fine_levels=0"), fine).strides == (8, 16, 32)
 
 
 def test_flags_change_only_what_they_name_of_a_saved_architecture() -> None:
-    saved = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, score_exponent=0.3)
-    assert model_config_from_flags(parse("--cascade", "True"), saved) == saved
-    changed = model_config_from_flags(parse("--backbone=resnet18"), saved)
+    saved = usual_config("mobilenet0.25", num_anchor=2, score_exponent=0.3)
+    assert apply_overrides(parse("--cascade", "True"), saved) == saved
+    changed = apply_overrides(parse("--backbone=resnet18"), saved)
     assert (changed.fpn_channels, changed.anchor_sizes) == (BACKBONES["resnet18"][0], saved.anchor_sizes)
 
 
 def test_anchors_that_contradict_their_number_are_refused() -> None:
     with pytest.raises(ConfigError, match="--num_anchor=3 contradicts --anchor_sizes with 2"):
-        model_config_from_flags(parse("--num_anchor=3", "--anchor_sizes=8,16/32,64/128,256"))
+        apply_overrides(parse("--num_anchor=3", "--anchor_sizes=8,16/32,64/128,256"))
 
 
 def test_experiments_are_named_as_the_original_named_them() -> None:
     assert ModelConfig().name == "resnet50_tina_iou_anc3_casT_fpn3"
-    single = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, cascade=False, model_version="retina")
+    single = usual_config("mobilenet0.25", num_anchor=2, cascade=False, model_version="retina")
     assert single.name == "mobilenet0.25_anc2_casF_fpn3"
-    rematch = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, refinement="rematch", model_version="retina")
+    rematch = usual_config("mobilenet0.25", num_anchor=2, refinement="rematch", model_version="retina")
     assert rematch.name == "mobilenet0.25_anc2_casT-rematch_fpn3"
 
 
 def test_refinement_brings_the_matching_of_its_stages() -> None:
-    assert stages_for(cascade=True) == (StageConfig(0.35), StageConfig(0.35))
+    assert usual_stages(cascade=True) == (StageConfig(0.35), StageConfig(0.35))
     rematch = (StageConfig(0.35), StageConfig(0.5, negative_iou=0.4))
-    assert stages_for(cascade=True, refinement="rematch") == rematch
+    assert usual_stages(cascade=True, refinement="rematch") == rematch
     assert [stage.background_iou for stage in rematch] == [0.35, 0.4]
-    assert model_config_from_flags(parse("--refinement=rematch")).stages == rematch
-    saved = ModelConfig.for_backbone("mobilenet0.25", refinement="rematch")
-    assert model_config_from_flags(parse("--backbone=resnet18"), saved).stages == rematch
-    assert model_config_from_flags(parse("--refinement=sum"), saved) == ModelConfig.for_backbone("mobilenet0.25")
+    assert apply_overrides(parse("--refinement=rematch")).stages == rematch
+    saved = usual_config("mobilenet0.25", refinement="rematch")
+    assert apply_overrides(parse("--backbone=resnet18"), saved).stages == rematch
+    assert apply_overrides(parse("--refinement=sum"), saved) == usual_config("mobilenet0.25")
 
 
 def test_one_stage_refines_nothing() -> None:
-    saved = ModelConfig.for_backbone("mobilenet0.25", refinement="rematch")
-    single = model_config_from_flags(parse("--cascade=False"), saved)
-    assert single == ModelConfig.for_backbone("mobilenet0.25", cascade=False)
-    both = model_config_from_flags(parse("--cascade=True", "--refinement=rematch"), single)
+    saved = usual_config("mobilenet0.25", refinement="rematch")
+    single = apply_overrides(parse("--cascade=False"), saved)
+    assert single == usual_config("mobilenet0.25", cascade=False)
+    both = apply_overrides(parse("--cascade=True", "--refinement=rematch"), single)
     assert both == saved
     for words in (["--refinement=rematch"], ["--refinement=rematch", "--cascade=False"]):
         with pytest.raises(ConfigError, match="--refinement rematch needs a second stage"):
-            model_config_from_flags(parse(*words), single)
+            apply_overrides(parse(*words), single)
 
 
 def test_an_older_architecture_means_what_it_meant() -> None:
-    values = to_dict(ModelConfig.for_backbone("mobilenet0.25"))
+    values = to_dict(usual_config("mobilenet0.25"))
     del values["refinement"]
     for stage in values["stages"]:
         del stage["negative_iou"]
-    assert from_dict(ModelConfig, values, "x") == ModelConfig.for_backbone("mobilenet0.25")
+    assert from_dict(ModelConfig, values, "x") == usual_config("mobilenet0.25")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_an_older_architecture_means_what_it_meant() -> None:
         lambda: LossConfig(classification="hinge"),
         lambda: LossConfig(box_regression="giou"),
         lambda: LossConfig(landmark_regression="l2"),
-        lambda: DetectionConfig(confidence_threshold=2),
+        lambda: PostprocessConfig(confidence_threshold=2),
         lambda: DataConfig(min_crop_scale=0.9, max_crop_scale=0.5),
         lambda: DataConfig(dataset_weights=(1.0, 0.0)),
         lambda: DataConfig(dataset_weights=(float("nan"),)),
@@ -192,7 +192,7 @@ def test_impossible_values_are_refused(change: object) -> None:
 
 def test_json_returns_the_same_configuration(tmp_path: Path) -> None:
     config = ExperimentConfig(
-        model=ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, stages=(StageConfig(0.4), StageConfig(0.5, 2.0))),
+        model=usual_config("mobilenet0.25", num_anchor=2, stages=(StageConfig(0.4), StageConfig(0.5, 2.0))),
         data=DataConfig(dataset_weights=(1.0, 0.25), cache="disk", cache_side=640),
         train=TrainConfig(milestones=(3, 5)),
     )

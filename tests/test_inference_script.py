@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from config import ROOT, ExperimentConfig, ModelConfig
+from config import ROOT, ExperimentConfig
 from inference import inference
 from models.checkpoint import save_checkpoint
 from models.retinaface import RetinaFace
@@ -160,7 +160,7 @@ def test_video_is_read_and_written(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_given_by_its_path_names_the_outputs(tmp_path: Path) -> None:
-    model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2)
+    model = usual_config("mobilenet0.25", num_anchor=2)
     weights = tmp_path / "my detector.pth"
     save_checkpoint(weights, ExperimentConfig(model=model), RetinaFace(model).state_dict())
     result = infer(

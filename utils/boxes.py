@@ -68,7 +68,7 @@ def decode_landmarks(deltas: Tensor, priors: Tensor, variances: tuple[float, flo
     return prior_centres + deltas.unflatten(-1, (deltas.shape[-1] // 2, 2)) * variances[0] * prior_sizes
 
 
-def bounded_deltas(deltas: Tensor, variances: tuple[float, float]) -> Tensor:
+def clamp_deltas(deltas: Tensor, variances: tuple[float, float]) -> Tensor:
     """Box deltas (..., 4) under which no side grows or shrinks by more than `MAX_SIZE_RATIO`: exp() stays finite."""
     limit = math.log(MAX_SIZE_RATIO) / variances[1]
     return torch.cat([deltas[..., :2], deltas[..., 2:].clamp(-limit, limit)], dim=-1)
@@ -84,7 +84,7 @@ def refine_priors(deltas: Tensor, priors: Tensor, variances: tuple[float, float]
     Returns:
         (..., P, 4) cxcywh, normalised to the image, of positive width and height, without a gradient.
     """
-    bounded = bounded_deltas(deltas.detach().float(), variances)
+    bounded = clamp_deltas(deltas.detach().float(), variances)
     prior_centres, prior_sizes = priors.split(2, dim=-1)
     centres = prior_centres + bounded[..., :2] * variances[0] * prior_sizes
     return torch.cat([centres, prior_sizes * torch.exp(bounded[..., 2:] * variances[1])], dim=-1)

@@ -1,45 +1,48 @@
-"""The values that flow between network, loss, post-processing and writers."""
+"""The types that flow between data, model, loss, post-processing and results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from utils.landmarks import LANDMARKS_PER_FACE, MIRRORED_LANDMARKS
+# Left eye, right eye, nose, left mouth corner, right mouth corner, as seen in the image.
+LANDMARKS_PER_FACE = 5
+# Left and right landmarks trade places in a mirrored face.
+MIRRORED_LANDMARKS = [1, 0, 2, 4, 3]
 
 
 @dataclass(frozen=True)
 class StageOutput:
-    """Raw predictions of one cascade stage, for B images and P priors.
+    """Raw predictions of one cascade stage for B images and P priors.
 
     Attributes:
         class_logits: (B, P, 2) background, face.
-        box_deltas: (B, P, 4) relative to the priors; where stages sum, with the deltas of earlier ones added in.
+        box_deltas: (B, P, 4) relative to the priors; where stages sum, the deltas of earlier stages are included.
         landmark_deltas: (B, P, 10) x, y of five points relative to the priors, or None for a model without landmarks.
-        iou_logits: (B, P) of the IoU-aware branch, or None where the model has none.
-        priors: (B, P, 4) cxcywh, normalised to the image: the boxes of the stage before, where this one starts from
-            them; None for the fixed priors of the pyramid.
+        iou_logits: (B, P) of the IoU-aware branch, or None for a model without it.
+        priors: (P, 4) or (B, P, 4) cxcywh, normalised to the image.
     """
 
     class_logits: Tensor
     box_deltas: Tensor
     landmark_deltas: Tensor | None
     iou_logits: Tensor | None
-    priors: Tensor | None = None
+    priors: Tensor
 
     def float(self) -> StageOutput:
-        """The same in 32 bits."""
+        """A copy in 32 bits."""
         values: dict[str, Any] = {name: None if value is None else value.float() for name, value in vars(self).items()}
         return StageOutput(**values)
 
 
 @dataclass(frozen=True)
 class Detections:
-    """The faces of one image, best first. N = 0 is an ordinary value.
+    """The detected faces of one image, best first. N = 0 is an ordinary value.
 
     Attributes:
         boxes: (N, 4) float xyxy in pixels of the original image.
@@ -63,12 +66,12 @@ class Detections:
         return len(self.scores)
 
     def select(self, chosen: Tensor) -> Detections:
-        """Those that a mask or indices choose."""
+        """The detections chosen by a mask or by indices."""
         landmarks = None if self.landmarks is None else self.landmarks[chosen]
         return Detections(self.boxes[chosen], self.scores[chosen], landmarks)
 
     def split(self, counts: Sequence[int]) -> list[Detections]:
-        """Consecutive parts of so many each."""
+        """Consecutive parts of the given lengths."""
         landmarks: Sequence[Tensor | None] = [None] * len(counts)
         if self.landmarks is not None:
             landmarks = self.landmarks.split(list(counts))
@@ -80,9 +83,9 @@ class Detections:
         return Detections(self.boxes.cpu(), self.scores.cpu(), landmarks)
 
     def clipped(self, size_hw: tuple[int, int]) -> Detections:
-        """Boxes cut off at the borders of an image of this height and width; landmarks as they are."""
-        largest = corner_of(size_hw, self.boxes).repeat(2)
-        return Detections(self.boxes.clamp(min=0).minimum(largest), self.scores, self.landmarks)
+        """Clip the boxes to an image of this height and width; landmarks are unchanged."""
+        largest = image_size_xy(size_hw, self.boxes).repeat(2)
+        return replace(self, boxes=self.boxes.clamp(min=0).minimum(largest))
 
     def scaled(self, x_factor: float, y_factor: float) -> Detections:
         """The same faces in an image resized by these factors."""
@@ -91,7 +94,7 @@ class Detections:
         return Detections(self.boxes * factors.repeat(2), self.scores, landmarks)
 
     def mirrored(self, width: float) -> Detections:
-        """The same faces in the image mirrored left to right, which is `width` pixels wide."""
+        """The same faces in the horizontally mirrored image, which is `width` pixels wide."""
         x1, y1, x2, y2 = self.boxes.unbind(dim=1)
         landmarks = None
         if self.landmarks is not None:
@@ -100,75 +103,107 @@ class Detections:
         return Detections(torch.stack([width - x2, y1, width - x1, y2], dim=1), self.scores, landmarks)
 
 
-def corner_of(size_hw: tuple[int, int], like: Tensor) -> Tensor:
-    """(2,) x, y of an image's bottom right corner, of the kind of `like`; a trace may make tensors of the sizes."""
+def image_size_xy(size_hw: tuple[int, int], like: Tensor) -> Tensor:
+    """(2,) width and height with the device and type of `like`. Tracing passes tensors as sizes."""
     height, width = size_hw
     return torch.stack([torch.as_tensor(width), torch.as_tensor(height)]).to(like)
 
 
 @dataclass(frozen=True)
-class FaceTargets:
-    """The labelled faces of one training image.
+class Faces:
+    """The labelled faces of one image, in pixels. N = 0 is an ordinary value.
 
     Attributes:
-        boxes: (N, 4) float xyxy, normalised to the image, of positive area.
-        landmarks: (N, 5, 2) float x, y, normalised to the image; zeros for faces without.
+        boxes: (N, 4) float32 xyxy, of positive area.
+        landmarks: (N, 5, 2) float32 x, y; zeros for faces without landmarks.
         has_landmarks: (N,) bool.
     """
 
-    boxes: Tensor
-    landmarks: Tensor
-    has_landmarks: Tensor
+    boxes: np.ndarray
+    landmarks: np.ndarray
+    has_landmarks: np.ndarray
 
     def __len__(self) -> int:
         return len(self.boxes)
 
+    def select(self, chosen: np.ndarray) -> Faces:
+        """The faces chosen by a mask or by indices."""
+        return Faces(self.boxes[chosen], self.landmarks[chosen], self.has_landmarks[chosen])
+
+    def moved(self, offset_xy: Sequence[float] | np.ndarray) -> Faces:
+        """The same faces in an image whose origin lies `offset_xy` pixels to the top left."""
+        offset = np.asarray(offset_xy, np.float32)
+        return replace(self, boxes=self.boxes + np.tile(offset, 2), landmarks=self.landmarks + offset)
+
+    def scaled(self, factor: float) -> Faces:
+        """The same faces in an image resized by this factor."""
+        boxes, landmarks = (self.boxes * factor).astype(np.float32), (self.landmarks * factor).astype(np.float32)
+        return replace(self, boxes=boxes, landmarks=landmarks)
+
+    def mirrored(self, width: float) -> Faces:
+        """The same faces in the horizontally mirrored image, which is `width` pixels wide."""
+        boxes, landmarks = self.boxes.copy(), self.landmarks[:, MIRRORED_LANDMARKS].copy()
+        boxes[:, [0, 2]] = width - self.boxes[:, [2, 0]]
+        landmarks[:, :, 0] = width - landmarks[:, :, 0]
+        return replace(self, boxes=boxes, landmarks=landmarks)
+
+
+def join_faces(parts: Sequence[Faces]) -> Faces:
+    """The faces of all parts, one part after the other."""
+    return Faces(
+        boxes=np.concatenate([part.boxes for part in parts]),
+        landmarks=np.concatenate([part.landmarks for part in parts]),
+        has_landmarks=np.concatenate([part.has_landmarks for part in parts]),
+    )
+
 
 @dataclass(frozen=True)
-class BatchTargets:
+class FaceTargets:
     """The labelled faces of B training images, one image after the other.
 
     Attributes:
         boxes: (N, 4) float xyxy, normalised to the image, of positive area.
-        landmarks: (N, 5, 2) float x, y, normalised to the image; zeros for faces without.
+        landmarks: (N, 5, 2) float x, y, normalised to the image; zeros for faces without landmarks.
         has_landmarks: (N,) bool.
-        image_indices: (N,) int64 in ascending order: the image of each face in the batch.
-        batch_size: B, for images at the end may have no faces.
+        counts: number of faces of each of the B images.
     """
 
     boxes: Tensor
     landmarks: Tensor
     has_landmarks: Tensor
-    image_indices: Tensor
-    batch_size: int
+    counts: tuple[int, ...]
 
     @classmethod
-    def of(cls, images: Sequence[FaceTargets]) -> BatchTargets:
-        """Join the faces of one image or more."""
-        counts = torch.tensor([len(faces) for faces in images])
+    def from_faces(cls, faces: Faces, image_size_hw: tuple[int, int]) -> FaceTargets:
+        """The targets of one image of this height and width."""
+        size_xy = np.array(image_size_hw[::-1], np.float32)
+        landmarks = np.where(faces.has_landmarks[:, None, None], faces.landmarks / size_xy, 0)
         return cls(
-            boxes=torch.cat([faces.boxes for faces in images]),
-            landmarks=torch.cat([faces.landmarks for faces in images]),
-            has_landmarks=torch.cat([faces.has_landmarks for faces in images]),
-            image_indices=torch.arange(len(images)).repeat_interleave(counts),
-            batch_size=len(images),
+            boxes=torch.from_numpy(faces.boxes / np.tile(size_xy, 2)).float(),
+            landmarks=torch.from_numpy(landmarks).float(),
+            has_landmarks=torch.from_numpy(faces.has_landmarks),
+            counts=(len(faces),),
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[FaceTargets]) -> FaceTargets:
+        """The targets of all images of all parts."""
+        return cls(
+            boxes=torch.cat([part.boxes for part in parts]),
+            landmarks=torch.cat([part.landmarks for part in parts]),
+            has_landmarks=torch.cat([part.has_landmarks for part in parts]),
+            counts=tuple(count for part in parts for count in part.counts),
         )
 
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def to(self, device: torch.device) -> BatchTargets:
+    def to(self, device: torch.device) -> FaceTargets:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> BatchTargets:
-        """For the loader: copies in memory from which a CUDA device reads without waiting."""
+    def pin_memory(self) -> FaceTargets:
+        """A copy in page-locked memory, as the data loader asks for."""
         return self._map(Tensor.pin_memory)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> BatchTargets:
-        return BatchTargets(
-            change(self.boxes),
-            change(self.landmarks),
-            change(self.has_landmarks),
-            change(self.image_indices),
-            self.batch_size,
-        )
+    def _map(self, change: Callable[[Tensor], Tensor]) -> FaceTargets:
+        return FaceTargets(change(self.boxes), change(self.landmarks), change(self.has_landmarks), self.counts)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from config import ROOT, ExperimentConfig, ModelConfig, SpeedOptions
-from engine.stream import detect_pictures
+from config import ROOT, ComputeOptions, ExperimentConfig
+from engine.stream import detect_images
 from models.backend import missing_onnx_packages
 from models.detector import FaceDetector
 from models.retinaface import RetinaFace
 from tests.engine.whole import PICTURE, FindsTheWhole
 from utils.runtime.images import read_image
-from utils.runtime.sources import Picture
+from utils.runtime.sources import InputImage
 from utils.structures import Detections
 
 SMALL, LARGE = PICTURE, np.full_like(PICTURE, 9)
@@ -26,7 +26,7 @@ class ShortOfMemory(FaceDetector):
     """Fails on batches that hold the large picture."""
 
     def __init__(self, error: Exception) -> None:
-        model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2)
+        model = usual_config("mobilenet0.25", num_anchor=2)
         super().__init__(RetinaFace(model), ExperimentConfig().inference)
         self.error = error
 
@@ -38,9 +38,9 @@ class ShortOfMemory(FaceDetector):
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: you tried 9 bytes")])
 def test_a_picture_too_large_for_the_memory_stops_no_other(error: Exception) -> None:
-    pictures = [Picture("a", SMALL), Picture("b", LARGE), Picture("c", SMALL), Picture("d", None, "broken")]
+    pictures = [InputImage("a", SMALL), InputImage("b", LARGE), InputImage("c", SMALL), InputImage("d", None, "broken")]
     torch.manual_seed(0)
-    results = list(detect_pictures(ShortOfMemory(error), pictures, batch_same_sizes=True))
+    results = list(detect_images(ShortOfMemory(error), pictures, batch_same_sizes=True))
     assert [picture.name for picture, _ in results] == ["a", "b", "c", "d"]
     problems = [picture.problem for picture, _ in results]
     assert problems == [None, "64x40 pixels are too many for the memory", None, "broken"]
@@ -48,8 +48,13 @@ def test_a_picture_too_large_for_the_memory_stops_no_other(error: Exception) -> 
 
 def test_first_reduced_picture_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     wide = np.zeros((40, 65, 3), np.uint8)
-    pictures = [Picture("broken", None, "empty"), Picture("small", SMALL), Picture("wide", wide), Picture("too", wide)]
-    list(detect_pictures(FindsTheWhole(40 * 64), pictures, batch_same_sizes=True))
+    pictures = [
+        InputImage("broken", None, "empty"),
+        InputImage("small", SMALL),
+        InputImage("wide", wide),
+        InputImage("too", wide),
+    ]
+    list(detect_images(FindsTheWhole(40 * 64), pictures, batch_same_sizes=True))
     assert capsys.readouterr().out == (
         "note: wide: 65x40 pixels; what has more than --max_pixels=2560 is looked at reduced to that\n"
     )
@@ -60,8 +65,8 @@ def test_large_pictures_share_no_pass() -> None:
     detector = FindsTheWhole()
     names = [
         picture.name
-        for picture, _ in detect_pictures(
-            detector, [*(Picture(str(number), large) for number in range(3)), *[Picture("s", SMALL)] * 9], True
+        for picture, _ in detect_images(
+            detector, [*(InputImage(str(number), large) for number in range(3)), *[InputImage("s", SMALL)] * 9], True
         )
     ]
     assert names == ["0", "1", "2", *["s"] * 9]
@@ -70,14 +75,14 @@ def test_large_pictures_share_no_pass() -> None:
 
 def test_other_failures_are_not_hidden() -> None:
     with pytest.raises(RuntimeError, match="a bug"):
-        list(detect_pictures(ShortOfMemory(RuntimeError("a bug")), [Picture("b", LARGE)], batch_same_sizes=False))
+        list(detect_images(ShortOfMemory(RuntimeError("a bug")), [InputImage("b", LARGE)], batch_same_sizes=False))
 
 
 class CountingDetector(FaceDetector):
     """Notes how many pictures each pass has."""
 
     def __init__(self) -> None:
-        super().__init__(RetinaFace(ModelConfig.for_backbone("mobilenet0.25")), ExperimentConfig().inference)
+        super().__init__(RetinaFace(usual_config("mobilenet0.25")), ExperimentConfig().inference)
         self.passes: list[int] = []
 
     def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
@@ -97,8 +102,8 @@ class CountingDetector(FaceDetector):
 )
 def test_pictures_share_a_pass_within_blocks_of_positions(positions: Sequence[int], passes: list[int]) -> None:
     detector = CountingDetector()
-    pictures = [Picture(str(position), SMALL, position=position) for position in positions]
-    assert len(list(detect_pictures(detector, pictures, batch_same_sizes=True))) == len(pictures)
+    pictures = [InputImage(str(position), SMALL, position=position) for position in positions]
+    assert len(list(detect_images(detector, pictures, batch_same_sizes=True))) == len(pictures)
     assert detector.passes == passes
 
 
@@ -138,8 +143,8 @@ def wide(width: int) -> np.ndarray:
 
 def test_threads_detect_at_once_and_the_order_stays() -> None:
     detector = InLanes()
-    pictures = [Picture(str(width), wide(width)) for width in range(1, 9)]
-    found = list(detect_pictures(detector, pictures, batch_same_sizes=True))
+    pictures = [InputImage(str(width), wide(width)) for width in range(1, 9)]
+    found = list(detect_images(detector, pictures, batch_same_sizes=True))
     assert [picture.name for picture, _ in found] == [picture.name for picture in pictures]
     assert [int(detections.boxes[0, 2]) for _, detections in found] == list(range(1, 9))
     assert not detector.alone
@@ -148,16 +153,21 @@ def test_threads_detect_at_once_and_the_order_stays() -> None:
 def test_large_picture_is_detected_in_while_no_other_is() -> None:
     """With all cores, and the memory to itself."""
     detector = InLanes()
-    large = Picture("large", np.broadcast_to(np.uint8(1), (2048, 2049, 3)))
-    small = [Picture(str(number), wide(number + 1)) for number in range(4)]
-    found = detect_pictures(detector, [*small[:2], large, Picture("d", None, "broken"), *small[2:]], True)
+    large = InputImage("large", np.broadcast_to(np.uint8(1), (2048, 2049, 3)))
+    small = [InputImage(str(number), wide(number + 1)) for number in range(4)]
+    found = detect_images(detector, [*small[:2], large, InputImage("d", None, "broken"), *small[2:]], True)
     assert [picture.name for picture, _ in found] == ["0", "1", "large", "d", "2", "3"]
     assert detector.alone == [1]
 
 
 def test_failure_in_a_thread_comes_out_where_its_picture_would() -> None:
-    pictures = [Picture("a", wide(1)), Picture("b", wide(2)), Picture("c", 0 * wide(3)), Picture("d", wide(4))]
-    found = detect_pictures(InLanes(), pictures, batch_same_sizes=True)
+    pictures = [
+        InputImage("a", wide(1)),
+        InputImage("b", wide(2)),
+        InputImage("c", 0 * wide(3)),
+        InputImage("d", wide(4)),
+    ]
+    found = detect_images(InLanes(), pictures, batch_same_sizes=True)
     assert [next(found)[0].name, next(found)[0].name] == ["a", "b"]
     with pytest.raises(RuntimeError, match="a bug"):
         next(found)
@@ -167,12 +177,12 @@ def test_failure_in_a_thread_comes_out_where_its_picture_would() -> None:
 def test_lanes_find_what_is_found_alone() -> None:
     """To the bit: results must not depend on the number of cores, nor on which pictures share a pass."""
     image = read_image(ROOT / "data/sample_widerface/images/astronaut.jpg")
-    pictures = [Picture(str(number), image[: 200 + 10 * (number // 3)], position=number) for number in range(12)]
+    pictures = [InputImage(str(number), image[: 200 + 10 * (number // 3)], position=number) for number in range(12)]
     detector = FaceDetector.from_experiment(
-        "mobilenet0.25_anc2_casT_fpn3", speed=SpeedOptions(backend="onnx"), confidence_threshold=1e-3
+        "mobilenet0.25_anc2_casT_fpn3", speed=ComputeOptions(backend="onnx"), confidence_threshold=1e-3
     )
     detector.backend.lanes = 3
-    found = list(detect_pictures(detector, pictures, batch_same_sizes=True))
+    found = list(detect_images(detector, pictures, batch_same_sizes=True))
     assert len(found) == len(pictures)
     for picture, detections in found:
         assert picture.image is not None

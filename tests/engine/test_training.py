@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from config import ROOT, DataConfig, DetectionConfig, ExperimentConfig, LossConfig, ModelConfig, TrainConfig
+from config import ROOT, DataConfig, ExperimentConfig, LossConfig, PostprocessConfig, TrainConfig
 from engine.training import Trainer, TrainingError
 from models.detector import FaceDetector
 from models.retinaface import RetinaFace
@@ -61,7 +61,7 @@ def test_two_images_are_learnt_by_heart(
     backbone: str, cascade: str, version: str, two_images: list[LabelledImage], tmp_path: Path, device: torch.device
 ) -> None:
     refinement = "rematch" if cascade == "rematch" else "sum"
-    model = ModelConfig.for_backbone(
+    model = usual_config(
         backbone, cascade=cascade != "one stage", refinement=refinement, model_version=version, fpn_channels=64
     )
     train = TrainConfig(epochs=2, batch_size=2, optimizer="adamw", learning_rate=2e-3, warmup_epochs=0.1)
@@ -69,7 +69,7 @@ def test_two_images_are_learnt_by_heart(
     torch.manual_seed(0)
     network = RetinaFace(model).to(device)
     Trainer(network, config, Experiment(tmp_path), two_images * 40, None, RunLog(None)).fit()
-    detector = FaceDetector(network, DetectionConfig(confidence_threshold=0.5, nms_threshold=0.3))
+    detector = FaceDetector(network, PostprocessConfig(confidence_threshold=0.5, nms_threshold=0.3))
     for labelled in two_images:
         found = detector.detect(read_image(labelled.path)[::2, ::2])
         overlaps = box_iou(torch.from_numpy(labelled.boxes / 2), found.boxes)
@@ -78,11 +78,17 @@ def test_two_images_are_learnt_by_heart(
 
 
 def test_batch_that_cannot_be_shared_is_refused(two_images: list[LabelledImage], tmp_path: Path) -> None:
-    from utils.runtime.distributed import Processes
+    from utils.runtime.distributed import DistributedContext
 
-    model = ModelConfig.for_backbone("mobilenet0.25")
+    model = usual_config("mobilenet0.25")
     config = ExperimentConfig(model=model, data=WHOLE, train=TrainConfig(batch_size=3))
     with pytest.raises(TrainingError, match="--batch_size=3 cannot be shared by 2 processes evenly"):
         Trainer(
-            RetinaFace(model), config, Experiment(tmp_path), two_images, None, RunLog(None), processes=Processes(0, 2)
+            RetinaFace(model),
+            config,
+            Experiment(tmp_path),
+            two_images,
+            None,
+            RunLog(None),
+            processes=DistributedContext(0, 2),
         )

@@ -7,15 +7,15 @@ from torchvision.ops import box_convert, box_iou
 
 from layers.matcher import BACKGROUND, IGNORED, MIN_FORCED_IOU, match_priors
 from layers.prior_box import prior_boxes
-from utils.structures import BatchTargets, FaceTargets
+from utils.structures import FaceTargets
 
 # Two priors side by side and one around both, in an image of unit size.
 PRIORS = torch.tensor([[0.25, 0.5, 0.5, 1.0], [0.75, 0.5, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0]])
 
 
-def batch_of(*images: list[list[float]]) -> BatchTargets:
+def batch_of(*images: list[list[float]]) -> FaceTargets:
     """Images by the boxes of their faces."""
-    return BatchTargets.of(
+    return FaceTargets.join(
         [
             FaceTargets(
                 torch.tensor(boxes).view(-1, 4),

@@ -10,13 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import LossConfig, ModelConfig, StageConfig
 from layers.matcher import match_priors
-from layers.multibox_loss import MultiBoxLoss, distillation_loss, focal_loss, mined_cross_entropy, wing_loss
+from layers.multibox_loss import MultiBoxLoss, distillation_loss, focal_loss, ohem_cross_entropy, wing_loss
 from layers.prior_box import _kept_prior_boxes, prior_boxes
 from utils.boxes import encode_boxes, encode_landmarks
-from utils.structures import BatchTargets, FaceTargets, StageOutput
+from utils.structures import FaceTargets, StageOutput
 
 SIZE = (32, 64)
-MODEL = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2)
+MODEL = usual_config("mobilenet0.25", num_anchor=2)
 PRIORS = prior_boxes(SIZE, MODEL.anchor_sizes, MODEL.strides)
 
 
@@ -48,7 +48,7 @@ def values(
     model: ModelConfig = MODEL,
 ) -> dict[str, float]:
     """The terms as plain numbers."""
-    terms = MultiBoxLoss(loss or LossConfig(), model)(outputs, BatchTargets.of(targets), SIZE)
+    terms = MultiBoxLoss(loss or LossConfig(), model)(outputs, FaceTargets.join(targets), SIZE)
     return {name: term.item() for name, term in terms.items()}
 
 
@@ -56,13 +56,13 @@ def test_a_teacher_adds_a_term_to_every_stage() -> None:
     outputs = [zero_output(1)] * 2
     scores = torch.full((1, len(PRIORS)), 0.5)
     loss = MultiBoxLoss(LossConfig(distil_weight=3.0), MODEL)
-    agreed = loss(outputs, BatchTargets.of([one_face()]), SIZE, scores)
+    agreed = loss(outputs, FaceTargets.join([one_face()]), SIZE, scores)
     assert {name for name, value in agreed.items() if name.endswith("distil") and value.abs() < 1e-4} == {
         "stage1/distil",
         "stage2/distil",
     }
     scores[0, 0] = 1.0  # where the network says one half
-    differ = loss(outputs, BatchTargets.of([no_faces()]), SIZE, scores)
+    differ = loss(outputs, FaceTargets.join([no_faces()]), SIZE, scores)
     assert differ["stage1/distil"].item() == pytest.approx(3 * math.log(2), rel=1e-4)
 
 
@@ -106,7 +106,7 @@ def test_untrained_classification_costs_the_logarithm_of_two_per_mined_prior() -
     """Two positives bring fourteen negatives: 16 priors at log 2."""
     positive = torch.zeros(1, 40, dtype=torch.bool)
     positive[0, :2] = True
-    loss = mined_cross_entropy(torch.zeros(1, 40, 2), positive, ~positive, negative_ratio=7)
+    loss = ohem_cross_entropy(torch.zeros(1, 40, 2), positive, ~positive, negative_ratio=7)
     assert float(loss) == pytest.approx(16 * math.log(2))
 
 
@@ -116,7 +116,7 @@ def test_the_hardest_negatives_are_mined() -> None:
     logits[0, :, 1] = torch.tensor([9.0, 5.0, 4.0, -9.0, -9.0, -9.0])
     logits.requires_grad_()
     positive = torch.tensor([[True, False, False, False, False, False]])
-    mined_cross_entropy(logits, positive, ~positive, negative_ratio=2).backward()
+    ohem_cross_entropy(logits, positive, ~positive, negative_ratio=2).backward()
     assert logits.grad is not None
     assert logits.grad.abs().sum(dim=2).gt(0).tolist() == [[True, True, True, False, False, False]]
 
@@ -125,7 +125,7 @@ def test_no_more_negatives_are_mined_than_there_are() -> None:
     """Of four priors one is the face and one ignored: two remain for the seven that are wanted."""
     positive = torch.tensor([[True, False, False, False]])
     background = torch.tensor([[False, True, True, False]])
-    loss = mined_cross_entropy(torch.zeros(1, 4, 2), positive, background, negative_ratio=7)
+    loss = ohem_cross_entropy(torch.zeros(1, 4, 2), positive, background, negative_ratio=7)
     assert float(loss) == pytest.approx(3 * math.log(2))
 
 
@@ -151,12 +151,12 @@ LOSSES = [
 def test_losses_and_gradients_are_finite(
     targets: list[FaceTargets], refinement: str, loss: LossConfig, device: torch.device
 ) -> None:
-    model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, refinement=refinement)
+    model = usual_config("mobilenet0.25", num_anchor=2, refinement=refinement)
     outputs = []
     for priors in (None, PRIORS.repeat(2, 1, 1).to(device)):
         output = StageOutput(*(tensor.detach().to(device).requires_grad_() for tensor in predictions(zero_output(2))))
         outputs.append(dataclasses.replace(output, priors=priors if refinement == "rematch" else None))
-    terms = MultiBoxLoss(loss, model)(outputs, BatchTargets.of(targets).to(device), SIZE)
+    terms = MultiBoxLoss(loss, model)(outputs, FaceTargets.join(targets).to(device), SIZE)
     torch.stack(list(terms.values())).sum().backward()
     assert all(torch.isfinite(term) for term in terms.values())
     for output in outputs:
@@ -171,7 +171,7 @@ def test_a_network_gone_astray_has_finite_losses(loss: LossConfig) -> None:
     output = zero_output(1)
     deltas = torch.full_like(output.box_deltas, 1000.0, requires_grad=True)
     astray = dataclasses.replace(output, box_deltas=deltas)
-    terms = MultiBoxLoss(loss, MODEL)([astray, astray], BatchTargets.of([one_face()]), SIZE)
+    terms = MultiBoxLoss(loss, MODEL)([astray, astray], FaceTargets.join([one_face()]), SIZE)
     torch.stack(list(terms.values())).sum().backward()
     assert all(torch.isfinite(term) for term in terms.values())
     assert deltas.grad is not None
@@ -194,7 +194,7 @@ def test_priors_made_while_detecting_serve_for_learning() -> None:
         prior_boxes(SIZE, MODEL.anchor_sizes, MODEL.strides, torch.device("cpu"))
     output = zero_output(1)
     loss = MultiBoxLoss(LossConfig(box_regression="diou"), MODEL)
-    loss([output, output], BatchTargets.of([one_face()]), SIZE)["stage1/box"].backward()
+    loss([output, output], FaceTargets.join([one_face()]), SIZE)["stage1/box"].backward()
     assert output.box_deltas.grad is not None
     assert output.box_deltas.grad.any()
 
@@ -222,10 +222,10 @@ def test_the_device_is_waited_for_once_per_matching(refinement: str, expected: i
 
     torchvision's IoU losses wait on their own account: they index by a mask.
     """
-    model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, refinement=refinement)
+    model = usual_config("mobilenet0.25", num_anchor=2, refinement=refinement)
     first = zero_output(2)
     second = dataclasses.replace(first, priors=PRIORS.repeat(2, 1, 1) if refinement == "rematch" else None)
-    targets = BatchTargets.of([one_face(), no_faces()])
+    targets = FaceTargets.join([one_face(), no_faces()])
     with HostReads() as reads:
         MultiBoxLoss(loss, model)([first, second], targets, SIZE)
     assert reads.names == ["nonzero"] * expected
@@ -233,7 +233,7 @@ def test_the_device_is_waited_for_once_per_matching(refinement: str, expected: i
 
 def single_stage(face: FaceTargets, box: list[float], **options: Any) -> dict[str, float]:
     """The terms of one stage that predicts the box, xyxy in pixels, for every prior, under weights of 1."""
-    model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, cascade=False)
+    model = usual_config("mobilenet0.25", num_anchor=2, cascade=False)
     normalised = torch.tensor(box) / torch.tensor([SIZE[1], SIZE[0]] * 2)
     deltas = encode_boxes(normalised.expand(len(PRIORS), 4), PRIORS, MODEL.variances)[None]
     output = dataclasses.replace(zero_output(1), box_deltas=deltas)
@@ -281,7 +281,7 @@ def test_wing_loss_by_hand() -> None:
 
 def test_wing_loss_is_summed_over_the_coordinates_of_a_landmark_as_smooth_l1_is() -> None:
     """All five points lie ten deltas right of what is predicted for every prior, and at its height."""
-    model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, cascade=False)
+    model = usual_config("mobilenet0.25", num_anchor=2, cascade=False)
     face = one_face()
     targets = encode_landmarks(face.landmarks.expand(len(PRIORS), 5, 2), PRIORS, MODEL.variances)
     deltas = targets - torch.tensor([10.0, 0.0]).repeat(5)
@@ -296,11 +296,11 @@ def test_wing_loss_is_summed_over_the_coordinates_of_a_landmark_as_smooth_l1_is(
 def test_ignored_priors_are_not_taught_a_class() -> None:
     """With a band from nearly nothing, whatever touches the face without matching it is left alone."""
     stage = StageConfig(match_iou=0.6, negative_iou=0.001)
-    model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, stages=(stage,))
+    model = usual_config("mobilenet0.25", num_anchor=2, stages=(stage,))
     for classification in ("ohem_ce", "focal"):
         output = zero_output(1)
         loss = LossConfig(classification=classification, negative_ratio=len(PRIORS))
-        targets = BatchTargets.of([one_face()])
+        targets = FaceTargets.join([one_face()])
         MultiBoxLoss(loss, model)([output], targets, SIZE)["stage1/class"].backward()
         assert output.class_logits.grad is not None
         taught = output.class_logits.grad[0].abs().sum(dim=1) > 0
@@ -310,7 +310,7 @@ def test_ignored_priors_are_not_taught_a_class() -> None:
 
 def test_a_later_stage_is_matched_with_the_boxes_it_starts_from() -> None:
     """Every prior has become the face itself, so all answer for it and zero deltas are right."""
-    model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, refinement="rematch")
+    model = usual_config("mobilenet0.25", num_anchor=2, refinement="rematch")
     face = torch.tensor([0.375, 0.5, 0.25, 0.5]).expand(1, len(PRIORS), 4)
     output = zero_output(1)
     terms = values([output, dataclasses.replace(output, priors=face)], [one_face()], model=model)
@@ -327,7 +327,7 @@ def test_faces_without_landmarks_teach_no_landmarks() -> None:
 
 def test_iou_branch_does_not_teach_the_boxes() -> None:
     output = zero_output(1)
-    terms = MultiBoxLoss(LossConfig(), MODEL)([output, output], BatchTargets.of([one_face()]), SIZE)
+    terms = MultiBoxLoss(LossConfig(), MODEL)([output, output], FaceTargets.join([one_face()]), SIZE)
     terms["stage1/iou"].backward()
     assert output.iou_logits is not None
     assert output.iou_logits.grad is not None
@@ -340,6 +340,6 @@ def test_faces_of_several_images_are_not_mixed_up() -> None:
     targets = [no_faces(), left, one_face(has_landmarks=False)]
     together = values([zero_output(3)] * 2, targets)
     alone = [values([zero_output(1)] * 2, [faces]) for faces in targets[1:]]
-    counts = [int((match_priors(BatchTargets.of([faces]), PRIORS, 0.35) >= 0).sum()) for faces in targets[1:]]
+    counts = [int((match_priors(FaceTargets.join([faces]), PRIORS, 0.35) >= 0).sum()) for faces in targets[1:]]
     expected = sum(n * terms["stage1/box"] for n, terms in zip(counts, alone, strict=True)) / sum(counts)
     assert together["stage1/box"] == pytest.approx(expected, rel=1e-5)

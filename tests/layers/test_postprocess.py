@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from config import DetectionConfig, ModelConfig
+from config import PostprocessConfig
 from layers.postprocess import fuse_scores, postprocess
 from layers.prior_box import prior_boxes
 from utils.boxes import encode_boxes
@@ -13,9 +13,9 @@ from utils.nms import pixel_nms
 from utils.structures import StageOutput
 
 SIZE = (40, 64)
-MODEL = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, model_version="retina")
+MODEL = usual_config("mobilenet0.25", num_anchor=2, model_version="retina")
 PRIORS = prior_boxes(SIZE, MODEL.anchor_sizes, MODEL.strides)
-EVERYTHING = DetectionConfig(confidence_threshold=0.1, nms_threshold=0.3)
+EVERYTHING = PostprocessConfig(confidence_threshold=0.1, nms_threshold=0.3)
 
 
 def output_of(faces: dict[int, tuple[float, list[float]]], device: torch.device | None = None) -> StageOutput:
@@ -142,7 +142,7 @@ def test_filter_in_logits_keeps_what_the_scores_keep(threshold: float, exponent:
     logits[0, :, 0] = 50
     iou_logits = torch.randn(2, len(PRIORS), generator=generator) * 3
     output = StageOutput(logits, torch.zeros(2, len(PRIORS), 4), None, iou_logits)
-    detection = DetectionConfig(confidence_threshold=threshold, nms_threshold=1, clip_boxes=False)
+    detection = PostprocessConfig(confidence_threshold=threshold, nms_threshold=1, clip_boxes=False)
     for image, found in enumerate(postprocess(output, SIZE, model, detection)):
         scores = fuse_scores(logits[image], iou_logits[image], exponent)
         expected = scores[scores > threshold].sort(descending=True).values

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import models.backend
-from config import ROOT, ConfigError, DetectionConfig, ModelConfig, SpeedOptions
+from config import ROOT, ComputeOptions, ConfigError, ModelConfig, PostprocessConfig
 from models.backend import (
     CudaBackend,
     OnnxBackend,
@@ -19,8 +19,8 @@ from models.backend import (
     build_backend,
     detector_graph,
     detector_output_names,
-    network_graph,
     output_names,
+    raw_graph,
 )
 from models.detector import FaceDetector
 from models.retinaface import RetinaFace
@@ -49,7 +49,7 @@ def assert_same_faces(found: Detections, expected: Detections) -> None:
 
 
 def with_speed(plain: FaceDetector, **options: Any) -> FaceDetector:
-    return FaceDetector(plain.network, plain.detection, SpeedOptions(**options))
+    return FaceDetector(plain.network, plain.detection, ComputeOptions(**options))
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("onnx", marks=needs_onnx)])
@@ -62,14 +62,14 @@ def test_fused_network_finds_the_same_faces_in_the_samples(plain: FaceDetector, 
 
 
 MODELS = {
-    "rematch": ModelConfig.for_backbone("mobilenet0.25", refinement="rematch", fpn_channels=16),
-    "rematch with four levels": ModelConfig.for_backbone(
+    "rematch": usual_config("mobilenet0.25", refinement="rematch", fpn_channels=16),
+    "rematch with four levels": usual_config(
         "mobilenet0.25", refinement="rematch", fine_levels=2, coarse_share=0.3, fpn_channels=16
     ),
-    "single without branches": ModelConfig.for_backbone(
+    "single without branches": usual_config(
         "resnet18", cascade=False, model_version="retina", landmarks=False, num_anchor=2, fpn_channels=16
     ),
-    "sum with four levels": ModelConfig.for_backbone("resnet18", fine_levels=1, fpn_channels=16),
+    "sum with four levels": usual_config("resnet18", fine_levels=1, fpn_channels=16),
 }
 
 
@@ -80,7 +80,7 @@ def test_graph_takes_any_number_and_size_of_images(model: ModelConfig) -> None:
     """Also one so small that the coarsest level is a single cell, and sizes that no stride divides."""
     torch.manual_seed(0)
     network = RetinaFace(model).eval()
-    backend, plain = OnnxBackend(network_graph(network)), TorchBackend(network)
+    backend, plain = OnnxBackend(raw_graph(network)), TorchBackend(network)
     for shape in ((1, 64, 64, 3), (3, 45, 133, 3), (1, 20, 17, 3)):
         images = torch.randint(0, 256, shape, dtype=torch.uint8)
         found, expected = backend(images), plain(images)
@@ -91,10 +91,12 @@ def test_graph_takes_any_number_and_size_of_images(model: ModelConfig) -> None:
 
 
 @needs_onnx
-@pytest.mark.parametrize("detection", [DetectionConfig(0.02, 0.4), DetectionConfig(0.1, 0.3, top_k=20, keep_top_k=5)])
+@pytest.mark.parametrize(
+    "detection", [PostprocessConfig(0.02, 0.4), PostprocessConfig(0.1, 0.3, top_k=20, keep_top_k=5)]
+)
 @pytest.mark.parametrize("name", [None, "rematch with four levels", "single without branches"])
 def test_graph_with_suppression_finds_what_the_detector_finds(
-    name: str | None, detection: DetectionConfig, plain: FaceDetector
+    name: str | None, detection: PostprocessConfig, plain: FaceDetector
 ) -> None:
     """Also nothing, in a picture of a single pixel's height, and with a network that finds faces everywhere."""
     import onnxruntime
@@ -136,9 +138,9 @@ def test_backend_that_cannot_be_had_is_refused(plain: FaceDetector, monkeypatch:
     monkeypatch.setattr(models.backend, "_ONNX_PACKAGES", ())
     elsewhere = RetinaFace(plain.network.config).to("meta")
     with pytest.raises(ConfigError, match=r"--backend=onnx computes on the CPU, not on meta; add --gpu_num=-1"):
-        build_backend(elsewhere, SpeedOptions(backend="onnx", fuse=False))
+        build_backend(elsewhere, ComputeOptions(backend="onnx", fuse=False))
     with pytest.raises(ConfigError, match="--backend is one of auto, torch, compile, onnx, got 'tensorrt'"):
-        SpeedOptions(backend="tensorrt")
+        ComputeOptions(backend="tensorrt")
 
 
 @pytest.mark.parametrize("options", [{"amp": True}, {"cudnn_benchmark": True}])
@@ -156,7 +158,7 @@ def test_algorithms_are_tried_for_sizes_that_repeat_and_the_users_setting_stays(
         tried.append(torch.backends.cudnn.benchmark)
         return [output]
 
-    backend = CudaBackend(network, "torch", SpeedOptions(cudnn_benchmark=asked))
+    backend = CudaBackend(network, "torch", ComputeOptions(cudnn_benchmark=asked))
     for width in [*[9] * 22, 8, 9]:
         backend(torch.zeros(1, 4, width, 3))
     assert tried == [False] * 20 + [asked] * 2 + [False] + [asked]
@@ -168,7 +170,7 @@ def test_half_precision_finds_the_same_faces_on_cuda(plain: FaceDetector) -> Non
     network = copy.deepcopy(plain.network).to("cuda")
     image = read_image(ROOT / "data/sample_widerface/images/astronaut.jpg")
     expected, found = (
-        FaceDetector(network, plain.detection, SpeedOptions(amp=amp)).detect(image) for amp in (False, True)
+        FaceDetector(network, plain.detection, ComputeOptions(amp=amp)).detect(image) for amp in (False, True)
     )
     assert len(found) == len(expected) > 0
     torch.testing.assert_close(found.boxes, expected.boxes, atol=0.5, rtol=0)
@@ -182,7 +184,7 @@ def test_without_a_compiler_one_line_says_so(
         raise RuntimeError("no C++ compiler\nand much more")
 
     monkeypatch.setattr(torch, "compile", lambda network, dynamic: fail)
-    backend = build_backend(plain.network, SpeedOptions(backend="compile"))
+    backend = build_backend(plain.network, ComputeOptions(backend="compile"))
     assert backend.name == "torch"
     assert capfd.readouterr().err == (
         "warning: --backend=compile: cannot compile here (no C++ compiler); using torch\n"
@@ -190,7 +192,7 @@ def test_without_a_compiler_one_line_says_so(
 
 
 def test_validation_computes_the_network_that_is_being_trained() -> None:
-    network = RetinaFace(ModelConfig.for_backbone("mobilenet0.25"))
+    network = RetinaFace(usual_config("mobilenet0.25"))
     backend = FaceDetector(network, FaceDetector.from_experiment().detection).backend
     assert isinstance(backend, TorchBackend)
     assert backend.network is network

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from config import ConfigError, ExperimentConfig, Flags, ModelConfig
+from config import ConfigError, ExperimentConfig, Flags
 from models.checkpoint import CheckpointError, load_backbone, load_checkpoint, locate_checkpoint, save_checkpoint
-from models.detector import FaceDetector, build_network
+from models.detector import FaceDetector, load_model
 from models.retinaface import RetinaFace
 
-SMALL = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2)
+SMALL = usual_config("mobilenet0.25", num_anchor=2)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_published_file_is_known_by_its_content_not_its_name(shared: Path, tmp_p
     checkpoint = load_checkpoint(copy)
     assert checkpoint.kind == "biubug6"
     assert checkpoint.note is None
-    assert checkpoint.model == ModelConfig.for_backbone(
+    assert checkpoint.model == usual_config(
         "mobilenet0.25", num_anchor=2, cascade=False, model_version="retina", score_exponent=1.0
     )
     with pytest.raises(CheckpointError, match=r"activation_slope 0\.1"):
@@ -80,7 +80,7 @@ def test_other_family_takes_slope_and_anchors_from_flags(shared: Path, tmp_path:
     sizes = ((10, 20), (32, 64), (128, 256))
     told = load_checkpoint(path, Flags({"activation_slope": 0.0, "anchor_sizes": sizes}))
     assert (told.note, told.model.activation_slope, told.model.anchor_sizes) == (None, 0.0, sizes)
-    slopes = {m.negative_slope for m in build_network(told).modules() if isinstance(m, torch.nn.LeakyReLU)}
+    slopes = {m.negative_slope for m in load_model(told).modules() if isinstance(m, torch.nn.LeakyReLU)}
     assert slopes == {0.0}
 
 
@@ -97,18 +97,18 @@ def test_imagenet_backbone_loads_whole(shared: Path) -> None:
 def test_own_checkpoint_returns_what_was_saved(own: Path) -> None:
     checkpoint = load_checkpoint(own)
     assert (checkpoint.kind, checkpoint.model, checkpoint.training["epoch"]) == ("own", SMALL, 3)
-    build_network(checkpoint)
+    load_model(checkpoint)
 
 
 def test_configuration_beside_must_agree(own: Path) -> None:
-    other = ModelConfig.for_backbone("mobilenet0.25", num_anchor=3)
+    other = usual_config("mobilenet0.25", num_anchor=3)
     ExperimentConfig(model=other).save(own.parent.parent / "config.json")
     with pytest.raises(CheckpointError, match=r"not that of .*config\.json"):
         load_checkpoint(own)
 
 
 def test_first_stage_of_a_cascade_runs_alone(own: Path) -> None:
-    whole, first = build_network(load_checkpoint(own)), build_network(load_checkpoint(own, Flags({"cascade": False})))
+    whole, first = load_model(load_checkpoint(own)), load_model(load_checkpoint(own, Flags({"cascade": False})))
     images = torch.zeros(1, 3, 40, 64)
     with torch.inference_mode():
         torch.testing.assert_close(first.eval()(images)[-1].box_deltas, whole.eval()(images)[0].box_deltas)
@@ -117,7 +117,7 @@ def test_first_stage_of_a_cascade_runs_alone(own: Path) -> None:
 
 def test_landmarks_can_be_left_out_but_not_invented(own: Path) -> None:
     without = load_checkpoint(own, Flags({"landmark_loss": False}))
-    detector = FaceDetector(build_network(without), ExperimentConfig().inference)
+    detector = FaceDetector(load_model(without), ExperimentConfig().inference)
     assert detector.detect(np.zeros((40, 64, 3), np.uint8)).landmarks is None
     save_checkpoint(own.with_name("bare.pth"), ExperimentConfig(model=without.model), without.state)
     (own.parent.parent / "config.json").unlink()
@@ -144,7 +144,7 @@ def test_contradicting_flag_is_refused_with_both_values(own: Path, flag: str, va
 def test_fine_levels_can_be_added_where_a_detector_runs(own: Path) -> None:
     checkpoint = load_checkpoint(own, Flags({"fine_levels": 2}))
     assert checkpoint.model.anchor_sizes == ((8, 16), (32, 64), (64, 128), (256, 512))
-    network, usual = build_network(checkpoint), build_network(load_checkpoint(own))
+    network, usual = load_model(checkpoint), load_model(load_checkpoint(own))
     heads = {name: value for name, value in usual.state_dict().items() if ".class_logits.weight" in name}
     for name, value in network.state_dict().items():
         if ".class_logits.weight" in name:  # levels of strides 8 and 16 enlarged, 16 and 32
@@ -157,7 +157,7 @@ def test_fine_levels_cannot_be_had_otherwise(tmp_path: Path) -> None:
         (2, None, "fine_levels 2, but --fine_levels=1"),
         (0, 9, "for the usual anchors"),
     ):
-        model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, fine_levels=fine_levels)
+        model = usual_config("mobilenet0.25", num_anchor=2, fine_levels=fine_levels)
         if sizes:
             model = dataclasses.replace(model, anchor_sizes=((9, 18), (64, 128), (256, 512)))
         save_checkpoint(tmp_path / "some.pth", ExperimentConfig(model=model), RetinaFace(model).state_dict())
@@ -202,7 +202,7 @@ def test_missing_left_over_and_misshapen_tensors_are_named(own: Path) -> None:
     ):
         save_checkpoint(own, ExperimentConfig(model=SMALL), state)
         with pytest.raises(CheckpointError, match=message):
-            build_network(load_checkpoint(own))
+            load_model(load_checkpoint(own))
 
 
 def test_unwritable_target_leaves_the_previous_checkpoint(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from config import ROOT, ConfigError, MemoryOptions, SpeedOptions
+from config import ROOT, ComputeOptions, ConfigError
 from models.backend import Backend, missing_onnx_packages
 from models.detector import FaceDetector
-from utils.runtime.images import read_image, reduced
+from utils.runtime.images import read_image, resize_to_limit
 from utils.structures import StageOutput
 
 _STATM = Path("/proc/self/statm")
@@ -41,7 +41,7 @@ def test_large_image_is_seen_smaller_and_its_boxes_are_in_its_own_pixels() -> No
     image = read_image(ROOT / "data/sample_widerface/images/astronaut.jpg")[:400]
     detector = FaceDetector.from_experiment()
     quarter = 400 * 512 // 4
-    expected = detector.detect(reduced(image, quarter)).scaled(2, 2)
+    expected = detector.detect(resize_to_limit(image, quarter)).scaled(2, 2)
     limited = FaceDetector(detector.network, detector.detection, max_pixels=quarter)
     limited.backend = watched = Watched(limited.backend)
     found = limited.detect(image)
@@ -53,14 +53,14 @@ def test_large_image_is_seen_smaller_and_its_boxes_are_in_its_own_pixels() -> No
 
 def test_limit_that_means_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="--max_pixels must not be negative"):
-        MemoryOptions(max_pixels=-1)
+        ComputeOptions(max_pixels=-1)
 
 
 @pytest.mark.skipif(not _STATM.exists(), reason="memory is read from /proc")
 @pytest.mark.skipif(bool(missing_onnx_packages()), reason="PyTorch keeps kernels for the newest thousand shapes")
 def test_memory_stays_flat_over_images_of_many_sizes() -> None:
     """Images that were kept would be 30 MB, and the pyramids that they give rise to more."""
-    detector = FaceDetector.from_experiment(speed=SpeedOptions(backend="onnx"))
+    detector = FaceDetector.from_experiment(speed=ComputeOptions(backend="onnx"))
     generator = np.random.default_rng(0)
 
     def detect(count: int) -> None:

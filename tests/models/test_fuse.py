@@ -6,10 +6,9 @@ import copy
 
 import pytest
 import torch
+from models.fuse import fuse_batch_norm
 from torch import Tensor, nn
 
-from config import ModelConfig
-from models.fuse import fuse_batch_norm
 from models.retinaface import RetinaFace
 
 CASCADES = {"single": (False, "sum"), "sum": (True, "sum"), "rematch": (True, "rematch")}
@@ -19,7 +18,7 @@ FINE_LEVELS_OF = {"mobilenet0.25": 2, "resnet18": 0, "resnet50": 0}
 def trained_like(backbone: str, cascade: bool = True, refinement: str = "sum") -> RetinaFace:
     """A network whose batch normalisations all do something."""
     generator = torch.Generator().manual_seed(5)
-    model = ModelConfig.for_backbone(
+    model = usual_config(
         backbone, cascade=cascade, refinement=refinement, fpn_channels=32, fine_levels=FINE_LEVELS_OF[backbone]
     )
     network = RetinaFace(model).eval()

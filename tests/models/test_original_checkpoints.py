@@ -17,7 +17,7 @@ from torch import Tensor
 from config import Flags
 from layers.prior_box import prior_boxes
 from models.checkpoint import load_checkpoint
-from models.detector import FaceDetector, build_network
+from models.detector import FaceDetector, load_model
 from utils.nms import pixel_nms
 
 
@@ -60,7 +60,7 @@ def test_architecture_is_recognised_from_the_tensors(checkpoint: tuple[Path, dic
 
 def test_every_tensor_lands_once_except_those_of_unused_levels(checkpoint: tuple[Path, dict[str, Tensor]]) -> None:
     path, state = checkpoint
-    network = build_network(load_checkpoint(path))
+    network = load_model(load_checkpoint(path))
     used = {name: tensor for name, tensor in state.items() if not UNUSED.match(name)}
     assert len(network.state_dict()) == len(used)
     assert fingerprints(network.state_dict()) == fingerprints(used)
@@ -75,7 +75,7 @@ def test_outputs_equal_the_restatement(
     checkpoint: tuple[Path, dict[str, Tensor]], cascade: bool, device: torch.device
 ) -> None:
     path, state = checkpoint
-    network = build_network(load_checkpoint(path, Flags({"cascade": cascade}))).eval().to(device)
+    network = load_model(load_checkpoint(path, Flags({"cascade": cascade}))).eval().to(device)
     images = torch.rand(2, 3, 96, 129, generator=torch.Generator().manual_seed(1)) * 255
     mean = torch.tensor([104.0, 117.0, 123.0]).view(1, 3, 1, 1)
     with torch.inference_mode():
@@ -106,7 +106,7 @@ def test_detections_equal_the_restatement(checkpoint: tuple[Path, dict[str, Tens
 
     checkpointed = load_checkpoint(path, Flags({"cascade": cascade}))
     settings = FaceDetector.from_checkpoint(path, clip_boxes=False).detection
-    found = FaceDetector(build_network(checkpointed), settings).detect(image)
+    found = FaceDetector(load_model(checkpointed), settings).detect(image)
     assert len(found) == len(chosen)
     torch.testing.assert_close(found.boxes, boxes[chosen], atol=0.05, rtol=1e-4)
 
@@ -126,6 +126,6 @@ def test_biubug6_resnet50_is_the_originals_first_stage_under_other_names(
     assert (loaded.kind, loaded.note, loaded.model.cascade) == ("biubug6", None, False)
     images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(2)) * 255
     with torch.inference_mode():
-        (output,) = build_network(loaded).eval()(images)
+        (output,) = load_model(loaded).eval()(images)
         expected = oracle.original_forward(state, images - torch.tensor([104.0, 117, 123]).view(1, 3, 1, 1), False)
     torch.testing.assert_close(output.box_deltas, expected["boxes"], atol=1e-4, rtol=1e-4)

@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import BACKBONES, FINE_LEVELS, DetectionConfig, LossConfig, ModelConfig
+from config import BACKBONES, FINE_LEVELS, LossConfig, ModelConfig, PostprocessConfig
 from layers.multibox_loss import MultiBoxLoss
 from layers.postprocess import postprocess
 from layers.prior_box import prior_boxes
 from models.checkpoint import Checkpoint
-from models.initialise import expect_few_faces, initialise_from_detector
+from models.initialise import initialise_for_focal_loss, initialise_from_detector
 from models.retinaface import RetinaFace
 from utils.boxes import decode_boxes, decode_landmarks
-from utils.structures import BatchTargets, FaceTargets, StageOutput
+from utils.structures import FaceTargets, StageOutput
 
 CASCADES = {"single": (False, "sum"), "sum": (True, "sum"), "rematch": (True, "rematch")}
 CONFIGURATIONS = [
-    ModelConfig.for_backbone(
+    usual_config(
         backbone,
         num_anchor=anchors,
         cascade=cascade,
@@ -38,7 +38,7 @@ CONFIGURATIONS = [
     for cascade, refinement in CASCADES.values()
 ]
 CONFIGURATIONS += [
-    ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, cascade=False, fine_levels=fine_levels, fpn_channels=32)
+    usual_config("mobilenet0.25", num_anchor=2, cascade=False, fine_levels=fine_levels, fpn_channels=32)
     for fine_levels in FINE_LEVELS[1:]
 ]
 LOSSES = {
@@ -47,11 +47,11 @@ LOSSES = {
 }
 
 
-def two_images_with_faces() -> BatchTargets:
+def two_images_with_faces() -> FaceTargets:
     """Of 64 x 96 pixels. Among their faces every level of the pyramid finds one of its size."""
     boxes = torch.tensor([[0.1, 0.1, 0.3, 0.4], [0.3, 0.1, 0.9, 0.9], [-1.0, -1.0, 2.0, 2.5]])
     faces = FaceTargets(boxes, torch.rand(3, 5, 2), torch.ones(3, dtype=torch.bool))
-    return BatchTargets.of([faces, faces])
+    return FaceTargets.join([faces, faces])
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
@@ -72,7 +72,7 @@ def test_every_parameter_gets_a_gradient(config: ModelConfig, loss: LossConfig, 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_outputs_pair_with_the_priors(backbone: str, fine_levels: int) -> None:
     """An odd size: every level rounds up as `feature_sizes` does."""
-    config = ModelConfig.for_backbone(backbone, fpn_channels=16, fine_levels=fine_levels)
+    config = usual_config(backbone, fpn_channels=16, fine_levels=fine_levels)
     network = RetinaFace(config).eval()
     with torch.inference_mode():
         outputs = network(torch.zeros(1, 3, 33, 70, dtype=torch.uint8))
@@ -88,7 +88,7 @@ def test_outputs_pair_with_the_priors(backbone: str, fine_levels: int) -> None:
 
 
 def test_a_branch_and_its_parameters_come_and_go_together() -> None:
-    retina = ModelConfig.for_backbone("mobilenet0.25", model_version="retina", landmarks=False)
+    retina = usual_config("mobilenet0.25", model_version="retina", landmarks=False)
     names = RetinaFace(retina).state_dict().keys()
     assert not [name for name in names if "iou_logits" in name or "landmark_deltas" in name]
     tina = dataclasses.replace(retina, model_version="tina", landmarks=True)
@@ -97,7 +97,7 @@ def test_a_branch_and_its_parameters_come_and_go_together() -> None:
 
 
 def test_second_stage_corrects_the_boxes_of_the_first() -> None:
-    network = RetinaFace(ModelConfig.for_backbone("mobilenet0.25")).eval()
+    network = RetinaFace(usual_config("mobilenet0.25")).eval()
     for name, parameter in network.stages[1].named_parameters():
         if ".box_deltas." in name:
             torch.nn.init.constant_(parameter, 0.5 if name.endswith("bias") else 0.0)
@@ -107,7 +107,7 @@ def test_second_stage_corrects_the_boxes_of_the_first() -> None:
 
 
 def cascade_of(refinement: str, *, context_share: float = 0.0, **changes: Any) -> RetinaFace:
-    config = ModelConfig.for_backbone("mobilenet0.25", refinement=refinement, context_share=context_share, **changes)
+    config = usual_config("mobilenet0.25", refinement=refinement, context_share=context_share, **changes)
     return RetinaFace(config).eval()
 
 
@@ -130,7 +130,7 @@ def test_rematched_stage_without_corrections_keeps_the_boxes_of_the_first() -> N
     variances = network.config.variances
     kept = decode_boxes(first.box_deltas, fixed_priors(network), variances)
     assert torch.equal(decode_boxes(second.box_deltas, second.priors, variances), kept)
-    everything = DetectionConfig(confidence_threshold=0, nms_threshold=1, clip_boxes=False)
+    everything = PostprocessConfig(confidence_threshold=0, nms_threshold=1, clip_boxes=False)
     (found,) = postprocess(second, (40, 56), network.config, everything)
     order = found.boxes[:, 0].argsort()
     boxes = kept[0] * torch.tensor([56, 40, 56, 40])
@@ -264,8 +264,7 @@ def test_scores_take_their_share_from_the_picture_at_half_its_size() -> None:
 @torch.inference_mode()
 def test_other_anchors_start_by_finding_the_same_boxes() -> None:
     two, three = (
-        RetinaFace(ModelConfig.for_backbone("mobilenet0.25", num_anchor=anchors, cascade=False)).eval()
-        for anchors in (2, 3)
+        RetinaFace(usual_config("mobilenet0.25", num_anchor=anchors, cascade=False)).eval() for anchors in (2, 3)
     )
     set_parameters(two, lambda name: "box_deltas" in name, lambda values: values * 0.1)
     assert initialise_from_detector(three, Checkpoint(Path("two.pth"), two.config, two.state_dict(), "own")) == []
@@ -305,7 +304,7 @@ def assert_starts_from(single: StageOutput, network: RetinaFace) -> None:
 
 
 def test_mean_is_subtracted_by_the_network() -> None:
-    config = ModelConfig.for_backbone("mobilenet0.25")
+    config = usual_config("mobilenet0.25")
     network = RetinaFace(config).eval()
     centred = RetinaFace(dataclasses.replace(config, pixel_mean=(0.0, 0.0, 0.0))).eval()
     centred.load_state_dict(network.state_dict())
@@ -317,11 +316,11 @@ def test_mean_is_subtracted_by_the_network() -> None:
 
 def test_untrained_network_expects_few_faces() -> None:
     torch.manual_seed(0)
-    network = RetinaFace(ModelConfig.for_backbone("mobilenet0.25"))
+    network = RetinaFace(usual_config("mobilenet0.25"))
     for name, parameter in network.named_parameters():
         if name.endswith("class_logits.weight"):
             torch.nn.init.zeros_(parameter)
-    expect_few_faces(network, probability=0.02)
+    initialise_for_focal_loss(network, probability=0.02)
     with torch.inference_mode():
         output = network.eval()(torch.zeros(1, 3, 32, 32))[-1]
     scores = output.class_logits.softmax(dim=-1)[..., 1]

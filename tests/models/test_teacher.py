@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from config import ModelConfig, UserError
+from config import UserError
 from models.retinaface import RetinaFace
 from models.teacher import Teacher
 
 
 def untrained() -> RetinaFace:
     torch.manual_seed(2)
-    return RetinaFace(ModelConfig.for_backbone("mobilenet0.25", num_anchor=2, fpn_channels=16))
+    return RetinaFace(usual_config("mobilenet0.25", num_anchor=2, fpn_channels=16))
 
 
 def test_scores_are_the_mean_over_the_picture_and_its_mirror_image() -> None:

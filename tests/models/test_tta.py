@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from config import ROOT, DetectionConfig, ExperimentConfig, ModelConfig, ProtocolConfig
+from config import ROOT, ExperimentConfig, ModelConfig, PostprocessConfig, ProtocolConfig
 from models.detector import FaceDetector
 from models.retinaface import RetinaFace
-from models.tta import ProtocolDetector, resized_size
+from models.tta import TestTimeAugmentation, resized_size
 from utils.runtime.images import read_image
 from utils.structures import Detections
 
@@ -41,7 +41,7 @@ class RedSpot:
     """Stands for a detector: one face around the red pixels of what it is shown, with its left eye at their left."""
 
     def __init__(self, clip_boxes: bool = True) -> None:
-        self.detection = DetectionConfig(confidence_threshold=0.02, nms_threshold=0.4, clip_boxes=clip_boxes)
+        self.detection = PostprocessConfig(confidence_threshold=0.02, nms_threshold=0.4, clip_boxes=clip_boxes)
         self.network = type("Network", (), {"config": ModelConfig()})()
         self.shown: list[np.ndarray] = []
 
@@ -65,7 +65,7 @@ def picture() -> np.ndarray:
 
 
 def found_by(protocol: ProtocolConfig, detector: RedSpot) -> Detections:
-    (found,) = ProtocolDetector(cast(FaceDetector, detector), protocol).detect_batch([picture()])
+    (found,) = TestTimeAugmentation(cast(FaceDetector, detector), protocol).detect_batch([picture()])
     return found
 
 
@@ -111,16 +111,16 @@ def test_number_of_passes() -> None:
 def test_pixels_of_the_largest_pass(protocol: ProtocolConfig, pixels: int) -> None:
     detector = FaceDetector.from_experiment()
     detector.max_pixels = 0
-    assert ProtocolDetector(detector, protocol).pixels_seen((300, 400)) == pixels
+    assert TestTimeAugmentation(detector, protocol).pixels_seen((300, 400)) == pixels
 
 
 def test_original_size_in_one_pass_is_the_detector_itself() -> None:
     torch.manual_seed(0)
-    model = ModelConfig.for_backbone("mobilenet0.25", num_anchor=2)
+    model = usual_config("mobilenet0.25", num_anchor=2)
     thresholds = dataclasses.replace(ExperimentConfig().evaluation, confidence_threshold=0.5)
     detector = FaceDetector(RetinaFace(model), thresholds)
     image = np.random.default_rng(0).integers(0, 256, (48, 80, 3), np.uint8)
-    (found,) = ProtocolDetector(detector, ProtocolConfig()).detect_batch([image])
+    (found,) = TestTimeAugmentation(detector, ProtocolConfig()).detect_batch([image])
     assert torch.equal(found.boxes, detector.detect(image).boxes)
 
 
@@ -129,7 +129,7 @@ def test_real_detector_finds_the_same_face_in_every_protocol() -> None:
     detector = FaceDetector.from_experiment()
     expected = detector.detect(image)
     for protocol in (ProtocolConfig("vga"), ProtocolConfig(flip=True), ProtocolConfig(multi_scale=True)):
-        (found,) = ProtocolDetector(detector, protocol).detect_batch([image])
+        (found,) = TestTimeAugmentation(detector, protocol).detect_batch([image])
         assert len(expected) == 1
         assert (found.boxes[0] - expected.boxes[0]).abs().max() < 10  # of a face 90 px wide
         assert found.landmarks is not None
@@ -138,10 +138,8 @@ def test_real_detector_finds_the_same_face_in_every_protocol() -> None:
 
 def test_images_without_faces_pass_through_the_vote() -> None:
     torch.manual_seed(0)
-    detector = FaceDetector(
-        RetinaFace(ModelConfig.for_backbone("mobilenet0.25")), DetectionConfig(confidence_threshold=1.0)
-    )
-    (found,) = ProtocolDetector(detector, ProtocolConfig(flip=True)).detect_batch([picture()])
+    detector = FaceDetector(RetinaFace(usual_config("mobilenet0.25")), PostprocessConfig(confidence_threshold=1.0))
+    (found,) = TestTimeAugmentation(detector, ProtocolConfig(flip=True)).detect_batch([picture()])
     assert len(found) == 0
     assert found.landmarks is not None
     assert found.landmarks.shape == (0, 5, 2)

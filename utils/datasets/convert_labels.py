@@ -9,7 +9,6 @@ See data/README.md.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,11 +20,12 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
-from config import ROOT, UserError
+from config import ROOT
 from utils.datasets.labels import LabelledImage, read_labels, write_labels
+from utils.errors import UserError
 from utils.runtime.cli import run
-from utils.runtime.experiment import make_folder, user_path
-from utils.runtime.files import disk_errors, replacing
+from utils.runtime.files import atomic_write, disk_errors, make_folder, user_path
+from utils.structures import Faces
 
 _MATCH_IOU = 0.5
 
@@ -106,11 +106,11 @@ def convert_labels(source: Path, target: Path, landmarks: Path | None) -> str:
     images = read_labels(source, Path())
     if landmarks:
         images = add_landmarks(images, read_labels(landmarks, Path()))
-        if not any(image.has_landmarks.any() for image in images):
+        if not any(image.faces.has_landmarks.any() for image in images):
             raise UserError(f"{landmarks}: has no landmarks for any face of {source}")
     write_labels(target, images, Path())
-    faces = sum(len(image.boxes) for image in images)
-    known = sum(int(image.has_landmarks.sum()) for image in images)
+    faces = sum(len(image.faces) for image in images)
+    known = sum(int(image.faces.has_landmarks.sum()) for image in images)
     return f"{len(images)} images, {faces} faces, {known} with landmarks"
 
 
@@ -121,13 +121,13 @@ def add_landmarks(images: Sequence[LabelledImage], others: Sequence[LabelledImag
 
 
 def _with_landmarks(image: LabelledImage, other: LabelledImage) -> LabelledImage:
-    faces, partners = match_faces(image.boxes, other.boxes)
-    # Faces without landmarks take part in the matching: theirs would else go to the second best, another person.
-    known = other.has_landmarks[partners]
-    landmarks, has_landmarks = image.landmarks.copy(), image.has_landmarks.copy()
-    landmarks[faces[known]] = other.landmarks[partners[known]]
-    has_landmarks[faces[known]] = True
-    return dataclasses.replace(image, landmarks=landmarks, has_landmarks=has_landmarks)
+    indices, partners = match_faces(image.faces.boxes, other.faces.boxes)
+    # Faces without landmarks take part in the matching, or their boxes would be matched with the landmarks of others.
+    known = other.faces.has_landmarks[partners]
+    landmarks, has_landmarks = image.faces.landmarks.copy(), image.faces.has_landmarks.copy()
+    landmarks[indices[known]] = other.faces.landmarks[partners[known]]
+    has_landmarks[indices[known]] = True
+    return LabelledImage(image.path, Faces(image.faces.boxes, landmarks, has_landmarks))
 
 
 def match_faces(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -159,7 +159,7 @@ def link(source: Path, target: Path) -> str:
     """Make a symbolic link in place of nothing or of a link; a folder of images is never deleted."""
     if target.is_dir() and not target.is_symlink():
         raise UserError(f"{target}: is a folder; remove it to have a link in its place, or add --copy to copy into it")
-    with replacing(target) as temporary:
+    with atomic_write(target) as temporary:
         temporary.symlink_to(source.resolve(), target_is_directory=True)
     return f"link to {source}"
 
@@ -172,7 +172,7 @@ def copy_files(source: Path, target: Path) -> str:
     for file in files:
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(copy) as temporary:
+        with atomic_write(copy) as temporary:
             shutil.copyfile(file, temporary)
     return f"{len(files)} files copied from {source}"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.datasets.labels import DatasetError, LabelledImage, read_labels
-from utils.runtime.experiment import user_path
+from utils.runtime.files import user_path
 
 
 def find_datasets(names: str, data_root: Path) -> list[Path]:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import UserError
-from utils.landmarks import LANDMARKS_PER_FACE
-from utils.runtime.files import replacing
+from utils.errors import UserError
+from utils.runtime.files import atomic_write
 from utils.runtime.images import IMAGE_SUFFIXES
+from utils.structures import LANDMARKS_PER_FACE, Faces
 
 _BOX_VALUES = 4
 _LANDMARK_VALUES = 3 * LANDMARKS_PER_FACE  # x, y and a flag for each
@@ -29,19 +29,10 @@ class DatasetError(UserError):
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image file and its faces.
-
-    Attributes:
-        path: of the image file.
-        boxes: (N, 4) float32 xyxy in pixels, of positive area.
-        landmarks: (N, 5, 2) float32 x, y in pixels; zeros for faces without.
-        has_landmarks: (N,) bool.
-    """
+    """An image file and its labelled faces, in pixels of the image."""
 
     path: Path
-    boxes: np.ndarray
-    landmarks: np.ndarray
-    has_landmarks: np.ndarray
+    faces: Faces
 
 
 def read_labels(label_file: Path, images: Path) -> list[LabelledImage]:
@@ -77,7 +68,7 @@ def write_labels(path: Path, images: Sequence[LabelledImage], root: Path) -> Non
         OSError: it cannot be written.
     """
     text = "".join(_format_image(image, root) for image in images)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -246,7 +237,7 @@ def _labelled_image(path: Path, faces: Sequence[Sequence[float]]) -> LabelledIma
     points = values[:, _BOX_VALUES:].reshape(-1, LANDMARKS_PER_FACE, 3)[:, :, :2]
     has_landmarks = (points >= 0).all(axis=(1, 2))
     landmarks = np.where(has_landmarks[:, None, None], points, 0)
-    return LabelledImage(path, values[:, :_BOX_VALUES].copy(), landmarks, has_landmarks)
+    return LabelledImage(path, Faces(values[:, :_BOX_VALUES].copy(), landmarks, has_landmarks))
 
 
 # -------------------------------------------------------------------------------------------------- writing
@@ -255,8 +246,9 @@ def _labelled_image(path: Path, faces: Sequence[Sequence[float]]) -> LabelledIma
 def _format_image(image: LabelledImage, root: Path) -> str:
     # A path that is not below the root is read back as it is, if it is absolute.
     name = image.path.relative_to(root) if image.path.is_relative_to(root) else image.path
-    faces = zip(_decimals(image.boxes), _decimals(image.landmarks), image.has_landmarks, strict=True)
-    return "".join(line + "\n" for line in [f"# {name.as_posix()}", *(_format_face(*face) for face in faces)])
+    faces = image.faces
+    rows = zip(_decimals(faces.boxes), _decimals(faces.landmarks), faces.has_landmarks, strict=True)
+    return "".join(line + "\n" for line in [f"# {name.as_posix()}", *(_format_face(*row) for row in rows)])
 
 
 def _format_face(box: Sequence[Decimal], landmarks: Sequence[Decimal], has_landmarks: bool) -> str:

@@ -1,4 +1,4 @@
-"""Which images training shows, in which order and with which randomness."""
+"""The order of the training images, and the seeds of their augmentation."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-from config import ConfigError
+from utils.errors import ConfigError
 
-# Index of an image, and the seed of all that is random about its crop.
+# Index of an image, and the seed of its augmentation.
 SampleKey = tuple[int, int]
 
 
 class EpochSampler(Sampler[SampleKey]):
-    """One process's share of each epoch's keys.
+    """This process's share of the keys of each epoch.
 
-    The sequence of keys over all processes is a function of the seed and the epoch alone. A step takes the next
-    `batch_size * world_size` of them, so several processes learn from the same images at each step as one process with
-    a batch as large as all of theirs. An epoch ends with the last whole step, and has one at least.
+    The keys of all processes depend only on the seed and the epoch. A step takes the next `batch_size * world_size` of
+    them, so several processes learn from the same images in each step as one process with the whole batch. An epoch
+    ends with the last complete step, and has at least one.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class EpochSampler(Sampler[SampleKey]):
 
         Args:
             image_count: positive.
-            batch_size: of one process; a set that is smaller than the batches of all shrinks it.
-            weights: how often each image is drawn relative to the others, with replacement; None shows each once.
+            batch_size: of one process; reduced where there are fewer images than all processes take.
+            weights: relative frequency of each image, drawn with replacement; None draws each image once.
         """
         super().__init__()
         self.batch_size = min(batch_size, max(image_count // world_size, 1))
@@ -48,10 +48,11 @@ class EpochSampler(Sampler[SampleKey]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose what is iterated over next.
+        """Choose the epoch to iterate over.
 
         Args:
-            start: keys of the epoch, over all processes, that were used before; a step begun counts as not done.
+            epoch: number of the epoch.
+            start: number of keys of the epoch, over all processes, that were used before; a started step is repeated.
         """
         step = self.batch_size * self.world_size
         self._epoch = epoch
@@ -59,7 +60,7 @@ class EpochSampler(Sampler[SampleKey]):
         self._end = max(self.image_count // step, 1) * step
 
     def __len__(self) -> int:
-        """Keys of this process from the start that was set to the end of the epoch."""
+        """Number of keys of this process from `start` to the end of the epoch."""
         return max(self._end - self._start, 0) // self.world_size
 
     def __iter__(self) -> Iterator[SampleKey]:
@@ -70,7 +71,7 @@ class EpochSampler(Sampler[SampleKey]):
         return iter(list(zip(order[own].tolist(), seeds[own].tolist(), strict=True)))
 
     def _draw_images(self, rng: np.random.Generator) -> np.ndarray:
-        """Indices of as many images as there are, or as one step takes where there are fewer."""
+        """Indices of all images, or of as many as one step takes where there are fewer."""
         count = max(self.image_count, self._end)
         if self.weights is None:
             return np.resize(rng.permutation(self.image_count), count)
@@ -78,10 +79,10 @@ class EpochSampler(Sampler[SampleKey]):
 
 
 def image_weights(dataset_weights: Sequence[float], image_counts: Sequence[int]) -> list[float] | None:
-    """The weight of each image, those of one folder after those of the other; None where no weights are given.
+    """The weight of each image, folder after folder, or None without weights.
 
     Raises:
-        ConfigError: there are more or fewer weights than folders.
+        ConfigError: the number of weights is not that of the folders.
     """
     if not dataset_weights:
         return None

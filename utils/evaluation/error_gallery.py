@@ -1,4 +1,4 @@
-"""A page of a detector's worst mistakes, each cut out of its image."""
+"""A gallery of the most confident false positives and the tallest missed faces."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from utils.evaluation.ground_truth import EvaluationSet
-from utils.evaluation.report import SURE_SCORE, Measurement
+from utils.evaluation.report import CONFIDENT_SCORE, Measurement
 from utils.evaluation.wider_eval import Evaluation
 from utils.runtime.images import UnreadableImageError, read_image, write_image
 
@@ -61,16 +61,16 @@ def missed_faces(faces: EvaluationSet, evaluation: Evaluation, limit: int) -> li
     return sorted(mistakes, key=lambda mistake: -mistake.box[3])[:limit]
 
 
-def write_error_page(path: Path, measured: Measurement, predictions: Mapping[str, np.ndarray], limit: int) -> None:
-    """Write the page of `draw_error_page` as a PNG.
+def write_error_gallery(path: Path, measured: Measurement, predictions: Mapping[str, np.ndarray], limit: int) -> None:
+    """Write the page of `draw_error_gallery` as a PNG.
 
     Raises:
         OSError: it cannot be written.
     """
-    write_image(path, draw_error_page(measured.faces, predictions, measured.evaluation, limit))
+    write_image(path, draw_error_gallery(measured.faces, predictions, measured.evaluation, limit))
 
 
-def draw_error_page(
+def draw_error_gallery(
     faces: EvaluationSet, predictions: Mapping[str, np.ndarray], evaluation: Evaluation, limit: int
 ) -> np.ndarray:
     """Up to `limit` false positives, then up to as many missed faces.
@@ -112,7 +112,7 @@ def _tile(
     for box, counts in zip(truth.boxes, counted, strict=True):
         _rectangle(canvas, to_tile(box), _FACE_COLOUR if counts else _IGNORED_COLOUR, 1)
     for row in predictions.get(truth.name, np.zeros((0, 5))):
-        if row[4] >= SURE_SCORE:
+        if row[4] >= CONFIDENT_SCORE:
             _rectangle(canvas, to_tile(row[:4]), _PREDICTION_COLOUR, 1)
     _rectangle(canvas, to_tile(mistake.box), colour, 3)
     caption = np.full((_CAPTION, _SIDE, 3), _BACKGROUND, np.uint8)

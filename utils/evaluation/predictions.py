@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError
-from utils.runtime.files import replacing
+from utils.errors import UserError
+from utils.runtime.files import atomic_write
 
 _COLUMNS = 5
 
@@ -24,7 +24,7 @@ def prediction_file(folder: Path, name: str) -> Path:
 
 
 def write_predictions(folder: Path, name: str, rows: np.ndarray, *, integer_boxes: bool = False) -> None:
-    """Write the predictions of one image, whole or not at all.
+    """Write the predictions of one image, atomically.
 
     Args:
         folder: of all predictions; the event's folder in it is made.
@@ -42,7 +42,7 @@ def write_predictions(folder: Path, name: str, rows: np.ndarray, *, integer_boxe
     path = prediction_file(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = f"{path.stem}\n{len(rows)}\n" + "".join(line % tuple(row) for row in rows.tolist())
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 

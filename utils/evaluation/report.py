@@ -1,4 +1,4 @@
-"""What a measurement leaves: lines to read, results.txt, results.json, curves, and a row in a table of all runs."""
+"""The report of an evaluation: lines for the terminal, results.txt, results.json, curves, and a row of results.csv."""
 
 from __future__ import annotations
 
@@ -14,21 +14,27 @@ from typing import Any
 import numpy as np
 
 from utils.evaluation.ground_truth import EvaluationSet
-from utils.evaluation.run import EvaluationRun
+from utils.evaluation.prediction_set import PredictionSet
 from utils.evaluation.wider_eval import Curve, Evaluation
-from utils.runtime.files import replacing
+from utils.runtime.files import atomic_write
 
-# Heights in pixels of the image as it is, where one class of faces ends and the next begins.
+# Boundaries of the classes of face heights, in pixels of the original image.
 _HEIGHTS = (16, 32, 64, 128)
-SURE_SCORE = 0.5  # the score from which inference.py shows a face
+CONFIDENT_SCORE = 0.5  # the default threshold of inference.py
 _TABLE_COLUMNS = (
     "date experiment checkpoint ground_truth images easy medium hard all images_per_second protocol".split()
 )
 
 
 @dataclass(frozen=True)
-class Detected:
-    """What a detector did in this run: how many images it saw, in how many seconds, and which it could not, and why."""
+class DetectionStats:
+    """What a detector did in this run.
+
+    Attributes:
+        images: number of images it detected in.
+        seconds: that it took.
+        skipped: name of each image that could not be read, and why.
+    """
 
     images: int = 0
     seconds: float = 0.0
@@ -41,21 +47,21 @@ class Detected:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A finished measurement.
+    """An evaluation with everything that its report contains.
 
     Attributes:
         predicted: the predictions and how they were made.
-        faces: what was measured on.
-        evaluation: how the two compare.
-        detected: nothing, where the predictions were given.
-        with_predictions: the images that have predictions, be they empty.
-        standard_errors: of the average precisions, by subset; empty where they were not asked for.
+        faces: the ground truth.
+        evaluation: result of the comparison.
+        detected: what the detector did; empty where predictions were given.
+        with_predictions: names of the images that have predictions, which may be empty.
+        standard_errors: of the AP, by subset; empty where they were not asked for.
     """
 
-    predicted: EvaluationRun
+    predicted: PredictionSet
     faces: EvaluationSet
     evaluation: Evaluation
-    detected: Detected
+    detected: DetectionStats
     with_predictions: Set[str]
     standard_errors: Mapping[str, float] = field(default_factory=dict)
 
@@ -66,7 +72,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class HeightClass:
-    """The faces of some heights: how many count, and which part of them is found at all and with a good score."""
+    """Number of counted faces of a range of heights, and their recall at any score and at `CONFIDENT_SCORE`."""
 
     heights: str
     faces: int
@@ -75,9 +81,9 @@ class HeightClass:
 
 
 def recall_by_height(faces: EvaluationSet, evaluation: Evaluation) -> list[HeightClass]:
-    """Recall over all predictions, and over those of a score of at least 0.5, by the height of the faces.
+    """Recall at any score, and at a score of at least 0.5, by the height of the faces.
 
-    The faces are those of the largest subset. A class without faces has a recall of 0.
+    The faces are those of the largest subset. A range without faces has a recall of 0.
     """
     counted = [truth.subsets[faces.largest_subset] for truth in faces.truths]
     heights = np.concatenate([truth.boxes[counts, 3] for truth, counts in zip(faces.truths, counted, strict=True)])
@@ -90,13 +96,13 @@ def recall_by_height(faces: EvaluationSet, evaluation: Evaluation) -> list[Heigh
     for number, name in enumerate([*names, f"from {_HEIGHTS[-1]}"]):
         members = scores[classes == number]
         count = max(1, len(members))
-        found, sure = np.sum(~np.isnan(members)), np.sum(members >= SURE_SCORE)
+        found, sure = np.sum(~np.isnan(members)), np.sum(members >= CONFIDENT_SCORE)
         rows.append(HeightClass(name, len(members), float(found / count), float(sure / count)))
     return rows
 
 
 def describe(measured: Measurement) -> list[str]:
-    """Lines for people; the last is the figure that the measurement is for."""
+    """The report in lines; the last one is the AP."""
     count, detected = len(measured.faces.truths), measured.detected
     lines = []
     if detected.images:
@@ -105,13 +111,13 @@ def describe(measured: Measurement) -> list[str]:
             f"{detected.images} images in {detected.seconds:.1f} s ({detected.images_per_second:.1f} images/s)"
             + (f", {kept} from an earlier run" if kept else "")
         )
-    lines += [f"skipped {name}: {reason}; nothing is found in it" for name, reason in detected.skipped]
+    lines += [f"skipped {name}: {reason}; no faces are detected in it" for name, reason in detected.skipped]
     absent = measured.without_predictions
     if len(absent) > len(detected.skipped):
         lines.append(f"{len(absent)} of {count} images have no predictions and count as empty; first {absent[0]}")
     lines += [f"protocol: {measured.predicted.protocol}", f"ground truth: {measured.faces.source_name}, {count} images"]
     subset = measured.faces.largest_subset
-    lines.append(f"{f'face height ({subset} faces)':<24}{'faces':>7}{'recall':>9}{f'score >= {SURE_SCORE}':>14}")
+    lines.append(f"{f'face height ({subset} faces)':<24}{'faces':>7}{'recall':>9}{f'score >= {CONFIDENT_SCORE}':>14}")
     for row in recall_by_height(measured.faces, measured.evaluation):
         lines.append(f"{row.heights + ' px':<24}{row.faces:>7}{row.recall:>9.3f}{row.recall_sure:>14.3f}")
     if measured.standard_errors:
@@ -132,11 +138,11 @@ def write_report(folder: Path, measured: Measurement) -> None:
     Raises:
         OSError: one of them cannot be written.
     """
-    with replacing(folder / "results.txt") as temporary:
+    with atomic_write(folder / "results.txt") as temporary:
         temporary.write_text("\n".join(describe(measured)) + "\n", encoding="utf-8", errors="backslashreplace")
-    with replacing(folder / "results.json") as temporary:
+    with atomic_write(folder / "results.json") as temporary:
         temporary.write_text(json.dumps(_as_json(measured), indent=2) + "\n", encoding="utf-8")
-    with replacing(folder / "pr_curves.png") as temporary:
+    with atomic_write(folder / "pr_curves.png") as temporary:
         _draw_curves(
             temporary, measured.evaluation.curves, f"{measured.predicted.experiment}\n{measured.predicted.protocol}"
         )
@@ -164,7 +170,7 @@ def _as_json(measured: Measurement) -> dict[str, Any]:
 
 
 def append_to_table(path: Path, measured: Measurement) -> None:
-    """Add a row to the table of all runs, which is made if it is not there.
+    """Append a row to the table of all runs, which is created if necessary.
 
     Raises:
         OSError: it cannot be written.

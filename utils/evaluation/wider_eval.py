@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy.io import loadmat
 
-from config import UserError
+from utils.errors import UserError
 
 SUBSETS = ("easy", "medium", "hard")
 _IOU_THRESHOLD = 0.5

@@ -1,4 +1,4 @@
-"""Head and face masks: where the head is, and which of its pixels are the person."""
+"""Head and face masks: the head region around a face, and the pixels of the person in it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from config import UserError
+from utils.errors import UserError
 from utils.structures import Detections
 
-Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in whole pixels; x2 and y2 lie behind the last pixel
+Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in whole pixels; x2 and y2 are exclusive
 
-# The head region's sides are the face's times this, as in the original.
+# Sides of the head region relative to those of the face, as in the original.
 _HEAD_SCALE = 4
-# A pixel belongs to the person from this confidence on, as in the original.
+# Confidence above which a pixel belongs to the person, as in the original.
 _PERSON_CONFIDENCE = 0.1
 
 
 @dataclass(frozen=True)
-class Head:
-    """A face's surroundings, segmented.
+class HeadMask:
+    """The segmented head region around a face.
 
     Attributes:
         head_box: the head region in pixels of the image, clipped to it.
@@ -43,27 +43,27 @@ class Head:
     @property
     def face_mask(self) -> np.ndarray:
         """The part of `head_mask` inside the face box."""
-        return cut(self.head_mask, self.face_box)
+        return crop(self.head_mask, self.face_box)
 
 
-def cut(image: np.ndarray, box: Box) -> np.ndarray:
-    """The pixels of a box that lies within the image."""
+def crop(image: np.ndarray, box: Box) -> np.ndarray:
+    """The pixels inside a box that lies within the image."""
     x1, y1, x2, y2 = box
     return image[y1:y2, x1:x2]
 
 
 def head_region(face: np.ndarray, image_size_hw: tuple[int, int]) -> tuple[Box, Box]:
-    """The head region around a face, and the face within it.
+    """The head region around a face, and the face within the region.
 
-    The region is centred on the face and `_HEAD_SCALE` times as wide and high, then clipped to the image. The face is
-    given relative to the region as it is after clipping, so it is the same pixels at a border as elsewhere.
+    The region is centred on the face, `_HEAD_SCALE` times as wide and high, and clipped to the image. The face box is
+    relative to the clipped region, so that it covers the pixels of the face also at the border of the image.
 
     Args:
         face: (4,) xyxy in pixels of the image; may reach outside it.
         image_size_hw: height and width in pixels.
 
     Returns:
-        The head box in the image and the face box in the head box; both may be empty, for a face outside the image.
+        The head box in the image and the face box in the head box. Both are empty for a face outside the image.
     """
     height, width = image_size_hw
     x1, y1, x2, y2 = (int(value) for value in face)
@@ -80,7 +80,7 @@ def _clip(box: Box, width: int, height: int) -> Box:
 
 
 class InferenceResults(NamedTuple):
-    """What was found: five lists with an entry for each image that could be read, in one order.
+    """Five lists with an entry for every image that could be read, in the same order.
 
     Attributes:
         result_bboxes: (N, 4) int faces, xyxy in pixels of the image.
@@ -98,7 +98,7 @@ class InferenceResults(NamedTuple):
     head_bboxes: list[np.ndarray]
     head_masks: list[list[np.ndarray]]
 
-    def add(self, detections: Detections, heads: Sequence[Head]) -> None:
+    def add(self, detections: Detections, heads: Sequence[HeadMask]) -> None:
         self.result_bboxes.append(detections.boxes.int().numpy())
         self.face_bboxes.append(np.array([head.face_box for head in heads], dtype=int).reshape(-1, 4))
         self.face_masks.append([head.face_mask for head in heads])
@@ -107,20 +107,23 @@ class InferenceResults(NamedTuple):
 
 
 class HeadSegmenter:
-    """MediaPipe's selfie segmentation on head regions. Made once, used for every face; a context manager.
+    """MediaPipe's selfie segmentation of head regions. A context manager.
 
     Attributes:
-        count: heads segmented so far.
-        seconds: that they took.
+        count: number of heads segmented so far.
+        seconds: total time of the segmentation.
     """
 
     def __init__(self, model: Path | None = None) -> None:
-        """Load `model`, a TensorFlow Lite segmenter with one confidence output; None takes MediaPipe's own.
+        """Load a segmenter.
+
+        Args:
+            model: a TensorFlow Lite segmenter with one confidence output; None is the one that MediaPipe contains.
 
         Raises:
             UserError: MediaPipe or the model is missing or cannot be used.
         """
-        try:  # imported only here: it takes a second, and only masks need it
+        try:  # takes a second, and only masks need it
             import mediapipe
             from mediapipe.tasks.python import BaseOptions, vision
         except ImportError as error:
@@ -143,8 +146,8 @@ class HeadSegmenter:
             reason = str(error).splitlines()[0]
             raise UserError(f"{model}: MediaPipe cannot use it as a segmenter ({reason})") from None
 
-    def segment(self, image: np.ndarray, face: np.ndarray) -> Head:
-        """Find the head around one face.
+    def segment(self, image: np.ndarray, face: np.ndarray) -> HeadMask:
+        """Segment the head around one face.
 
         Args:
             image: (H, W, 3) uint8 BGR.
@@ -152,24 +155,24 @@ class HeadSegmenter:
         """
         start = time.perf_counter()
         head_box, face_box = head_region(face, (image.shape[0], image.shape[1]))
-        region = cut(image, head_box)
+        region = crop(image, head_box)
         mask = np.zeros(region.shape[:2], np.uint8)
         if region.size:
             mask = (self._confidence(region) > _PERSON_CONFIDENCE).astype(np.uint8) * np.uint8(255)
         self.count += 1
         self.seconds += time.perf_counter() - start
-        return Head(head_box, face_box, mask)
+        return HeadMask(head_box, face_box, mask)
 
     def describe(self) -> str:
-        """What it did and what that cost, in a line."""
+        """Number of heads and time for each, in one line."""
         each = 1000 * self.seconds / max(self.count, 1)
         return f"{self.count} heads segmented, {each:.1f} ms each"
 
     def _confidence(self, region: np.ndarray) -> np.ndarray:
-        """(H, W) float in [0, 1]: how surely each pixel is the person's."""
+        """(H, W) float in [0, 1], the confidence that a pixel belongs to the person."""
         rgb = cv2.cvtColor(region, cv2.COLOR_BGR2RGB)
         frame = self._mediapipe.Image(image_format=self._mediapipe.ImageFormat.SRGB, data=rgb)
-        # The last of the masks is the person's: selfie models have one, others put the background first.
+        # The last mask is that of the person: selfie models have one mask, others put the background first.
         confidence: np.ndarray = self._segmenter.segment(frame).confidence_masks[-1].numpy_view()
         return confidence.reshape(region.shape[:2])
 
@@ -184,7 +187,7 @@ class HeadSegmenter:
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Silence what MediaPipe's native code tells standard error while it starts, and its Python warnings."""
+    """Suppress what MediaPipe's native code writes to standard error while it starts, and its Python warnings."""
     saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)

@@ -1,10 +1,10 @@
-"""Results while they come: a line of JSON a picture in a file a process, from which the final files are made.
+"""The records of a run: one line of JSON for every image, from which all final files are made.
 
-    <save>/<name>.parts/run.json    what the results depend on
-    <save>/<name>.parts/0.jsonl     records of process 0, one a line
+    <results>/.records/<experiment>/run.json     what the results depend on, and files that earlier runs left
+    <results>/.records/<experiment>/0.jsonl      the records of process 0, appended one by one
 
-Each line is handed to the system as soon as its picture is done. So a process that dies loses nothing but the picture
-at hand, whose line may be torn; such a line counts as if it were not there.
+A line is handed to the operating system as soon as its image is done, so a process that dies loses at most the image
+in progress. A line that was cut off counts as absent.
 """
 
 from __future__ import annotations
@@ -20,21 +20,20 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from utils.runtime.files import replacing
+from utils.runtime.files import atomic_write
 from utils.runtime.manifest import read_object
-
-_RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
 class Record:
-    """What was found in one picture.
+    """What was detected in one image.
 
     Attributes:
-        position: the picture's place among all, from 0.
-        entry: what `results.json` says of it, or None if it could not be read.
-        rows: of its faces in the table.
-        files: pictures that were written of it, relative to the folder of the results.
+        position: index of the image among all, from 0.
+        name: of the image.
+        entry: its entry in `results.json`, or None if the image could not be read.
+        rows: lines of its faces in the table.
+        files: images written for it, relative to the folder of the results.
         problem: why it could not be read.
     """
 
@@ -51,7 +50,7 @@ class Record:
 
     @classmethod
     def parse(cls, line: bytes) -> Record | None:
-        """None where the line is torn, or no record."""
+        """The record in a line, or None where the line is cut off or is no record."""
         try:
             return cls(**json.loads(line))
         except (ValueError, TypeError):
@@ -60,48 +59,49 @@ class Record:
 
 @dataclass(frozen=True)
 class RecordIndex:
-    """Where the records lie, in the order of their positions: 20 bytes a picture, whatever was found in it.
+    """Where the records are, in the order of their positions. It takes 20 bytes an image.
 
     Attributes:
-        positions: (N,) of the pictures, ascending, none twice.
-        parts: (N,) which of `paths` has the record.
-        offsets: (N,) where its line begins, in bytes.
+        paths: files of the records.
+        positions: (N,) positions of the images, ascending and unique.
+        shards: (N,) index in `paths` of the file that contains the record.
+        offsets: (N,) byte at which its line starts.
     """
 
     paths: Sequence[Path]
     positions: np.ndarray
-    parts: np.ndarray
+    shards: np.ndarray
     offsets: np.ndarray
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __iter__(self) -> Iterator[Record]:
-        """The records, read one by one.
+        """Read the records one by one.
 
         Raises:
             OSError: they cannot be read.
         """
         with ExitStack() as stack:
             files = [stack.enter_context(path.open("rb")) for path in self.paths]
-            for part, offset in zip(self.parts, self.offsets, strict=True):
-                files[part].seek(offset)
-                record = Record.parse(files[part].readline())
-                assert record is not None, "the index has none but records that could be read"
+            for shard, offset in zip(self.shards, self.offsets, strict=True):
+                files[shard].seek(offset)
+                record = Record.parse(files[shard].readline())
+                assert record is not None, "the index contains only records that could be read"
                 yield record
 
 
-class PartFile:
-    """The records of one process, behind those that an earlier run left there."""
+class RecordWriter:
+    """Appends the records of one process to its file."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab")
         _lock(self._file)
         if self._file.tell():
-            self._file.write(b"\n")  # ends a line that was torn
+            self._file.write(b"\n")  # ends a line that was cut off
 
     def add(self, record: Record) -> None:
-        """Write a record, and hand it to the system at once."""
+        """Append a record, and hand it to the operating system at once."""
         self._file.write(record.line)
         self._file.flush()
 
@@ -110,9 +110,9 @@ class PartFile:
 
 
 def _lock(file: BinaryIO) -> bool:
-    """Keep a file to this process until it is closed; False if another has done so.
+    """Lock a file for this process until it is closed; False if another process has locked it.
 
-    Windows, and disks that know no locks, let everyone have it.
+    Windows, and file systems without locks, let every process have it.
     """
     try:
         import fcntl
@@ -128,19 +128,19 @@ def _lock(file: BinaryIO) -> bool:
 
 
 @dataclass(frozen=True)
-class ResultParts:
-    """The folder of the parts, whether it exists or not. What goes wrong with its files is an `OSError`."""
+class RecordStore:
+    """The folder of the records of a run, whether it exists or not. Errors of its files are `OSError`s."""
 
     folder: Path
 
     @property
     def run(self) -> dict[str, Any]:
-        """What `begin` was told; empty where there is no run."""
-        return read_object(self.folder / _RUN_FILE)
+        """What `begin` was given, or an empty dictionary where there is no run."""
+        return read_object(self.folder / "run.json")
 
     @property
     def in_use(self) -> bool:
-        """Whether a process is adding to them, such as one that outlived the launcher that started it."""
+        """Whether a process is appending records, such as one that outlived the launcher that started it."""
         for path in self.folder.glob("*.jsonl"):
             with path.open("ab") as file:
                 if not _lock(file):
@@ -148,37 +148,52 @@ class ResultParts:
         return False
 
     def begin(self, run: Mapping[str, Any]) -> None:
-        """Make the folder anew, for results that depend on `run`."""
-        self.remove()
+        """Replace the records by those of a new run, of which there are none yet."""
+        # run.json goes first: without it, what is left is no run that could be continued by mistake.
+        (self.folder / "run.json").unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        with replacing(self.folder / _RUN_FILE) as temporary:
+        self._write_run(run)
+
+    def mark_complete(self) -> None:
+        """Note that the final files were made, and that nothing is left of earlier runs."""
+        self._write_run({**self.run, "former_files": [], "complete": True})
+
+    def _write_run(self, run: Mapping[str, Any]) -> None:
+        with atomic_write(self.folder / "run.json") as temporary:
             temporary.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
-    def open(self, rank: int) -> PartFile:
-        """The file of one process, to add to."""
-        self.folder.mkdir(parents=True, exist_ok=True)  # also where a shared disk has yet to show it
-        return PartFile(self.folder / f"{rank}.jsonl")
+    def open_shard(self, rank: int) -> RecordWriter:
+        """Open the file of one process for appending."""
+        self.folder.mkdir(parents=True, exist_ok=True)  # a network file system may show it late
+        return RecordWriter(self.folder / f"{rank}.jsonl")
 
     def index(self) -> RecordIndex:
-        """All records that were written whole. Of two of one picture the later counts."""
+        """Index all complete records. Of two records of one image the later one counts."""
         paths = sorted(self.folder.glob("*.jsonl"))
-        positions, parts, offsets = array("q"), array("i"), array("q")
-        for part, path in enumerate(paths):
+        positions, shards, offsets = array("q"), array("i"), array("q")
+        for shard, path in enumerate(paths):
             with path.open("rb") as file:
                 offset = 0
                 for line in file:
                     record = Record.parse(line)
                     if record is not None:
                         positions.append(record.position)
-                        parts.append(part)
+                        shards.append(shard)
                         offsets.append(offset)
                     offset += len(line)
-        # The first of equals is what `unique` keeps.
+        # `unique` keeps the first of equals.
         unique, last = np.unique(np.array(positions, np.int64)[::-1], return_index=True)
         chosen = len(positions) - 1 - last
-        return RecordIndex(paths, unique, np.array(parts, np.int32)[chosen], np.array(offsets, np.int64)[chosen])
+        return RecordIndex(paths, unique, np.array(shards, np.int32)[chosen], np.array(offsets, np.int64)[chosen])
 
-    def remove(self) -> None:
-        """Remove the folder, `run.json` first: without it the rest is no run that could be continued by mistake."""
-        (self.folder / _RUN_FILE).unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def compact(self) -> None:
+        """Sort all records into one file, so that the folder does not depend on the number of processes."""
+        records = self.index()
+        merged = self.folder / "0.jsonl"
+        with atomic_write(merged) as temporary, temporary.open("wb") as file:
+            for record in records:
+                file.write(record.line)
+        for path in records.paths:
+            if path != merged:
+                path.unlink()

@@ -1,4 +1,4 @@
-"""The files that inference leaves."""
+"""Writes the results of inference as they come."""
 
 from __future__ import annotations
 
@@ -15,199 +15,190 @@ from typing import Any
 import cv2
 import numpy as np
 
-from config import ConfigError, UserError
-from utils.results.drawing import draw_detections
-from utils.results.files import OUTPUT_FOLDERS, ResultFiles, Summary
-from utils.results.masks import Head, cut
-from utils.results.records import PartFile, Record, ResultParts
-from utils.runtime.distributed import ALONE, Processes, done_by_main, in_step
-from utils.runtime.experiment import make_folder
-from utils.runtime.files import disk_errors, remove_temporaries
+from utils.drawing import draw_detections
+from utils.errors import ConfigError, UserError
+from utils.results.files import OUTPUT_FOLDERS, ResultFiles, Summary, remove_output
+from utils.results.masks import HeadMask, crop
+from utils.results.records import Record, RecordStore
+from utils.runtime.distributed import SINGLE_PROCESS, DistributedContext, run_on_all, run_on_main
+from utils.runtime.files import disk_errors, make_folder, remove_temporary_files
 from utils.runtime.images import WRITABLE_SUFFIXES, write_image
-from utils.runtime.manifest import first_difference
+from utils.runtime.manifest import first_difference, require_same_settings
 from utils.structures import Detections
 
 
 @dataclass(frozen=True)
-class Start:
-    """What is there when a run begins.
+class RunStart:
+    """What a run starts with.
 
     Attributes:
-        about: what the results depend on, as the main process has it.
-        done: (N,) positions of pictures that an earlier run has done, ascending.
-        threads: that compute, where results depend on their number.
-        is_finished: the earlier run did everything and its final files stand.
+        settings: what the results depend on, as the main process has it.
+        done: (N,) positions of the images that an earlier run processed, ascending.
+        threads: number of threads to compute with, where results depend on it.
+        is_complete: whether the earlier run processed all images.
         note: for the user, or empty.
     """
 
-    about: Mapping[str, Any]
+    settings: Mapping[str, Any]
     done: np.ndarray
     threads: int | None
-    is_finished: bool = False
-    note: str = ""
+    is_complete: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written for every image besides its record.
+
+    Attributes:
+        drawings: images with the detections drawn; of a video, one video.
+        crops: masks and crops of every face.
+        frames_per_second: of a video.
+    """
+
+    drawings: bool = False
+    crops: bool = False
+    frames_per_second: float | None = None
 
 
 class ResultWriter:
-    """Writes results as they come, and the final files at the end; a context manager.
+    """Writes results as they come, and the final files at the end. A context manager.
 
-    Pictures, masks and crops get their names at once. The rest goes to `<experiment>.parts/`, a line a picture; when
-    all processes have done their shares, the main one makes the final files from it and removes it. They are the same
-    whichever process did what, and whether it was interrupted.
+    Drawings, masks and crops are written at once. Everything else is appended to a `RecordStore`, from which the main
+    process makes the final files when all processes have finished. The files are the same whatever the number of
+    processes, and whether the run was interrupted or not.
 
-    `<experiment>_inference_results.txt` is the original's format: an image's name, then `x1 y1 x2 y2 score` a face.
-    `results.jsonl` has all that is known of a picture in a line, `results.json` the same and the facts of the run.
+    `<experiment>_inference_results.txt` has the format of the original: the name of an image, then `x1 y1 x2 y2 score`
+    a face. `results.jsonl` has everything about an image in a line, `results.json` the same and the settings.
     """
 
     def __init__(
         self,
         folder: Path,
         experiment_name: str,
-        about: Mapping[str, Any],
+        settings: Mapping[str, Any],
         *,
         names: Sequence[str] = (),
-        save_images: bool = False,
-        save_masks: bool = False,
-        frames_per_second: float | None = None,
+        output: OutputOptions = OutputOptions(),  # noqa: B008, frozen
         threads: int | None = None,
         resume: bool = False,
-        processes: Processes = ALONE,
+        context: DistributedContext = SINGLE_PROCESS,
     ) -> None:
-        """Begin a run, or go on with one; all processes do so together.
+        """Begin or continue a run; a collective call of all processes.
 
         Args:
-            folder: where results go; it is made.
-            about: all that the results depend on; `results.json` begins with it.
-            names: of all pictures where they are known, so that those that differ by their suffix alone get crops of
-                different names, and that none is forgotten.
-            frames_per_second: of a video; its drawings become one video instead of pictures.
-            threads: that compute, where results depend on their number.
-            resume: keep what an interrupted run left.
+            folder: folder of the results, which is created.
+            experiment_name: name of the table and of the records.
+            settings: everything that the results depend on; `results.json` begins with it.
+            names: of all images, where they are known, so that images whose names differ only in the suffix get crops
+                of different names, and that none is missed.
+            output: what is written for every image besides its record.
+            threads: number of threads that compute, where results depend on it.
+            resume: keep the results of an interrupted run.
+            context: rank and number of processes.
 
         Raises:
-            ConfigError: results are to be kept that were made in another way.
+            ConfigError: the results to be kept were made with other settings.
             UserError: the folder cannot be written to.
         """
         self.folder = folder
         self.summary = Summary()
-        self.processes = processes
-        self._about = about
+        self.context = context
+        self.output = output
+        self._settings = settings
         self._count = len(names)
         self._files = ResultFiles(folder, experiment_name)
-        self._parts = ResultParts(folder / f"{experiment_name}.parts")
-        self._save_images = save_images
-        self._save_masks = save_masks
-        self._frames_per_second = frames_per_second
+        self._store = RecordStore(folder / ".records" / experiment_name)
         self._video: cv2.VideoWriter | None = None
-        # How many pictures bear a name, with or without its suffix: `a.jpg` and `a.png` share `a`.
-        labels = (label for name in names for label in {name.lower(), _stem(name).lower()}) if save_masks else ()
+        # Number of images with a name, with or without suffix: `a.jpg` and `a.png` share `a`.
+        labels = (label for name in names for label in {name.lower(), _stem(name).lower()}) if output.crops else ()
         self._name_counts = Counter(labels)
         self._next_position = 0
-        self.start: Start = done_by_main(lambda: self._begin(threads, resume))
-        in_step(self._check_like_main)
-        self._part = None if self.start.is_finished else in_step(self._open_part)
+        self.start: RunStart = run_on_main(lambda: self._begin(threads, resume))
+        run_on_all(self._check_like_main)
+        self._records = run_on_all(self._open_shard)
 
-    def _begin(self, threads: int | None, resume: bool) -> Start:
+    def _begin(self, threads: int | None, resume: bool) -> RunStart:
         with disk_errors(make_folder(self.folder)):
             self._files.check_writable()
-            if self._parts.in_use:
-                raise UserError(f"{self._parts.folder}: another run is still writing there; end it, or wait for it")
-            run = self._parts.run
+            if self._store.in_use:
+                raise UserError(f"{self.folder}: another run is still writing there; end it, or wait for it")
+            run, index = self._store.run, self._store.index()
+            is_complete = bool(self._count) and len(index) == self._count
             if resume and run:
-                self._check_same(run.get("about", {}))
+                require_same_settings(run.get("settings", {}), self._settings, self.folder)
                 for name in OUTPUT_FOLDERS:
-                    remove_temporaries(self.folder / name)
-                done = self._parts.index().positions
-                return Start(self._about, done, run.get("threads"), note=f"{len(done)} images are done already")
-            if resume and self._files.exist:
-                self._check_same(self._files.about())
-                if self._files.count() == self._count:
-                    self._parts.remove()
-                    return Start(self._about, np.arange(self._count), threads, True, "all images are done already")
-            note = self._make_way()
-            self._parts.begin({"about": self._about, "threads": threads})
-            return Start(self._about, np.arange(0), threads, note=note)
-
-    def _make_way(self) -> str:
-        """Remove what an interrupted run left; what a complete one left stands until this run is complete as well.
-
-        Returns:
-            What is replaced, for the user.
-        """
-        abandoned = self._parts.index()
-        kept = self._files.listed_pictures() if len(abandoned) else set()
-        for record in abandoned:
-            self._files.remove_pictures({name for name in record.files if name not in kept})
-        if len(abandoned):
-            return f"replacing {len(abandoned)} results of a run that was interrupted (--resume keeps them)"
-        return "replacing the results of an earlier run" if self._files.exist else ""
-
-    def _check_same(self, saved: Mapping[str, Any]) -> None:
-        changed = first_difference(saved, self._about)
-        if changed is not None:
-            raise ConfigError(
-                f"--resume: the results in {self.folder} were made with {changed}; repeat the flags of that run, or "
-                "drop --resume"
-            )
+                    remove_temporary_files(self.folder / name)
+                done = "all images" if is_complete else f"{len(index)} images"
+                return RunStart(
+                    self._settings, index.positions, run.get("threads"), is_complete, f"{done} are done already"
+                )
+            note = "replacing the results of an earlier run" if self._files.exist else ""
+            if len(index) and not run.get("complete"):
+                note = f"replacing {len(index)} results of a run that was interrupted (--resume keeps them)"
+            # They stay until this run is complete, which removes those that it does not replace.
+            former = sorted({name for record in index for name in record.files} | set(run.get("former_files", [])))
+            self._store.begin({"settings": self._settings, "threads": threads, "former_files": former})
+            return RunStart(self._settings, np.arange(0), threads, False, note)
 
     def _check_like_main(self) -> None:
-        """What one process finds must be what another would."""
-        other = first_difference(self.start.about, self._about)
+        """Every process must detect what any other would."""
+        other = first_difference(self.start.settings, self._settings)
         if other is not None:
             raise ConfigError(
-                f"the processes differ: process 0 has {other.name} {other.saved!r}, process "
-                f"{self.processes.rank} has {other.asked!r}"
+                f"the processes differ: process 0 has {other.name} {other.saved!r}, process {self.context.rank} has "
+                f"{other.asked!r}"
             )
 
-    def _open_part(self) -> PartFile:
+    def _open_shard(self) -> Any:
         with disk_errors(self.folder):
-            return self._parts.open(self.processes.rank)
+            return self._store.open_shard(self.context.rank)
 
     def add(
         self,
         name: str,
         image: np.ndarray,
         detections: Detections,
-        heads: Sequence[Head] | None = None,
+        heads: Sequence[HeadMask] | None = None,
         position: int | None = None,
     ) -> None:
-        """Write one picture's results.
+        """Write the results of one image.
 
         Args:
-            heads: an entry a face, or None without `--mask`.
-            position: the picture's place among all; None is behind the last one.
+            name: of the image.
+            image: (H, W, 3) uint8 BGR.
+            detections: its faces.
+            heads: one for each face, or None without `--mask`.
+            position: index of the image among all; None follows the previous one.
 
         Raises:
             UserError: a file cannot be written; what was written before is complete.
         """
         with disk_errors(self.folder):
-            self._record(self._written(self._place(position), name, image, detections, heads))
+            self._add_record(self._write_image_files(self._place(position), name, image, detections, heads))
 
     def skip(self, name: str, reason: str, position: int | None = None) -> None:
-        """Note why a picture could not be read; see `add`."""
+        """Record why an image could not be read; see `add`."""
         with disk_errors(self.folder):
-            self._record(Record(self._place(position), name, problem=reason))
+            self._add_record(Record(self._place(position), name, problem=reason))
 
     def close(self) -> None:
-        """Wait until all processes have done their shares, and make the final files of a complete run.
+        """Wait for all processes, and make the final files of a complete run.
 
         Raises:
             UserError: they cannot be written, or results are missing.
         """
-        if self._part is None:
-            return
-        in_step(self._close_part)
-        done_by_main(lambda: self._finish(is_complete=True))
+        run_on_all(self._close_shard)
+        run_on_main(lambda: self._finish(is_complete=True))
 
     def abandon(self) -> None:
-        """End a run that was interrupted: keep what there is for `--resume`, and make the final files of it.
+        """End an interrupted run: keep the records for `--resume`, and make the final files of what there is.
 
-        Of several processes none makes them, for the others may still be writing.
+        Where there are several processes no final files are made, because the others may still be writing.
         """
-        if self._part is None:
-            return
-        with suppress(UserError):  # what is being raised is the cause of this
-            self._close_part()
-            if self.processes.count == 1:
+        with suppress(UserError):  # the exception that propagates is the cause of this one
+            self._close_shard()
+            if self.context.world_size == 1:
                 self._finish(is_complete=False)
 
     def __enter__(self) -> ResultWriter:
@@ -221,42 +212,42 @@ class ResultWriter:
         else:
             self.abandon()
 
-    def _close_part(self) -> None:
+    def _close_shard(self) -> None:
         with disk_errors(self.folder):
             if self._video is not None:
                 self._video.release()
                 os.replace(self._video_path.with_suffix(".tmp.mp4"), self._video_path)
                 self._video = None
-            if self._part is not None:
-                self._part.close()
+            self._records.close()
 
     def _finish(self, *, is_complete: bool) -> None:
         with disk_errors(self.folder):
-            records = self._parts.index()
+            if is_complete:
+                self._store.compact()
+            records = self._store.index()
             if is_complete and self._count and len(records) != self._count:
                 raise UserError(
-                    f"{self._parts.folder}: holds results of {len(records)} of {self._count} images; "
-                    "--resume does the rest"
+                    f"{self.folder}: holds results of {len(records)} of {self._count} images; --resume does the rest"
                 )
-            self.summary = self._files.write(self._about, records, self.start.done)
-            # The frames of a video cannot be continued, so nothing is kept for that.
-            if is_complete or self._frames_per_second is not None:
-                self._parts.remove()
+            self.summary = self._files.write(self._settings, records, self.start.done)
+            if is_complete:
+                remaining = {name for record in records for name in record.files}
+                remove_output(self.folder, set(self._store.run.get("former_files", [])) - remaining)
+                self._store.mark_complete()
 
     def _place(self, position: int | None) -> int:
         place = self._next_position if position is None else position
         self._next_position = place + 1
         return place
 
-    def _record(self, record: Record) -> None:
-        assert self._part is not None, "a finished run takes no more"
-        self._part.add(record)
+    def _add_record(self, record: Record) -> None:
+        self._records.add(record)
         self.summary.add(record)
 
-    def _written(
-        self, position: int, name: str, image: np.ndarray, detections: Detections, heads: Sequence[Head] | None
+    def _write_image_files(
+        self, position: int, name: str, image: np.ndarray, detections: Detections, heads: Sequence[HeadMask] | None
     ) -> Record:
-        """Write the pictures of one picture; what there is to record of it."""
+        """Write drawings and crops of an image, and return its record."""
         boxes, scores = detections.boxes.tolist(), detections.scores.tolist()
         faces, rows, files = [], [], []
         for index, (box, score) in enumerate(zip(boxes, scores, strict=True)):
@@ -265,53 +256,50 @@ class ResultWriter:
                 face["landmarks"] = [_rounded(point) for point in detections.landmarks[index].tolist()]
             if heads is not None:
                 face |= {"head_box": heads[index].head_box, "face_box_in_head": heads[index].face_box}
-                if self._save_masks:
+                if self.output.crops:
                     face["files"] = self._write_crops(f"{self._crop_stem(name)}_{index}.png", image, heads[index])
                     files += face["files"].values()
             faces.append(face)
             rows.append(f"{' '.join(str(int(value)) for value in box)} {score:f}")
-        if self._save_images:
+        if self.output.drawings:
             files += self._write_drawing(name, draw_detections(image, detections))
         entry = {"name": name, "width": image.shape[1], "height": image.shape[0], "faces": faces}
         return Record(position, name, entry, rows, files)
 
-    def _write_crops(self, file_name: str, image: np.ndarray, head: Head) -> dict[str, str]:
-        """Face mask, face, head and head mask as PNG; empty ones, of faces outside the image, are not written."""
-        head_pixels = cut(image, head.head_box)
+    def _write_crops(self, file_name: str, image: np.ndarray, head: HeadMask) -> dict[str, str]:
+        """Write face mask, face, head and head mask as PNG, except empty ones, of faces outside the image."""
+        head_pixels = crop(image, head.head_box)
         crops = {
             "masks": head.face_mask,
-            "faces": cut(head_pixels, head.face_box),
+            "faces": crop(head_pixels, head.face_box),
             "heads": head_pixels,
             "head_masks": head.head_mask,
         }
         return {kind: self._write(f"{kind}/{file_name}", pixels) for kind, pixels in crops.items() if pixels.size}
 
     def _write_drawing(self, name: str, drawing: np.ndarray) -> list[str]:
-        """The files that this makes: of a video, one with its first frame."""
-        if self._frames_per_second is not None:
-            return self._write_frame(name, drawing)
+        """Write a drawing; returns the files that this creates, which for a video is one, with its first frame."""
+        if self.output.frames_per_second is not None:
+            return self._write_frame(name, drawing, self.output.frames_per_second)
         is_writable = PurePosixPath(name).suffix.lower() in WRITABLE_SUFFIXES
         return [self._write(f"result_images/{name if is_writable else f'{name}.png'}", drawing)]
 
-    def _write_frame(self, name: str, drawing: np.ndarray) -> list[str]:
+    def _write_frame(self, name: str, drawing: np.ndarray, frames_per_second: float) -> list[str]:
         files = []
         if self._video is None:
             files = [f"result_images/{name.rsplit('_', 1)[0]}.mp4"]
-            self._open_video(files[0], drawing)
-        assert self._video is not None
+            self._video = self._open_video(files[0], drawing, frames_per_second)
         self._video.write(drawing)
         return files
 
-    def _open_video(self, relative: str, frame: np.ndarray) -> None:
+    def _open_video(self, relative: str, frame: np.ndarray, frames_per_second: float) -> cv2.VideoWriter:
         self._video_path = self.folder / relative
         temporary = make_folder(self._video_path.parent) / self._video_path.with_suffix(".tmp.mp4").name
         codec = cv2.VideoWriter.fourcc(*"mp4v")
-        video = cv2.VideoWriter(
-            str(temporary), codec, self._frames_per_second or 25.0, (frame.shape[1], frame.shape[0])
-        )
+        video = cv2.VideoWriter(str(temporary), codec, frames_per_second, (frame.shape[1], frame.shape[0]))
         if not video.isOpened():
-            raise OSError(errno.EIO, f"OpenCV cannot encode it at {self._frames_per_second} frames/s", relative)
-        self._video = video
+            raise OSError(errno.EIO, f"OpenCV cannot encode it at {frames_per_second} frames/s", relative)
+        return video
 
     def _write(self, relative: str, pixels: np.ndarray) -> str:
         write_image(self.folder / relative, pixels)

@@ -1,4 +1,4 @@
-"""What the three commands share: choosing a device, showing progress, and ending in one line instead of a traceback."""
+"""What the scripts share: choosing a device, showing progress, and reporting errors in one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
-from config import ConfigError, UserError
+from utils.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -20,15 +20,15 @@ Item = TypeVar("Item")
 
 
 def choose_device(gpu_num: int) -> torch.device:
-    """`--gpu_num` as a device: an index of a CUDA device, or -1 for the CPU.
+    """The device that `--gpu_num` means: the index of a CUDA device, or -1 for the CPU.
 
-    Without CUDA the CPU is used and a line on standard error says so. Under torchrun each process has the device of its
-    own number, unless the CPU is asked for.
+    Without CUDA the CPU is used, with a warning on standard error. Under torchrun each process has the device of its
+    local rank, unless the CPU is asked for.
 
     Raises:
         ConfigError: there is CUDA, but not this device.
     """
-    import torch  # a second to import, and not every command needs it
+    import torch  # takes a second, and not every command needs it
 
     if gpu_num == -1:
         return torch.device("cpu")
@@ -46,7 +46,7 @@ def choose_device(gpu_num: int) -> torch.device:
 
 
 def show_progress(items: Iterable[Item], total: int | None) -> Iterator[Item]:
-    """Pass items on, with a bar on a terminal; elsewhere with a line every ten, as the original prints."""
+    """Yield the items under a progress bar; without a terminal print a line every ten items, as the original does."""
     start = time.perf_counter()
     bar = tqdm(items, total=total, unit="image", disable=None)
     for number, item in enumerate(bar, start=1):
@@ -57,15 +57,15 @@ def show_progress(items: Iterable[Item], total: int | None) -> Iterator[Item]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's `main`. What the user can mend ends it with one line and status 1; Ctrl-C with status 130."""
+    """Call a script's `main`. A `UserError` ends it with one line and status 1, and Ctrl-C with status 130."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may be none that the terminal can show
+            stream.reconfigure(errors="backslashreplace")  # a file name may contain what the terminal cannot show
     try:
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
-    except BrokenPipeError:  # whoever read our output has gone, as in `inference.py | head`
+    except BrokenPipeError:  # the reader of our output has gone, as in `inference.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Several processes that do one job together, as torchrun starts them; a single process is the simplest case."""
+"""Several processes that share one job, as torchrun starts them. A single process is the simplest case."""
 
 from __future__ import annotations
 
@@ -14,67 +14,79 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from config import UserError
+from utils.errors import UserError
 
-# How long processes wait for one another. One that dies is noticed at once; this is for shares of the work that take
-# one process days longer than another.
-_PATIENCE = timedelta(days=14)
+# How long processes wait for one another. A process that dies is noticed at once; the limit must exceed the difference
+# in time that shards of the work can take.
+_TIMEOUT = timedelta(days=14)
 
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Processes:
-    """This process among all: `rank` counts from 0, and rank 0 is the one that writes and speaks."""
+class DistributedContext:
+    """The rank of this process and the number of processes. The process of rank 0 writes and prints."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
 
-ALONE = Processes()
-
-
-def own_share(count: int, done: np.ndarray, block: int, processes: Processes) -> list[int]:
-    """The positions of 0 to `count` that this process is to do.
-
-    Positions go around in blocks, so that neighbours stay together, and as blocks that begin where they always do: one
-    of which something is missing is looked at whole.
-
-    Args:
-        done: (N,) positions that need not be done.
-        block: positions that stay together.
-
-    Returns:
-        Positions, ascending, among them those of `done` that lie in a block with others that are not.
-    """
-    missing = np.ones(count, bool)
-    missing[done] = False
-    blocks = np.unique(np.flatnonzero(missing) // block)[processes.rank :: processes.count]
-    positions = (blocks[:, None] * block + np.arange(block)).ravel()
-    return positions[positions < count].tolist()
+SINGLE_PROCESS = DistributedContext()
 
 
 @contextmanager
-def join_processes(device: torch.device) -> Iterator[Processes]:
-    """Meet the other processes that torchrun started, if it did, over NCCL on CUDA and gloo elsewhere."""
+def distributed_context(device: torch.device) -> Iterator[DistributedContext]:
+    """Join the processes that torchrun started, or run alone.
+
+    Args:
+        device: device of the tensors that the processes exchange; each CUDA process has its own.
+
+    Raises:
+        UserError: the other processes cannot be reached.
+    """
     if "WORLD_SIZE" not in os.environ:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size())
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"cannot join the processes of torchrun: {str(error).splitlines()[0]}") from None
+    try:
+        yield DistributedContext(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
 
 
-def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of each process's value; the value itself where there is one process."""
+def shard_positions(count: int, done: np.ndarray, block: int, context: DistributedContext) -> list[int]:
+    """The positions from 0 to `count` that this process has to process.
+
+    Positions are dealt out in blocks that start at multiples of `block`, so neighbours stay together whatever is done
+    already. A block of which a position is missing is processed whole.
+
+    Args:
+        count: number of positions.
+        done: (N,) positions that are done.
+        block: number of neighbours that stay together.
+
+    Returns:
+        Positions in ascending order. Those of `done` that share a block with a missing one are among them.
+    """
+    missing = np.ones(count, bool)
+    missing[done] = False
+    blocks = np.unique(np.flatnonzero(missing) // block)[context.rank :: context.world_size]
+    positions = (blocks[:, None] * block + np.arange(block)).ravel()
+    return positions[positions < count].tolist()
+
+
+def reduce_mean(value: Tensor) -> Tensor:
+    """The mean of the values of all processes; the value itself in a single process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     total = value.clone()
@@ -83,10 +95,10 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 
 def share_of_count(count: Tensor) -> Tensor:
-    """This process's share of what all count together, at least 1 in all.
+    """This process's share of the total count of all processes, which is taken to be at least 1.
 
-    A sum that each process divides by this has, averaged over the processes as DistributedDataParallel averages
-    gradients, the mean over everything: as one process with all of the batch would have it.
+    Sums divided by this share become, averaged over the processes as DistributedDataParallel averages gradients, the
+    mean over everything, as one process with the whole batch would compute it.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return count.clamp(min=1)
@@ -95,8 +107,8 @@ def share_of_count(count: Tensor) -> Tensor:
     return total.clamp(min=1) / dist.get_world_size()
 
 
-def any_of_processes(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process; all must ask."""
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any process; a collective call."""
     if not dist.is_initialized():
         return flag
     raised = torch.tensor(int(flag), device=device)
@@ -104,8 +116,8 @@ def any_of_processes(flag: bool, device: torch.device) -> bool:
     return bool(raised.item())
 
 
-def merge_over_processes(part: dict[str, Value]) -> dict[str, Value]:
-    """The entries of all processes' dictionaries, in every process."""
+def gather_dicts(part: dict[str, Value]) -> dict[str, Value]:
+    """The entries of the dictionaries of all processes, in every process."""
     if not dist.is_initialized():
         return part
     parts: list[Any] = [None] * dist.get_world_size()
@@ -113,20 +125,20 @@ def merge_over_processes(part: dict[str, Value]) -> dict[str, Value]:
     return {name: value for each in parts for name, value in each.items()}
 
 
-def value_of_main(value: Value | None) -> Value:
-    """The main process's value, in every process; what the others give does not matter."""
+def broadcast_from_main(value: Value | None) -> Value:
+    """The value of the main process, in every process; the values of the others are disregarded."""
     values: list[Any] = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values)
     return cast(Value, values[0])
 
 
-def in_step(action: Callable[[], Value]) -> Value:
-    """What `action` returns, once it has been done in every process.
+def run_on_all(action: Callable[[], Value]) -> Value:
+    """Run `action` in every process, and return its value once all have finished.
 
     Raises:
-        UserError: it raised one; where several did, only the first process says so.
-        SystemExit: it raised one in another process, which says so.
+        UserError: the action raised one here; where it did in several processes, only the first reports it.
+        SystemExit: the action raised a `UserError` in another process, which reports it.
     """
     if not dist.is_initialized():
         return action()
@@ -142,18 +154,14 @@ def in_step(action: Callable[[], Value]) -> Value:
     return cast(Value, value)
 
 
-def done_by_main(action: Callable[[], Value]) -> Value:
-    """What `action` returns in the main process, in every process; the others do not do it.
-
-    Raises:
-        UserError: it raised one; the other processes leave without a word.
-    """
+def run_on_main(action: Callable[[], Value]) -> Value:
+    """Run `action` in the main process only, and return its value in every process; see `run_on_all`."""
     is_main = not dist.is_initialized() or dist.get_rank() == 0
-    return value_of_main(in_step(lambda: action() if is_main else None))
+    return broadcast_from_main(run_on_all(lambda: action() if is_main else None))
 
 
-def copy_from_main(module: nn.Module) -> None:
-    """Give every process the buffers of the main one, such as the statistics of batch normalisation."""
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every process the main one's buffers, such as the statistics of batch normalisation."""
     if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)

@@ -1,17 +1,20 @@
-"""The folder of an experiment: where its configuration, checkpoints, logs and results are."""
+"""The folder of an experiment: its configuration, checkpoints, logs and results."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 
-from config import UserError
+from config import ExperimentConfig
+from utils.errors import ConfigError
+from utils.options import from_dict, to_dict
+from utils.runtime.files import atomic_write
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """`experiments/<name>/`, whether it exists yet or not."""
+    """`experiments/<name>/`, whether it exists or not."""
 
     folder: Path
 
@@ -28,32 +31,24 @@ class Experiment:
         return self.folder / "results"
 
     def checkpoint(self, backbone: str, which: str) -> Path:
-        """`which` is `best` or `last`."""
+        """Path of a checkpoint; `which` is `best` or `last`."""
         return self.folder / "ckpt" / f"{backbone}_ckpt-{which}.pth"
 
 
-def user_path(text: str) -> Path:
-    """A path that the user typed, with `~` expanded.
+def save_config(config: ExperimentConfig, path: Path) -> None:
+    """Write the configuration of an experiment as JSON, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def load_config(path: Path) -> ExperimentConfig:
+    """Read what `save_config` wrote, in this or an earlier version.
 
     Raises:
-        UserError: it names the home of a user who does not exist.
+        ConfigError: the file is not JSON, or a field is unknown or has a value of the wrong kind.
     """
     try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise UserError(f"{text}: there is no such user") from None
-
-
-def make_folder(folder: Path) -> Path:
-    """Create a folder and its parents, or find it there.
-
-    Raises:
-        UserError: it cannot be made or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another folder") from None
-    return folder
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration ({error})") from None
+    return from_dict(ExperimentConfig, values, where=str(path))

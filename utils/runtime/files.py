@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Paths that the user gives, folders, and files that are written atomically."""
 
 from __future__ import annotations
 
@@ -8,18 +8,46 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
-from config import UserError
+from utils.errors import UserError
+
+
+def user_path(text: str) -> Path:
+    """A path as the user typed it, with `~` expanded.
+
+    Raises:
+        UserError: it names the home of a user who does not exist.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{text}: there is no such user") from None
+
+
+def make_folder(folder: Path) -> Path:
+    """Create a folder and its parents if necessary.
+
+    Raises:
+        UserError: it cannot be created or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another folder") from None
+    return folder
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends, or vanishes if the block fails.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that replaces it when the block ends, or is removed if the block fails.
 
-    >>> with replacing(folder / "results.txt") as temporary:
+    >>> with atomic_write(folder / "results.txt") as temporary:
     ...     temporary.write_text("complete")
     """
-    # Short, for the file's own name may be as long as names can be; and of this block alone, on all machines.
+    # Short, because the name of the file may be as long as names can be, and unique across machines.
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
@@ -28,8 +56,8 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what `replacing` left below a folder in processes that were killed. No other may be writing there."""
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what `atomic_write` of killed processes left below a folder. No other process may be writing there."""
     for parent, _, names in os.walk(folder):
         for name in names:
             if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", name):
@@ -38,7 +66,7 @@ def remove_temporaries(folder: Path) -> None:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn what goes wrong with files in this block, such as a full disk, into a `UserError` that names the file.
+    """Raise a `UserError` that names the file where writing fails in this block, as with a full disk.
 
     `folder` is named where the error itself names no file.
     """

@@ -1,4 +1,4 @@
-"""Reading image files of any common kind, and knowing a damaged one."""
+"""Reading and writing image files of all common formats, and recognising damaged ones."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from utils.runtime.files import replacing
+from utils.runtime.files import atomic_write
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .dib .gif .tif .tiff .webp .ppm .pgm .pbm .pnm .jp2 .avif".split()
 )
 WRITABLE_SUFFIXES = frozenset(".jpg .jpeg .png .bmp .tif .tiff .webp".split())
-# Of those that OpenCV decodes, files that end like this were written to their end; the others Pillow checks first.
+# Files with these endings are complete. Others of the formats that OpenCV decodes are checked by Pillow first.
 _COMPLETE_ENDINGS = (b"\xff\xd9", b"IEND\xaeB`\x82")
-# JPEG, PNG, BMP, TIFF and PNM begin like this and are OpenCV's. The rest is Pillow's, for OpenCV does not turn WebP
-# upright and crashes on damaged JPEG 2000.
+# Beginnings of JPEG, PNG, BMP, TIFF and PNM, which OpenCV decodes. Pillow decodes all others, because OpenCV does not
+# rotate WebP upright and crashes on damaged JPEG 2000.
 _OPENCV_BEGINNINGS = (b"\xff\xd8", b"\x89PNG", b"BM", b"II", b"MM", b"P")
 
 
 class UnreadableImageError(Exception):
-    """A file is missing, damaged or not an image. The message is the reason alone, without the file's name."""
+    """A file is missing, damaged or not an image. The message is only the reason, without the name of the file."""
 
 
 def read_image(path: Path) -> np.ndarray:
     """Decode an image file as OpenCV does, upright.
 
-    EXIF orientation is applied, grey becomes colour, alpha is dropped and 16 bits become 8.
+    EXIF orientation is applied, grey is converted to colour, alpha is dropped and 16 bits are reduced to 8.
 
     Returns:
         (H, W, 3) uint8 BGR.
 
     Raises:
-        UnreadableImageError: the file cannot be read whole.
+        UnreadableImageError: the file cannot be decoded completely.
     """
     try:
         data = path.read_bytes()
@@ -67,8 +67,8 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
         raise UnreadableImageError(str(error) or type(error).__name__) from None
 
 
-def reduced(image: np.ndarray, max_pixels: int) -> np.ndarray:
-    """The image itself, or if it has more pixels than that, smaller in both directions alike.
+def resize_to_limit(image: np.ndarray, max_pixels: int) -> np.ndarray:
+    """Resize an image of more than `max_pixels` pixels to that number, keeping its aspect ratio.
 
     Args:
         image: (H, W, 3).
@@ -83,10 +83,10 @@ def reduced(image: np.ndarray, max_pixels: int) -> np.ndarray:
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Encode an image by the file's suffix and write it, whole or not at all.
+    """Encode an image in the format of the file's suffix and write it atomically.
 
     Args:
-        path: its suffix must be one of `WRITABLE_SUFFIXES`, in any case; its folder is made.
+        path: its suffix must be one of `WRITABLE_SUFFIXES`, in any case; its folder is created.
         image: (H, W, 3) BGR or (H, W) grey, uint8.
 
     Raises:
@@ -97,5 +97,5 @@ def write_image(path: Path, image: np.ndarray) -> None:
         size = f"{image.shape[1]}x{image.shape[0]}"
         raise OSError(errno.EFBIG, f"{size} pixels cannot be encoded as {path.suffix}", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(encoded.tobytes())

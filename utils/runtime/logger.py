@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.evaluation.wider_eval import Curve
-from utils.runtime.files import replacing
+from utils.runtime.files import atomic_write
 
 _CURVE_POINTS = 100
 
@@ -57,7 +57,7 @@ class RunLog:
             self._tensorboard.add_scalar("step/mean_loss", loss, step)
             self._tensorboard.add_scalar("step/learning_rate", learning_rate, step)
 
-    def picture(self, name: str, image: np.ndarray, epoch: int) -> None:
+    def image(self, name: str, image: np.ndarray, epoch: int) -> None:
         """Record an (H, W, 3) uint8 BGR image."""
         if self.folder:
             self._tensorboard.add_image(name, np.ascontiguousarray(image[:, :, ::-1]), epoch, dataformats="HWC")
@@ -116,7 +116,7 @@ def _read_table(path: Path) -> dict[int, dict[str, float]]:
 
 def _write_table(path: Path, rows: Mapping[int, Mapping[str, float]]) -> None:
     columns = ["epoch", *dict.fromkeys(name for row in rows.values() for name in row)]
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({"epoch": epoch, **row} for epoch, row in sorted(rows.items()))
@@ -140,5 +140,5 @@ def _draw_curves(path: Path, rows: Mapping[int, Mapping[str, float]]) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small")
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)

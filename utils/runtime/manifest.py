@@ -1,4 +1,4 @@
-"""What results depend on, as plain JSON: read from a file, and compared before an interrupted run is continued."""
+"""The settings that results depend on, saved beside them and compared before an interrupted run is continued."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils.errors import ConfigError
+
 
 class Difference(NamedTuple):
-    """A setting that is not what it was; `name` has dots where settings are nested."""
+    """A setting that differs; the parts of a nested `name` are joined by dots."""
 
     name: str
     saved: Any
@@ -21,7 +23,7 @@ class Difference(NamedTuple):
 
 
 def first_difference(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> Difference | None:
-    """The first setting of `asked` that `saved` lacks or has otherwise; tuples count as the lists that JSON makes."""
+    """The first setting of `asked` that differs in `saved`. Tuples equal the lists that JSON makes of them."""
     for name, value in json.loads(json.dumps(asked)).items():
         former = saved.get(name)
         if isinstance(former, Mapping) and isinstance(value, Mapping):
@@ -33,8 +35,22 @@ def first_difference(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> Diff
     return None
 
 
+def require_same_settings(saved: Mapping[str, Any], asked: Mapping[str, Any], results: Path) -> None:
+    """Refuse to continue a run whose settings were different.
+
+    Raises:
+        ConfigError: names the results, and the first setting that differs.
+    """
+    changed = first_difference(saved, asked)
+    if changed is not None:
+        raise ConfigError(
+            f"--resume: the results in {results} were made with {changed}; repeat the flags of that run, or drop "
+            "--resume"
+        )
+
+
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none that can be read."""
+    """The JSON object in a file, or an empty one if it cannot be read."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -42,8 +58,8 @@ def read_object(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def digest_of_file(path: Path) -> str:
-    """SHA-256 of the content, in hexadecimal."""
+def file_digest(path: Path) -> str:
+    """SHA-256 of the content of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

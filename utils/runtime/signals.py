@@ -1,4 +1,4 @@
-"""Stopping where it does no harm."""
+"""Stopping a run at a point where nothing is lost."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Any
 
 
 class StopRequest:
-    """While open, Ctrl-C and SIGTERM set `asked` instead of interrupting; a second one interrupts.
+    """While open, Ctrl-C and SIGTERM set `requested` instead of interrupting. A second signal interrupts.
 
     >>> with StopRequest() as stop:
-    ...     while not stop.asked:
+    ...     while not stop.requested:
     ...         work()
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._former[number] = signal.signal(number, self._note)
+            self._former[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True

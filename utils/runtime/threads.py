@@ -1,4 +1,4 @@
-"""Work that is done in a thread while the caller goes on, in the order in which it was handed over."""
+"""Work in threads whose order is kept."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ Arguments = ParamSpec("Arguments")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_WAITING = 4  # calls that may wait; what they hold is all that memory is needed for
+_QUEUE_SIZE = 4  # bounds the memory of waiting calls
 
 
-class Background:
-    """Makes calls one after the other in a thread. A context manager.
+class BackgroundWorker:
+    """Runs calls one after the other in a thread. A context manager.
 
-    A call that fails is the last one: its error comes out of the next `submit`, or on leaving. Leaving waits for all
-    calls, also where an exception such as Ctrl-C is on its way out; a second Ctrl-C drops those that wait.
+    A call that fails is the last one. Its error is raised by the next `submit`, or on leaving the context. Leaving
+    waits for all calls, also while an exception such as Ctrl-C propagates; a second Ctrl-C drops the waiting calls.
 
-    >>> with Background() as background:
-    ...     background.submit(writer.add, name, image)
+    >>> with BackgroundWorker() as worker:
+    ...     worker.submit(writer.add, name, image)
     """
 
     def __init__(self) -> None:
-        self._calls: Queue[Callable[[], object] | None] = Queue(_WAITING)
+        self._calls: Queue[Callable[[], object] | None] = Queue(_QUEUE_SIZE)
         self._error: BaseException | None = None
-        self._gives_up = False
+        self._dropped = False
         self._thread = Thread(target=self._run, name="background")
 
     def submit(
         self, function: Callable[Arguments, object], /, *arguments: Arguments.args, **keywords: Arguments.kwargs
     ) -> None:
-        """Have a call made after those before it; waits where several wait already.
+        """Queue a call; blocks while the queue is full.
 
         Raises:
             what an earlier call raised.
@@ -47,14 +47,14 @@ class Background:
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
-            if self._error is None and not self._gives_up:
+            if self._error is None and not self._dropped:
                 try:
                     call()
                 except BaseException as error:  # for the caller's thread to handle
                     self._error = error
-            del call  # with the picture that it holds
+            del call  # and the image that it holds
 
-    def __enter__(self) -> Background:
+    def __enter__(self) -> BackgroundWorker:
         self._thread.start()
         return self
 
@@ -64,7 +64,7 @@ class Background:
         try:
             self._finish()
         except KeyboardInterrupt:
-            self._gives_up = True
+            self._dropped = True
             self._finish()
             raise
         if error is None and self._error is not None:
@@ -78,12 +78,12 @@ class Background:
 def map_in_order(
     function: Callable[[Item], Result], items: Iterable[Item], threads: int
 ) -> Generator[Result, None, None]:
-    """Apply a function in threads; the results come in the order of the items.
+    """Apply a function in threads and yield the results in the order of the items.
 
-    The threads work on the next few items while the caller is busy with a result; no more are held in memory.
+    The threads work on the next few items while the caller handles a result; no more are held in memory.
 
     Raises:
-        what the function raised, in the place of its result.
+        what the function raised, in place of its result.
     """
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:

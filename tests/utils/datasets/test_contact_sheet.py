@@ -11,7 +11,7 @@ import torch
 
 from utils.datasets.contact_sheet import draw_contact_sheet, write_contact_sheet
 from utils.datasets.face_dataset import Batch
-from utils.structures import BatchTargets, FaceTargets
+from utils.structures import FaceTargets
 
 GREEN = [60, 220, 60]
 NOBODY = FaceTargets(torch.zeros(0, 4), torch.zeros(0, 5, 2), torch.zeros(0, dtype=torch.bool))
@@ -26,7 +26,7 @@ def face(has_landmarks: bool) -> FaceTargets:
 
 def batch_of(*faces: FaceTargets, side: int = 40) -> Batch:
     images = torch.zeros(len(faces), 3, side, side, dtype=torch.uint8)
-    return Batch(images, BatchTargets.of(faces), tuple(range(len(faces))), ())
+    return Batch(images, FaceTargets.join(faces), tuple(range(len(faces))), ())
 
 
 def test_each_tile_has_its_own_faces() -> None:

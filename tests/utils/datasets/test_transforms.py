@@ -17,7 +17,7 @@ from utils.datasets.transforms import (
     change_colours,
     compress,
     crop,
-    crop_turned,
+    crop_rotated,
     mirror,
     mosaic,
     resize_square,
@@ -193,7 +193,7 @@ def test_crops_lose_their_colour_when_asked(probability: float, grey: bool) -> N
 @pytest.mark.parametrize("fill", [(0, 0, 0), (1, 2, 3)])
 @pytest.mark.parametrize("region", [(5, 8, 20, 30), (-2, -3, 70, 51), (0, 0, 60, 40)])
 def test_crop_that_is_not_turned_is_a_plain_crop(region: tuple[int, int, int, int], fill: tuple[int, int, int]) -> None:
-    turned, plain = crop_turned(ONE_FACE, region, 0, fill), crop(ONE_FACE, region, fill)
+    turned, plain = crop_rotated(ONE_FACE, region, 0, fill), crop(ONE_FACE, region, fill)
     assert np.array_equal(turned.image, plain.image)
     assert np.array_equal(turned.boxes, plain.boxes)
     assert np.array_equal(turned.landmarks, plain.landmarks)
@@ -201,7 +201,7 @@ def test_crop_that_is_not_turned_is_a_plain_crop(region: tuple[int, int, int, in
 
 def test_quarter_turn_moves_boxes_and_landmarks_with_the_pixels() -> None:
     """About (20, 20), counter-clockwise: what was 5 to the left is 5 below, and the box of 10 x 16 lies down."""
-    turned = crop_turned(ONE_FACE, (0, 0, 40, 40), 90)
+    turned = crop_rotated(ONE_FACE, (0, 0, 40, 40), 90)
     assert np.array_equal(turned.image, np.rot90(ONE_FACE.image[:, :40]))
     assert turned.boxes[0].tolist() == pytest.approx([10, 20, 26, 30], abs=1e-4)  # from 10, 10, 20, 26
     assert turned.landmarks[0].tolist() == [pytest.approx([y, 40 - x], abs=1e-4) for x, y in LANDMARKS]
@@ -209,7 +209,7 @@ def test_quarter_turn_moves_boxes_and_landmarks_with_the_pixels() -> None:
 
 def test_quarter_turn_of_a_region_that_is_not_square() -> None:
     """30 x 20 about (20, 20) sees the columns from 10 to 30 and the rows from 5 to 35."""
-    turned = crop_turned(ONE_FACE, (5, 10, 30, 20), 90)
+    turned = crop_rotated(ONE_FACE, (5, 10, 30, 20), 90)
     assert np.array_equal(turned.image, np.rot90(ONE_FACE.image[5:35, 10:30]))
     assert turned.boxes[0].tolist() == pytest.approx([5, 10, 21, 20], abs=1e-4)
 
@@ -217,31 +217,31 @@ def test_quarter_turn_of_a_region_that_is_not_square() -> None:
 @pytest.mark.parametrize("degrees", [17, 45, 90, -133, 180])
 def test_round_box_keeps_its_size_whatever_the_angle(degrees: float) -> None:
     """A square box holds a circle: its bounds do not grow, and its centre turns exactly."""
-    turned = crop_turned(sample_of([[24, 14, 36, 26]]), (10, 0, 40, 40), degrees)
+    turned = crop_rotated(sample_of([[24, 14, 36, 26]]), (10, 0, 40, 40), degrees)
     assert turned.boxes[0].tolist() == pytest.approx([14, 14, 26, 26], abs=1e-4)
 
 
 def test_box_of_an_oval_face_is_that_of_the_ellipse() -> None:
     """Half sides 3 and 4, turned by 45 degrees: both become the root of (9 + 16) / 2."""
-    turned = crop_turned(sample_of([[27, 16, 33, 24]]), (10, 0, 40, 40), 45)
+    turned = crop_rotated(sample_of([[27, 16, 33, 24]]), (10, 0, 40, 40), 45)
     assert (turned.boxes[0, 2:] - 20).tolist() == pytest.approx([12.5**0.5] * 2, abs=1e-4)
 
 
 def test_faces_that_turn_out_of_the_region_are_dropped_and_others_clipped() -> None:
     """About (20, 20) of 40 x 40 by 45 degrees: (1, 1) leaves it, (20, 1) goes to (6.6, 6.6)."""
-    turned = crop_turned(sample_of([[0, 0, 2, 2], [10, -9, 30, 11]]), (0, 0, 40, 40), 45)
+    turned = crop_rotated(sample_of([[0, 0, 2, 2], [10, -9, 30, 11]]), (0, 0, 40, 40), 45)
     assert turned.boxes.tolist() == [pytest.approx([0, 0, 16.56, 16.56], abs=0.01)]
     assert len(turned.landmarks) == len(turned.has_landmarks) == 1
 
 
 def test_what_turns_in_from_outside_the_region_is_the_image_and_from_beyond_that_the_fill() -> None:
     white = replace(NO_FACE, image=np.full((40, 60, 3), 255, np.uint8))
-    assert (crop_turned(white, (20, 10, 20, 20), 45, (1, 2, 3)).image == 255).all()
+    assert (crop_rotated(white, (20, 10, 20, 20), 45, (1, 2, 3)).image == 255).all()
     # Corners lie 28 pixels from the centre: two of them above and below it, where the image has 20, two at its sides,
     # where it has 30.
-    corners = crop_turned(white, (10, 0, 40, 40), 45, (1, 2, 3)).image[[0, 0, -1, -1], [0, -1, 0, -1]]
+    corners = crop_rotated(white, (10, 0, 40, 40), 45, (1, 2, 3)).image[[0, 0, -1, -1], [0, -1, 0, -1]]
     assert corners.tolist() == [[1, 2, 3], [255] * 3, [255] * 3, [1, 2, 3]]
-    assert len(crop_turned(NO_FACE, (10, 0, 40, 40), 45).boxes) == 0
+    assert len(crop_rotated(NO_FACE, (10, 0, 40, 40), 45).boxes) == 0
 
 
 def test_motion_spreads_a_point_along_its_line() -> None:

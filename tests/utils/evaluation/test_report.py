@@ -9,19 +9,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from utils.evaluation.run import PredictionSet, describe_protocol
 
-from config import DetectionConfig, ProtocolConfig
-from utils.evaluation.error_gallery import draw_error_page, false_positives, missed_faces
+from config import PostprocessConfig, ProtocolConfig
+from utils.evaluation.error_gallery import draw_error_gallery, false_positives, missed_faces
 from utils.evaluation.ground_truth import EvaluationSet
 from utils.evaluation.report import (
-    Detected,
+    DetectionStats,
     Measurement,
     append_to_table,
     describe,
     recall_by_height,
     write_report,
 )
-from utils.evaluation.run import EvaluationRun, describe_protocol
 from utils.evaluation.wider_eval import GroundTruth
 from utils.runtime.images import write_image
 
@@ -50,8 +50,8 @@ def measurement(tmp_path: Path, *, official: bool = True) -> Measurement:
     for image in images:
         write_image(image, np.full((400, 500, 3), 90, np.uint8))
     faces = EvaluationSet(truths, images, tmp_path / "gt", official)
-    predicted = EvaluationRun("name", tmp_path, "weights.pth", "original size", {"detection": {}})
-    detected = Detected(4, 2.0, (("b/2", "broken"),))
+    predicted = PredictionSet("name", tmp_path, "weights.pth", "original size", {"detection": {}})
+    detected = DetectionStats(4, 2.0, (("b/2", "broken"),))
     return Measurement(predicted, faces, faces.evaluate(PREDICTIONS), detected, frozenset(PREDICTIONS))
 
 
@@ -113,7 +113,7 @@ def test_mistakes_are_sorted_and_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [1, 9])
 def test_page_shows_the_box_in_question(tmp_path: Path, limit: int) -> None:
     measured = measurement(tmp_path)
-    page = draw_error_page(measured.faces, PREDICTIONS, measured.evaluation, limit)
+    page = draw_error_gallery(measured.faces, PREDICTIONS, measured.evaluation, limit)
     assert page.shape[1] == 6 * 220
     red = (page == (60, 60, 255)).all(axis=2)
     green = (page == (60, 220, 60)).all(axis=2)
@@ -123,18 +123,18 @@ def test_page_shows_the_box_in_question(tmp_path: Path, limit: int) -> None:
 
 def test_page_without_mistakes_and_with_an_unreadable_image(tmp_path: Path) -> None:
     measured = measurement(tmp_path)
-    assert draw_error_page(measured.faces, PREDICTIONS, measured.evaluation, 0).shape == (60, 1320, 3)
+    assert draw_error_gallery(measured.faces, PREDICTIONS, measured.evaluation, 0).shape == (60, 1320, 3)
     (tmp_path / "a/1.png").write_bytes(b"broken")
-    assert draw_error_page(measured.faces, PREDICTIONS, measured.evaluation, 1).shape[1] == 1320
+    assert draw_error_gallery(measured.faces, PREDICTIONS, measured.evaluation, 1).shape[1] == 1320
 
 
 def test_protocol_in_one_line() -> None:
-    published = DetectionConfig(confidence_threshold=0.02, nms_threshold=0.4)
+    published = PostprocessConfig(confidence_threshold=0.02, nms_threshold=0.4)
     assert describe_protocol(ProtocolConfig(), published) == (
         "original size, single pass, score > 0.02, NMS 0.4, no top-k, boxes with decimals, clipped"
     )
     other = ProtocolConfig("vga", flip=True, multi_scale=True, integer_boxes=True)
-    assert describe_protocol(other, DetectionConfig(top_k=5000, keep_top_k=750, clip_boxes=False)) == (
+    assert describe_protocol(other, PostprocessConfig(top_k=5000, keep_top_k=750, clip_boxes=False)) == (
         "VGA (640x640, padded), flip + multi-scale + box voting, score > 0.5, NMS 0.3, top-k 5000, 750 kept, "
         "integer boxes, not clipped"
     )

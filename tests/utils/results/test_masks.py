@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from config import UserError
-from utils.results.masks import Box, Head, HeadSegmenter, cut, head_region
+from utils.results.masks import Box, HeadMask, HeadSegmenter, cut, head_region
 from utils.runtime.images import read_image
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,7 @@ def test_face_of_one_pixel_and_image_of_one_pixel() -> None:
 
 def test_face_mask_is_the_part_of_the_head_mask_in_the_face() -> None:
     mask = np.arange(24, dtype=np.uint8).reshape(4, 6)
-    assert Head((0, 0, 6, 4), (1, 2, 4, 4), mask).face_mask.tolist() == [[13, 14, 15], [19, 20, 21]]
+    assert HeadMask((0, 0, 6, 4), (1, 2, 4, 4), mask).face_mask.tolist() == [[13, 14, 15], [19, 20, 21]]
 
 
 @pytest.fixture(scope="module")

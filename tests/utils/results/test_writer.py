@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from config import UserError
-from utils.results.masks import Head
+from utils.results.masks import HeadMask
 from utils.results.writer import ResultWriter
 from utils.runtime.images import read_image
 from utils.structures import Detections
 
 FACE = [10.25, 5.5, 20.75, 17.0]
-HEAD = Head((0, 0, 30, 20), (10, 5, 20, 17), np.full((20, 30), 255, np.uint8))
+HEAD = HeadMask((0, 0, 30, 20), (10, 5, 20, 17), np.full((20, 30), 255, np.uint8))
 
 
 def picture(level: int = 100) -> np.ndarray:
@@ -103,7 +103,7 @@ def test_masks_and_crops_lie_in_four_folders(tmp_path: Path) -> None:
 
 def test_face_outside_the_picture_has_no_crops(tmp_path: Path) -> None:
     writer = ResultWriter(tmp_path, "exp", {}, save_masks=True)
-    writer.add("a.jpg", picture(), faces(), [Head((30, 0, 30, 0), (0, 0, 0, 0), np.zeros((0, 0), np.uint8))])
+    writer.add("a.jpg", picture(), faces(), [HeadMask((30, 0, 30, 0), (0, 0, 0, 0), np.zeros((0, 0), np.uint8))])
     writer.close()
     assert results(tmp_path)["images"][0]["faces"][0]["files"] == {}
 

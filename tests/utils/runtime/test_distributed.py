@@ -12,37 +12,37 @@ from torch import nn
 
 from config import ROOT, UserError
 from utils.runtime.distributed import (
-    ALONE,
-    Processes,
-    any_of_processes,
-    copy_from_main,
-    done_by_main,
-    in_step,
-    join_processes,
-    mean_over_processes,
-    merge_over_processes,
-    own_share,
+    SINGLE_PROCESS,
+    DistributedContext,
+    any_process,
+    broadcast_buffers,
+    broadcast_from_main,
+    distributed_context,
+    gather_dicts,
+    reduce_mean,
+    run_on_all,
+    run_on_main,
+    shard_positions,
     share_of_count,
-    value_of_main,
 )
 
 CPU = torch.device("cpu")
 
 
 def test_alone_nothing_changes() -> None:
-    with join_processes(CPU) as processes:
-        assert processes == ALONE
+    with distributed_context(CPU) as processes:
+        assert processes == SINGLE_PROCESS
         assert processes.is_main
-    assert mean_over_processes(torch.tensor(3.0)).item() == 3
+    assert reduce_mean(torch.tensor(3.0)).item() == 3
     assert share_of_count(torch.tensor(5)).item() == 5
     assert share_of_count(torch.tensor(0)).item() == 1
-    assert any_of_processes(True, CPU)
-    assert not any_of_processes(False, CPU)
-    assert merge_over_processes({"a": 1}) == {"a": 1}
-    assert value_of_main([1, 2]) == [1, 2]
-    assert in_step(lambda: 3) == done_by_main(lambda: 3) == 3
+    assert any_process(True, CPU)
+    assert not any_process(False, CPU)
+    assert gather_dicts({"a": 1}) == {"a": 1}
+    assert broadcast_from_main([1, 2]) == [1, 2]
+    assert run_on_all(lambda: 3) == run_on_main(lambda: 3) == 3
     with pytest.raises(UserError, match="broken"):
-        in_step(fail)
+        run_on_all(fail)
 
 
 def fail() -> int:
@@ -51,15 +51,15 @@ def fail() -> int:
 
 def test_blocks_go_around_the_processes() -> None:
     nothing = np.arange(0)
-    assert own_share(10, nothing, 4, ALONE) == list(range(10))
-    assert own_share(10, nothing, 4, Processes(0, 2)) == [0, 1, 2, 3, 8, 9]
-    assert own_share(10, nothing, 4, Processes(1, 2)) == [4, 5, 6, 7]
-    assert own_share(10, nothing, 4, Processes(3, 4)) == []
-    assert own_share(0, nothing, 4, ALONE) == []
+    assert shard_positions(10, nothing, 4, SINGLE_PROCESS) == list(range(10))
+    assert shard_positions(10, nothing, 4, DistributedContext(0, 2)) == [0, 1, 2, 3, 8, 9]
+    assert shard_positions(10, nothing, 4, DistributedContext(1, 2)) == [4, 5, 6, 7]
+    assert shard_positions(10, nothing, 4, DistributedContext(3, 4)) == []
+    assert shard_positions(0, nothing, 4, SINGLE_PROCESS) == []
     done = np.array([0, 1, 2, 3, 5])
-    assert own_share(10, done, 4, Processes(0, 2)) == [4, 5, 6, 7]
-    assert own_share(10, done, 4, Processes(1, 2)) == [8, 9]
-    assert own_share(10, done, 1, ALONE) == [4, 6, 7, 8, 9]
+    assert shard_positions(10, done, 4, DistributedContext(0, 2)) == [4, 5, 6, 7]
+    assert shard_positions(10, done, 4, DistributedContext(1, 2)) == [8, 9]
+    assert shard_positions(10, done, 1, SINGLE_PROCESS) == [4, 6, 7, 8, 9]
 
 
 # Two processes with 3 and 0 faces, of which the second wants to stop.
@@ -67,33 +67,33 @@ TWO = """
 import torch
 from torch import nn
 from config import UserError
-from utils.runtime.distributed import done_by_main, in_step
-from utils.runtime.distributed import any_of_processes, copy_from_main, join_processes, mean_over_processes
-from utils.runtime.distributed import merge_over_processes, share_of_count, value_of_main
-with join_processes(torch.device("cpu")) as processes:
+from utils.runtime.distributed import run_on_main, run_on_all
+from utils.runtime.distributed import any_process, broadcast_buffers, distributed_context, reduce_mean
+from utils.runtime.distributed import gather_dicts, share_of_count, broadcast_from_main
+with distributed_context(torch.device("cpu")) as processes:
     rank = processes.rank
     assert processes.count == 2
-    assert mean_over_processes(torch.tensor(float(rank))).item() == 0.5
+    assert reduce_mean(torch.tensor(float(rank))).item() == 0.5
     assert share_of_count(torch.tensor(3 - 3 * rank)).item() == 1.5
     assert share_of_count(torch.tensor(0)).item() == 0.5
-    assert any_of_processes(rank == 1, torch.device("cpu"))
-    assert not any_of_processes(False, torch.device("cpu"))
-    assert merge_over_processes({f"image {rank}": rank}) == {"image 0": 0, "image 1": 1}
-    assert value_of_main("main" if rank == 0 else None) == "main"
-    assert in_step(lambda: rank) == rank
-    assert done_by_main(lambda: rank) == 0
+    assert any_process(rank == 1, torch.device("cpu"))
+    assert not any_process(False, torch.device("cpu"))
+    assert gather_dicts({f"image {rank}": rank}) == {"image 0": 0, "image 1": 1}
+    assert broadcast_from_main("main" if rank == 0 else None) == "main"
+    assert run_on_all(lambda: rank) == rank
+    assert run_on_main(lambda: rank) == 0
     def fail():
         if rank == 1:
             raise UserError("broken")
     try:
-        in_step(fail)
+        run_on_all(fail)
     except (UserError, SystemExit) as error:
         assert isinstance(error, UserError) == (rank == 1)
     else:
         raise AssertionError("went on")
     norm = nn.BatchNorm2d(2)
     norm.running_mean.fill_(rank)
-    copy_from_main(norm)
+    broadcast_buffers(norm)
     assert norm.running_mean.tolist() == [0, 0]
 print("good")
 """
@@ -110,6 +110,6 @@ def test_two_processes_agree() -> None:
 
 def test_buffers_stay_alone() -> None:
     norm = nn.BatchNorm2d(1)
-    copy_from_main(norm)
+    broadcast_buffers(norm)
     assert norm.running_mean is not None
     assert norm.running_mean.tolist() == [0]

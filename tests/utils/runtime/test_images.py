@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from utils.runtime.images import UnreadableImageError, read_image, reduced, write_image
+from utils.runtime.images import UnreadableImageError, read_image, resize_to_limit, write_image
 
 HEIGHT, WIDTH = 40, 64
 
@@ -198,4 +198,4 @@ def test_what_cannot_be_written_leaves_the_former_file(tmp_path: Path) -> None:
     ("max_pixels", "expected"), [(0, (40, 90)), (3600, (40, 90)), (900, (20, 45)), (3599, (39, 89)), (1, (1, 1))]
 )
 def test_reduced_image_keeps_its_shape(max_pixels: int, expected: tuple[int, int]) -> None:
-    assert reduced(np.zeros((40, 90, 3), np.uint8), max_pixels).shape == (*expected, 3)
+    assert resize_to_limit(np.zeros((40, 90, 3), np.uint8), max_pixels).shape == (*expected, 3)

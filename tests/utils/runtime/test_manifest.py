@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from utils.runtime.manifest import digest_of_file, first_difference, read_object
+from utils.runtime.manifest import file_digest, first_difference, read_object
 
 
 def test_equal_settings_do_not_differ() -> None:
@@ -31,4 +31,4 @@ def test_what_is_no_object_is_empty(tmp_path: Path) -> None:
 
 def test_digest_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
-    assert digest_of_file(tmp_path / "empty").startswith("e3b0c44298fc1c14")
+    assert file_digest(tmp_path / "empty").startswith("e3b0c44298fc1c14")

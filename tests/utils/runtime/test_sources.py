@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from utils.runtime.images import write_image
-from utils.runtime.sources import ImageFiles, Source, SourceError, open_source, read_pictures
+from utils.runtime.sources import ImageFiles, Source, SourceError, open_source, read_images
 
 
 def save(path: Path, width: int = 3, height: int = 2) -> None:
@@ -185,12 +185,12 @@ def test_pictures_are_read_a_few_ahead_and_in_order(tmp_path: Path) -> None:
             given.append(name)
             yield name, path
 
-    pictures = read_pictures(counted())
+    pictures = read_images(counted())
     assert next(pictures).name == "0.png"
     assert len(given) == 3  # it came out, and two are being read
     widths = [picture.image.shape[1] for picture in pictures if picture.image is not None]
     assert widths == list(range(2, 13))
-    assert list(read_pictures([])) == []
+    assert list(read_images([])) == []
 
 
 def test_any_pictures_can_be_read_by_their_positions(tmp_path: Path) -> None:

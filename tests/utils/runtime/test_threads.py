@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from config import UserError
-from utils.runtime.threads import Background, map_in_order
+from utils.runtime.threads import BackgroundWorker, map_in_order
 
 
 def test_calls_are_made_in_order_and_in_another_thread() -> None:
     made: list[tuple[int, int]] = []
-    with Background() as background:
+    with BackgroundWorker() as background:
         for number in range(20):
             background.submit(lambda value: made.append((value, threading.get_ident())), number)
     assert [number for number, _ in made] == list(range(20))
@@ -22,7 +22,7 @@ def test_calls_are_made_in_order_and_in_another_thread() -> None:
 
 def test_nothing_to_do_is_done() -> None:
     before = threading.active_count()
-    with Background():
+    with BackgroundWorker():
         pass
     assert threading.active_count() == before
 
@@ -35,7 +35,7 @@ def test_no_more_than_a_few_calls_wait() -> None:
         may_go_on.wait(10)
         made.append(number)
 
-    with Background() as background:
+    with BackgroundWorker() as background:
 
         def fill() -> None:
             for number in range(9):
@@ -59,7 +59,7 @@ def test_error_comes_out_and_is_the_end(tmp_path: Path) -> None:
         if number == 2:
             raise UserError("disk full")
 
-    with pytest.raises(UserError, match="disk full"), Background() as background:
+    with pytest.raises(UserError, match="disk full"), BackgroundWorker() as background:
         for number in range(1000):
             background.submit(fail, number)
     assert made == [0, 1, 2]
@@ -69,13 +69,13 @@ def test_error_of_the_last_call_comes_out_on_leaving() -> None:
     def fail() -> None:
         raise UserError("disk full")
 
-    with pytest.raises(UserError, match="disk full"), Background() as background:
+    with pytest.raises(UserError, match="disk full"), BackgroundWorker() as background:
         background.submit(fail)
 
 
 def test_interruption_loses_nothing_that_was_handed_over() -> None:
     made: list[int] = []
-    with pytest.raises(KeyboardInterrupt), Background() as background:
+    with pytest.raises(KeyboardInterrupt), BackgroundWorker() as background:
         for number in range(3):
             background.submit(made.append, number)
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The predictions of one measurement in their folder, and how they were made."""
+"""The folder of the predictions that are evaluated, and how they were made."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import ConfigError, DetectionConfig, ProtocolConfig, UserError
+from config import PostprocessConfig, ProtocolConfig
+from utils.errors import ConfigError, UserError
 from utils.evaluation.predictions import prediction_file
-from utils.runtime.experiment import make_folder
-from utils.runtime.files import disk_errors, replacing
-from utils.runtime.manifest import first_difference, read_object
+from utils.runtime.files import atomic_write, disk_errors, make_folder
+from utils.runtime.manifest import read_object, require_same_settings
 
 _FOLDER = "predictions"
-_RUN_FILE = "run.json"  # beside the folder, for evaluators of others take all that lies in it for an event
+_RUN_FILE = "run.json"  # beside the folder, because other evaluators take everything inside it for an event
 
 
 @dataclass(frozen=True)
-class EvaluationRun:
-    """Predictions and their origin.
+class PredictionSet:
+    """Predictions and how they were made.
 
     Attributes:
-        experiment: the name under which results are filed.
+        experiment: name of the folder of the results.
         folder: holds `<event>/<image>.txt`.
-        checkpoint: the file's name, or None where it is not known.
-        protocol: one line for people.
-        settings: all that the predictions depend on, for scripts and to continue with.
+        checkpoint: name of the file, or None where it is not known.
+        protocol: test protocol in one line.
+        settings: everything that the predictions depend on.
     """
 
     experiment: str
@@ -37,8 +37,8 @@ class EvaluationRun:
     settings: Mapping[str, Any]
 
     @classmethod
-    def given(cls, folder: Path, experiment: str | None) -> EvaluationRun:
-        """Predictions that are there already; those of our own say how they were made.
+    def open(cls, folder: Path, experiment: str | None) -> PredictionSet:
+        """Existing predictions; those that this project made are described beside their folder.
 
         Raises:
             UserError: there is no such folder.
@@ -52,29 +52,29 @@ class EvaluationRun:
         return cls(name, folder, saved.get("checkpoint"), protocol, saved.get("settings", {}))
 
     @classmethod
-    def of_detector(
+    def for_detector(
         cls, results: Path, experiment: str, checkpoint: str, protocol: str, settings: Mapping[str, Any]
-    ) -> EvaluationRun:
-        """Predictions that are to be made below the folder `results`."""
+    ) -> PredictionSet:
+        """Predictions to be made, below the folder `results`."""
         return cls(experiment, results / _FOLDER, checkpoint, protocol, settings)
 
     @property
     def files(self) -> list[Path]:
-        """The prediction files that are there."""
+        """The prediction files that exist."""
         return list(self.folder.rglob("*.txt"))
 
     def begin(self, names: Sequence[str], *, resume: bool) -> list[str]:
-        """Make the folder ready.
+        """Create the folder, or continue an interrupted run.
 
         Args:
             names: of all images.
-            resume: keep what an interrupted run left, instead of removing it.
+            resume: keep the predictions of an interrupted run instead of removing them.
 
         Returns:
-            The names that have predictions already.
+            Names of the images that have predictions already.
 
         Raises:
-            ConfigError: predictions are to be kept that were made in another way.
+            ConfigError: the predictions to be kept were made with other settings.
             UserError: the folder cannot be written to.
         """
         with disk_errors(make_folder(self.folder)):
@@ -85,7 +85,7 @@ class EvaluationRun:
                 return [name for name in names if prediction_file(self.folder, name).is_file()]
             for file in former:
                 file.unlink()
-            with replacing(run_file) as temporary:
+            with atomic_write(run_file) as temporary:
                 values = {
                     "experiment": self.experiment,
                     "checkpoint": self.checkpoint,
@@ -98,26 +98,21 @@ class EvaluationRun:
     def _check_same(self, saved: Mapping[str, Any] | None) -> None:
         if saved is None:
             raise ConfigError(f"--resume: {self.folder} does not say how its predictions were made; drop --resume")
-        changed = first_difference(saved, self.settings)
-        if changed is not None:
-            raise ConfigError(
-                f"--resume: the predictions in {self.folder} were made with {changed}; repeat the flags of that run, "
-                "or drop --resume"
-            )
+        require_same_settings(saved, self.settings, self.folder)
 
 
-def describe_protocol(protocol: ProtocolConfig, detection: DetectionConfig) -> str:
-    """All that a figure depends on besides the network, in one line."""
+def describe_protocol(protocol: ProtocolConfig, config: PostprocessConfig) -> str:
+    """Everything that an AP depends on besides the model, in one line."""
     size = {"original": "original size", "vga": "VGA (640x640, padded)"}.get(protocol.protocol, protocol.protocol)
     passes = [name for name, on in (("flip", protocol.flip), ("multi-scale", protocol.multi_scale)) if on]
     parts = [
         size,
         " + ".join([*passes, "box voting"]) if passes else "single pass",
-        f"score > {detection.confidence_threshold}",
-        f"NMS {detection.nms_threshold}",
-        f"top-k {detection.top_k}" if detection.top_k else "no top-k",
-        *([f"{detection.keep_top_k} kept"] if detection.keep_top_k else []),
+        f"score > {config.confidence_threshold}",
+        f"NMS {config.nms_threshold}",
+        f"top-k {config.top_k}" if config.top_k else "no top-k",
+        *([f"{config.keep_top_k} kept"] if config.keep_top_k else []),
         "integer boxes" if protocol.integer_boxes else "boxes with decimals",
-        "clipped" if detection.clip_boxes else "not clipped",
+        "clipped" if config.clip_boxes else "not clipped",
     ]
     return ", ".join(parts)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.results.drawing import draw_detections
+from utils.drawing import draw_detections
 from utils.structures import Detections
 
 GREEN = [60, 220, 60]

@@ -1,0 +1,60 @@
+"""The options of all commands and of an experiment, as frozen dataclasses.
+
+Every fact about an experiment (anchors, means, thresholds, loss weights, ...) is a field here and nowhere else.
+`ExperimentConfig` is what training saves as `experiments/<name>/config.json` and what every other command reads.
+Flags, checks and the JSON form are derived from the fields by `utils.options`.
+"""
+
+from config.experiment import DataConfig, ExperimentConfig, LossConfig, PostprocessConfig, TrainConfig
+from config.model import (
+    BACKBONES,
+    USUAL_LEVELS,
+    ImagePyramidConfig,
+    LevelConfig,
+    ModelConfig,
+    ModelOverrides,
+    StageConfig,
+)
+from config.run import (
+    DATA,
+    DEFAULT_EXPERIMENT,
+    EVALUATION_COMPUTE,
+    EXPERIMENTS,
+    ROOT,
+    ComputeOptions,
+    EvaluationOptions,
+    ExportOptions,
+    InferenceOptions,
+    ProtocolConfig,
+    RunOptions,
+    StartOptions,
+    WeightOptions,
+)
+
+__all__ = [
+    "BACKBONES",
+    "DATA",
+    "DEFAULT_EXPERIMENT",
+    "EVALUATION_COMPUTE",
+    "EXPERIMENTS",
+    "ROOT",
+    "USUAL_LEVELS",
+    "ComputeOptions",
+    "DataConfig",
+    "EvaluationOptions",
+    "ExperimentConfig",
+    "ExportOptions",
+    "ImagePyramidConfig",
+    "InferenceOptions",
+    "LevelConfig",
+    "LossConfig",
+    "ModelConfig",
+    "ModelOverrides",
+    "PostprocessConfig",
+    "ProtocolConfig",
+    "RunOptions",
+    "StageConfig",
+    "StartOptions",
+    "TrainConfig",
+    "WeightOptions",
+]

@@ -1,0 +1,165 @@
+"""Everything that belongs to an experiment: architecture, losses, data, optimisation and thresholds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from config.model import ModelConfig
+from utils.options import Options, option, parse_integers, parse_numbers, require
+
+
+@dataclass(frozen=True)
+class PostprocessConfig(Options):
+    """From raw outputs to detections"""
+
+    confidence_threshold: float = option(0.5, "keep detections with a higher score", minimum=0, maximum=1)
+    nms_threshold: float = option(0.3, "IoU above which the weaker of two boxes is suppressed", minimum=0, maximum=1)
+    top_k: int = option(0, "candidates that enter the suppression, best first; 0 is no limit", minimum=0)
+    keep_top_k: int = option(0, "detections kept per image, best first; 0 is no limit", minimum=0)
+    clip_boxes: bool = option(True, "clip boxes to the image; False keeps boxes that reach outside, as the original")
+
+
+@dataclass(frozen=True)
+class LossConfig(Options):
+    """Terms of the multibox loss, summed with these weights in every stage"""
+
+    classification: str = option(
+        "ohem_ce",
+        "classification loss: cross-entropy with hard negative mining, or the focal loss of all priors",
+        choices=("ohem_ce", "focal"),
+    )
+    box_regression: str = option(
+        "smooth_l1",
+        "box loss: of the deltas, or the distance or complete IoU of decoded boxes",
+        choices=("smooth_l1", "diou", "ciou"),
+    )
+    landmark_regression: str = option("smooth_l1", "loss of the landmark deltas", choices=("smooth_l1", "wing"))
+    class_weight: float = option(1.0, "weight of the classification loss", above=0)
+    box_weight: float = option(2.0, "weight of the box loss", above=0)
+    landmark_weight: float = option(0.1, "weight of the landmark loss", above=0)
+    iou_weight: float = option(1.0, "weight of the IoU branch's loss (tina)", above=0)
+    distil_weight: float = option(1.0, "weight of the loss towards the scores of --teacher", above=0)
+    negative_ratio: int = option(7, "hard negatives per positive prior in ohem_ce", above=0)
+
+
+@dataclass(frozen=True)
+class DataConfig(Options):
+    """Training images and their augmentation"""
+
+    dataset: str = option(
+        "widerface/", "folder(s) with train/ and val/, a name under data/ or any path; separate several by commas"
+    )
+    dataset_weights: tuple[float, ...] = option(
+        (),
+        "how often an image of each folder is drawn relative to those of the others, e.g. 1,0.25; empty draws every "
+        "image once an epoch",
+        parse=parse_numbers,
+    )
+    im_size: int = option(640, "side of the training crops in pixels", minimum=32)
+    min_crop_scale: float = option(0.3, "smallest crop side relative to the short side of the image", above=0)
+    max_crop_scale: float = option(1.0, "largest crop side likewise; above 1 the crop is padded and faces get smaller")
+    mosaic_probability: float = option(
+        0.5, "probability of a mosaic of four crops of half the side, for small faces", minimum=0, maximum=1
+    )
+    rotation_degrees: float = option(
+        0.0, "crops are rotated by up to this angle either way; 0 rotates none", minimum=0, maximum=180
+    )
+    flip_probability: float = option(0.5, "probability that a crop is mirrored", minimum=0, maximum=1)
+    colour_probability: float = option(0.5, "probability of each change of colour", minimum=0, maximum=1)
+    grey_probability: float = option(0.05, "probability that a crop loses its colour", minimum=0, maximum=1)
+    blur_probability: float = option(
+        0.0, "probability that a crop is blurred, as if out of focus or in motion", minimum=0, maximum=1
+    )
+    jpeg_probability: float = option(
+        0.0, "probability that a crop is compressed once more, at a quality of 30 to 90", minimum=0, maximum=1
+    )
+    cache: str = option(
+        "none", "keep decoded images in memory (ram) or below ~/.cache (disk)", choices=("none", "ram", "disk")
+    )
+    num_workers: int = option(2, "processes that read and augment images; 0 reads in the main process", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.min_crop_scale <= self.max_crop_scale,
+            f"--min_crop_scale must be at most --max_crop_scale, got {self.min_crop_scale} and {self.max_crop_scale}",
+        )
+        require(
+            all(0 < weight < math.inf for weight in self.dataset_weights),
+            f"--dataset_weights must be positive, got {self.dataset_weights}",
+        )
+
+    @staticmethod
+    def upgrade(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Drop the option `cache_side` of earlier versions."""
+        return {name: value for name, value in values.items() if name != "cache_side"}
+
+
+@dataclass(frozen=True)
+class TrainConfig(Options):
+    """Optimisation"""
+
+    epochs: int = option(8000, "passes over the training images", above=0)
+    batch_size: int = option(16, "images per batch, over all processes", above=0, aliases=("batch_sixe",))
+    accumulate: int = option(1, "batches whose gradients are summed before an optimiser step", above=0)
+    optimizer: str = option("sgd", "optimiser; adamw wants a learning rate of about a tenth", choices=("sgd", "adamw"))
+    learning_rate: float = option(1e-2, "peak learning rate; a hundredth of it suits fine-tuning", above=0)
+    backbone_rate_factor: float = option(1.0, "learning rate of the backbone relative to the rest", minimum=0)
+    freeze_backbone_epochs: int = option(0, "epochs at the start in which the backbone is frozen", minimum=0)
+    new_rate_factor: float = option(
+        1.0, "learning rate of parameters that --pretrained_detector lacks, such as the IoU branch", above=0
+    )
+    teacher: str | None = option(
+        None, "checkpoint of a detector whose scores, averaged over a crop and its mirror image, are learnt as well"
+    )
+    momentum: float = option(0.9, "momentum of SGD", minimum=0)
+    weight_decay: float = option(5e-4, "weight decay", minimum=0)
+    schedule: str = option(
+        "multistep",
+        "how the learning rate falls after the warm-up",
+        choices=("multistep", "cosine", "cosine_restarts"),
+    )
+    milestones: tuple[int, ...] = option(
+        (),
+        "epochs at which multistep divides the rate by ten; empty is 70%% and 90%% of the run",
+        parse=parse_integers,
+    )
+    restart_epochs: int = option(30, "epochs from one restart of cosine_restarts to the next", above=0)
+    warmup_epochs: float = option(
+        1.0, "epochs over which the rate rises linearly from a hundredth of its peak", minimum=0
+    )
+    freeze_bn: bool = option(False, "keep the running statistics of batch normalisation, for fine-tuning")
+    sync_bn: bool = option(False, "batch normalisation over all processes together (torchrun, CUDA)")
+    amp: bool = option(False, "automatic mixed precision, on CUDA")
+    ema_decay: float = option(0.0, "decay of the averaged weights that are validated and kept; 0 averages none")
+    clip_gradient: float = option(10.0, "largest gradient norm; 0 does not clip", minimum=0)
+    eval_every: int = option(1, "validate every N epochs; the last epoch is always validated", above=0)
+    best_metric: str = option(
+        "mean",
+        "AP that decides which checkpoint is the best: of a subset, or the mean of all",
+        choices=("mean", "easy", "medium", "hard"),
+    )
+    patience: int = option(0, "stop after N validations without improvement; 0 never does", minimum=0)
+    save_minutes: float = option(10.0, "write ckpt-last every N minutes within an epoch; 0 does not", minimum=0)
+    seed: int = option(0, "seed of weights, order and augmentation")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.ema_decay < 1, f"--ema_decay must lie in [0, 1), got {self.ema_decay}")
+        require(not (self.freeze_bn and self.sync_bn), "--freeze_bn leaves --sync_bn nothing to do; drop one of them")
+
+
+@dataclass(frozen=True)
+class ExperimentConfig(Options):
+    """Everything that belongs to an experiment, saved beside its checkpoints."""
+
+    model: ModelConfig = ModelConfig()  # noqa: RUF009, frozen
+    loss: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    inference: PostprocessConfig = PostprocessConfig()
+    # Score threshold and NMS of the published WIDER FACE figures of biubug6/Pytorch_Retinaface.
+    evaluation: PostprocessConfig = PostprocessConfig(confidence_threshold=0.02, nms_threshold=0.4)

@@ -1,0 +1,225 @@
+"""The architecture of a detector, and the flags that change it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from utils.options import Options, option, parse_numbers, require
+
+BACKBONES = ("mobilenet0.25", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
+@dataclass(frozen=True)
+class LevelConfig(Options):
+    """One level of the feature pyramid.
+
+    Attributes:
+        stride: pixels per cell.
+        anchor_sizes: sides in pixels of the square anchors of a cell.
+    """
+
+    stride: int
+    anchor_sizes: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        require(self.stride > 0, f"a level's stride must be positive, got {self.stride}")
+        require(len(self.anchor_sizes) > 0, f"the level of stride {self.stride} has no anchor_sizes")
+        require(min(self.anchor_sizes) > 0, f"anchor_sizes must be positive, got {self.anchor_sizes}")
+
+
+@dataclass(frozen=True)
+class StageConfig(Options):
+    """One stage of the cascade: the matching of its priors and the weight of its losses.
+
+    A prior is positive if its IoU with a face is at least `match_iou` and negative if it is below `negative_iou`.
+    Priors in between are ignored. Without a `negative_iou` there are none in between.
+    """
+
+    match_iou: float = 0.35
+    loss_weight: float = 1.0
+    negative_iou: float | None = None
+
+    def __post_init__(self) -> None:
+        require(0 < self.match_iou < 1, f"match_iou must lie between 0 and 1, got {self.match_iou}")
+        require(self.loss_weight > 0, f"loss_weight must be positive, got {self.loss_weight}")
+        require(
+            0 < self.background_iou <= self.match_iou,
+            f"negative_iou must be positive and at most match_iou ({self.match_iou}), got {self.negative_iou}",
+        )
+
+    @property
+    def background_iou(self) -> float:
+        """IoU below which a prior is negative."""
+        return self.match_iou if self.negative_iou is None else self.negative_iou
+
+
+@dataclass(frozen=True)
+class ImagePyramidConfig(Options):
+    """At which other scales of the image a model is evaluated as well, within one forward pass.
+
+    Attributes:
+        upsampled_levels: number of pyramid levels, finest first, that are computed on the image at twice its size.
+            They have half the stride and half the anchor sizes, in pixels of the image.
+        native_scale_weight: weight of the logits of the native scale in the face logits of the upsampled levels.
+        half_scale_weight: weight of the logits of the image at half its size in the face logits of all levels.
+    """
+
+    upsampled_levels: int = 0
+    native_scale_weight: float = 0.0
+    half_scale_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.upsampled_levels >= 0, f"--fine_levels must not be negative, got {self.upsampled_levels}")
+        for flag, weight in (("context_share", self.native_scale_weight), ("coarse_share", self.half_scale_weight)):
+            require(0 <= weight <= 1, f"--{flag} must lie in [0, 1], got {weight}")
+
+
+# The usual levels of three strides, by the number of anchors of a cell.
+USUAL_LEVELS: dict[int, tuple[LevelConfig, ...]] = {
+    2: (LevelConfig(8, (16, 32)), LevelConfig(16, (64, 128)), LevelConfig(32, (256, 512))),
+    3: (LevelConfig(8, (8, 16, 32)), LevelConfig(16, (32, 64, 128)), LevelConfig(32, (128, 256, 512))),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig(Options):
+    """The complete architecture. Equal configurations build models with equal tensor names and shapes.
+
+    Attributes:
+        backbone: feature extractor, one of `BACKBONES`.
+        model_version: `tina` adds the IoU-aware branch of TinaFace to `retina`.
+        levels: levels of the feature pyramid, finest first.
+        activation_slope: negative slope of the LeakyReLUs; 0 makes them ReLUs.
+        fpn_channels: channels of the feature pyramid and of the context modules.
+        score_exponent: a in the score p^a * iou^(1-a) of a `tina` model; 1 disregards the IoU branch.
+        refinement: what a later stage corrects: `sum` the box deltas of the stage before it, `rematch` its decoded
+            boxes, which become the priors of the later stage and are matched again (RetinaFace).
+        landmarks: whether five landmarks are predicted for every face.
+        variances: divisors of the centre and the size deltas of boxes.
+        pixel_mean: mean of the input images, BGR, 0 to 255.
+        stages: stages of the cascade.
+        image_pyramid: other scales of the image at which the model is evaluated as well.
+    """
+
+    backbone: str = "resnet50"
+    model_version: str = "tina"
+    levels: tuple[LevelConfig, ...] = USUAL_LEVELS[3]
+    activation_slope: float = 0.0
+    fpn_channels: int = 256
+    score_exponent: float = 0.9
+    refinement: str = "sum"
+    landmarks: bool = True
+    variances: tuple[float, float] = (0.1, 0.2)
+    pixel_mean: tuple[float, float, float] = (104.0, 117.0, 123.0)
+    stages: tuple[StageConfig, ...] = (StageConfig(), StageConfig())
+    image_pyramid: ImagePyramidConfig = ImagePyramidConfig()
+
+    def __post_init__(self) -> None:
+        choices = {"backbone": BACKBONES, "model_version": ("retina", "tina"), "refinement": ("sum", "rematch")}
+        for name, permitted in choices.items():
+            value = getattr(self, name)
+            require(value in permitted, f"{name} is one of {', '.join(permitted)}, got {value!r}")
+        require(len(self.levels) > 0, "a detector needs at least one level")
+        require(
+            self.fpn_channels > 0 and self.fpn_channels % 4 == 0,
+            f"fpn_channels must be a multiple of 4, got {self.fpn_channels}",
+        )
+        require(0 <= self.score_exponent <= 1, f"--score_exponent must lie in [0, 1], got {self.score_exponent}")
+        require(len(self.stages) > 0, "a detector needs at least one stage")
+        require(
+            self.refinement == "sum" or self.cascade,
+            "--refinement rematch needs a second stage; add --cascade True, or drop it",
+        )
+        upsampled = self.image_pyramid.upsampled_levels
+        require(
+            upsampled <= len(self.levels),
+            f"--fine_levels={upsampled} exceeds the {len(self.levels)} levels of the model",
+        )
+
+    @property
+    def num_anchor(self) -> int:
+        """Anchors per cell of the finest level."""
+        return len(self.levels[0].anchor_sizes)
+
+    @property
+    def cascade(self) -> bool:
+        return len(self.stages) > 1
+
+    @property
+    def iou_aware(self) -> bool:
+        return self.model_version == "tina"
+
+    @property
+    def name(self) -> str:
+        """The name that the original gives to an experiment of this architecture, as `resnet50_anc2_casT_fpn3`."""
+        version = "tina_iou_" if self.iou_aware else ""
+        cascade = "T" if self.cascade else "F"
+        cascade += "" if self.refinement == "sum" else f"-{self.refinement}"
+        return f"{self.backbone}_{version}anc{self.num_anchor}_cas{cascade}_fpn{len(self.levels)}"
+
+    @staticmethod
+    def upgrade(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Translate the fields that earlier versions saved: see `utils.options.from_dict`."""
+        if "strides" not in values:
+            return values
+        fine = values.get("fine_levels", 0)
+        levels = list(zip(values["strides"], values["anchor_sizes"], strict=True))
+        # Upsampled levels stood in the list under their stride in the original image, the finest ones first.
+        if fine:
+            levels = [(2 * stride, [2 * size for size in sizes]) for stride, sizes in levels[: fine - 1]] + levels[
+                fine:
+            ]
+        former = ("strides", "anchor_sizes", "fine_levels", "context_share", "coarse_share")
+        pyramid = {
+            "upsampled_levels": fine,
+            "native_scale_weight": values.get("context_share", 0.3) if fine else 0.0,
+            "half_scale_weight": values.get("coarse_share", 0.0),
+        }
+        return {
+            **{name: value for name, value in values.items() if name not in former},
+            "levels": [{"stride": stride, "anchor_sizes": sizes} for stride, sizes in levels],
+            "image_pyramid": pyramid,
+        }
+
+
+def parse_anchor_sizes(text: str) -> tuple[tuple[float, ...], ...]:
+    """Parse `16,32/64,128/256,512`: commas between the anchors of a cell, slashes between levels."""
+    return tuple(parse_numbers(level) for level in text.split("/"))
+
+
+@dataclass(frozen=True)
+class ModelOverrides(Options):
+    """Architecture; an option that is not given is None and keeps the value of the experiment or checkpoint."""
+
+    backbone: str | None = option(None, "feature extractor", choices=BACKBONES)
+    model_version: str | None = option(
+        None, "tina adds the IoU-aware branch of TinaFace to retina", choices=("retina", "tina")
+    )
+    num_anchor: int | None = option(None, "anchors per cell", choices=tuple(USUAL_LEVELS))
+    cascade: bool | None = option(None, "two stages, or one")
+    landmark_loss: bool | None = option(None, "False: a model without landmarks")
+    anchor_sizes: tuple[tuple[float, ...], ...] | None = option(
+        None, "anchor sides in pixels, e.g. 16,32/64,128/256,512, one group a level", parse=parse_anchor_sizes
+    )
+    fine_levels: int | None = option(
+        None, "pyramid levels computed on the image at twice its size, for smaller faces, at about five times the cost"
+    )
+    activation_slope: float | None = option(None, "negative slope of the LeakyReLUs")
+    fpn_channels: int | None = option(None, "channels of the feature pyramid and the context modules")
+    score_exponent: float | None = option(
+        None, "a in the score p^a * iou^(1-a) of a tina model; 1 disregards the IoU branch"
+    )
+    context_share: float | None = option(
+        None, "weight of the image at its own size in the face logits of --fine_levels, where more context is visible"
+    )
+    coarse_share: float | None = option(
+        None, "weight of the image at half its size in all face logits; 0 does without, which is a little faster"
+    )
+    refinement: str | None = option(
+        None,
+        "what the second stage corrects: sum, the box deltas of the first; rematch, its decoded boxes, which are its "
+        "anchors and matched at a higher IoU (RetinaFace)",
+        choices=("sum", "rematch"),
+    )

@@ -1,0 +1,143 @@
+"""The options of one run of a command, which are no part of an experiment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.options import Options, option, require
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENTS = ROOT / "experiments"
+DATA = ROOT / "data"
+DEFAULT_EXPERIMENT = "mobilenet0.25_pretrained"
+
+
+@dataclass(frozen=True)
+class RunOptions(Options):
+    """Device and experiment"""
+
+    gpu_num: int = option(0, "CUDA device; -1 is the CPU. Without CUDA the CPU is used, with a warning")
+    experiment_name: str | None = option(
+        None, f"folder under experiments/ (default: {DEFAULT_EXPERIMENT}; train.py names a new one by its architecture)"
+    )
+
+    def __post_init__(self) -> None:
+        require(self.gpu_num >= -1, f"--gpu_num is the index of a CUDA device or -1 for the CPU, got {self.gpu_num}")
+
+
+@dataclass(frozen=True)
+class WeightOptions(Options):
+    """Checkpoint"""
+
+    model_weight: str = option(
+        "ckpt-best.pth", "file in the experiment's ckpt/ or the path of any supported checkpoint"
+    )
+
+
+@dataclass(frozen=True)
+class ComputeOptions(Options):
+    """How the model is computed; the detections do not depend on it except for rounding and --max_pixels"""
+
+    backend: str = option(
+        "auto",
+        "what runs the model: torch; compile, which takes up to a minute to start; onnx, ONNX Runtime on the CPU; "
+        "auto is onnx on a CPU where it is installed and torch elsewhere",
+        choices=("auto", "torch", "compile", "onnx"),
+    )
+    amp: bool = option(False, "automatic mixed precision, on CUDA; scores change in their third digit")
+    max_pixels: int = option(
+        2_250_000,
+        "larger images are reduced to N pixels for the model; boxes stay in pixels of the original. 0 is no limit: "
+        "small faces in large images are found, close-ups are not",
+        minimum=0,
+    )
+
+
+# WIDER FACE is measured at the original size, whatever that is.
+EVALUATION_COMPUTE = ComputeOptions(max_pixels=16_000_000)
+
+
+@dataclass(frozen=True)
+class StartOptions(Options):
+    """Where training starts"""
+
+    resume: bool = option(True, "continue from the experiment's ckpt-last where there is one; False starts again")
+    pretrained_backbone: str = option(
+        "none", "initial weights of the backbone: a file, torchvision's ImageNet weights (imagenet), or random (none)"
+    )
+    pretrained_detector: str | None = option(
+        None,
+        "initial weights from any supported checkpoint, with its architecture, which other flags change. A second "
+        "stage that it lacks starts as a copy of the first",
+    )
+    show_batch: int = option(0, "draw N augmented crops into log/batch.png, and stop", minimum=0)
+
+
+@dataclass(frozen=True)
+class ProtocolConfig(Options):
+    """Test protocol: how images are shown to the model in an evaluation, and how boxes are written"""
+
+    protocol: str = option(
+        "original",
+        "size of the images: original; vga, long side 640, padded to a square (SCRFD); "
+        "1600x2150, short side 1600 and long side at most 2150 (RetinaFace, biubug6)",
+        choices=("original", "vga", "1600x2150"),
+    )
+    flip: bool = option(False, "also detect in the mirrored image, and merge by box voting")
+    multi_scale: bool = option(
+        False, "also detect at 0.625, 1.375, 1.75 and 2.125 times the size, and merge by box voting"
+    )
+    integer_boxes: bool = option(False, "truncate boxes to whole pixels, as biubug6's test_widerface.py does")
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(Options):
+    """Evaluation"""
+
+    dataset: str = option("widerface/", "folder with val/, a name under data/ or any path")
+    gt_dir: str | None = option(
+        None, "folder with the official .mat files (default: the dataset's val/gt, or else its label.txt)"
+    )
+    pred_dir: str | None = option(
+        None, "evaluate predictions of any detector, given as <event>/<image>.txt, instead of running one"
+    )
+    resume: bool = option(False, "keep the predictions of an interrupted run and process the remaining images")
+    bootstrap: int = option(0, "resample the images N times (100 or more) for a standard error of the AP", minimum=0)
+    save_errors: int = option(0, "draw N false positives and N missed faces into errors.png", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.bootstrap != 1, f"--bootstrap is 0, or 2 and more samples, got {self.bootstrap}")
+
+
+@dataclass(frozen=True)
+class InferenceOptions(Options):
+    """Inference"""
+
+    inference_dir: str = option(
+        "sample_widerface/images/",
+        "folder (a name under data/ or any path), image, pattern such as 'photos/*.jpg', .txt with a path a line, "
+        "video, or index of a camera",
+    )
+    inference_save_folder: str = option("inference_results", "folder for the results")
+    infer_imsize_same: bool = option(True, "batch images of the same size; never changes the result")
+    save_img: bool = option(False, "write images with the detections drawn")
+    mask: bool = option(False, "segment the head of every face")
+    save_mask: bool = option(False, "write masks and crops; needs --mask")
+    segmenter_model: str | None = option(None, "a .tflite file for --mask (default: the one that mediapipe contains)")
+    max_frames: int = option(0, "stop a video or camera after N frames; 0 is no limit", minimum=0)
+    resume: bool = option(False, "keep the results of an interrupted run and process the remaining images")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.mask or not self.save_mask, "--save_mask needs --mask: add it, or drop --save_mask")
+        require(self.mask or not self.segmenter_model, "--segmenter_model needs --mask: add it, or drop the model")
+
+
+@dataclass(frozen=True)
+class ExportOptions(Options):
+    """Export"""
+
+    output: str = option("detector.onnx", "file to write; an existing one is replaced")
+    with_nms: bool = option(False, "decode and suppress within the file, with the thresholds given here")

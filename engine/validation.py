@@ -1,0 +1,66 @@
+"""Validation during training, by the official evaluation where there is official ground truth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tqdm import tqdm
+
+from config import EVALUATION_COMPUTE, ExperimentConfig
+from engine.evaluation import prediction_rows
+from engine.stream import detect_files
+from models.detector import FaceDetector
+from models.retinaface import RetinaFace
+from utils.drawing import draw_detections
+from utils.evaluation.ground_truth import EvaluationSet
+from utils.runtime.distributed import DistributedContext, broadcast_buffers, gather_dicts
+from utils.runtime.logger import RunLog
+
+_IMAGES_IN_LOG = 4
+# An untrained model has candidates everywhere, whose suppression takes minutes; a trained one has fewer.
+_TOP_K = 10_000
+
+
+def validate(
+    model: RetinaFace,
+    config: ExperimentConfig,
+    faces: EvaluationSet,
+    context: DistributedContext,
+    log: RunLog,
+    epoch: int,
+) -> dict[str, float]:
+    """Detect in this process's share of the validation images, and evaluate the detections of all processes.
+
+    Args:
+        model: switched to evaluation mode.
+        config: of the experiment, for its thresholds.
+        faces: images and ground truth.
+        context: rank and number of processes.
+        log: receives curves, and drawings of the first images.
+        epoch: for the log.
+
+    Returns:
+        The mean average precision as `val/ap`, and where there are several subsets, the AP of each.
+    """
+    broadcast_buffers(model)
+    thresholds = replace(config.evaluation, top_k=config.evaluation.top_k or _TOP_K)
+    detector = FaceDetector(model, thresholds, replace(EVALUATION_COMPUTE, backend="torch"))
+    files = list(zip(faces.names, faces.images or [], strict=True))
+    own_files = files[context.rank :: context.world_size]
+    is_quiet = None if context.is_main else True
+    bar = tqdm(
+        detect_files(detector, own_files), total=len(own_files), desc="validation", disable=is_quiet, leave=False
+    )
+    predictions = {}
+    for number, (image, detections) in enumerate(bar):
+        if image.problem:
+            log.line(f"warning: {image.name}: {image.problem}; no faces are detected in it")
+        elif number < _IMAGES_IN_LOG and image.pixels is not None:
+            confident = detections.select(detections.scores >= config.inference.confidence_threshold)
+            log.image(f"validation/{number}", draw_detections(image.pixels, confident), epoch)
+        predictions[image.name] = prediction_rows(detections)
+    evaluation = faces.evaluate(gather_dicts(predictions))
+    log.curves(evaluation.curves, epoch)
+    precisions = evaluation.average_precisions
+    subsets = {f"val/ap_{subset}": value for subset, value in precisions.items()} if len(precisions) > 1 else {}
+    return {"val/ap": sum(precisions.values()) / len(precisions), **subsets}

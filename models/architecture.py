@@ -1,0 +1,111 @@
+"""The usual architectures, and what flags make of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from config import USUAL_LEVELS, ImagePyramidConfig, LevelConfig, ModelConfig, ModelOverrides, StageConfig
+from utils.errors import ConfigError
+
+# The weight of the native scale where --fine_levels is given without --context_share.
+_NATIVE_SCALE_WEIGHT = 0.3
+
+
+def usual_config(
+    backbone: str = "resnet50",
+    *,
+    num_anchor: int = 3,
+    cascade: bool = True,
+    refinement: str = "sum",
+    **changes: Any,
+) -> ModelConfig:
+    """The usual configuration of a backbone; `changes` are further fields of `ModelConfig`."""
+    defaults = {
+        **_backbone_defaults(backbone),
+        "levels": _usual_levels(num_anchor),
+        "refinement": refinement,
+        "stages": usual_stages(cascade, refinement),
+    }
+    return ModelConfig(**(defaults | changes))
+
+
+def usual_stages(cascade: bool, refinement: str = "sum") -> tuple[StageConfig, ...]:
+    """The stages that belong to `--cascade` and `--refinement`."""
+    if not cascade:
+        return (StageConfig(),)
+    # RetinaFace's official cascade: decoded boxes fit better than priors, so the thresholds are higher.
+    second = StageConfig(match_iou=0.5, negative_iou=0.4) if refinement == "rematch" else StageConfig()
+    return (StageConfig(), second)
+
+
+def apply_overrides(overrides: ModelOverrides, base: ModelConfig | None = None) -> ModelConfig:
+    """The architecture that the overrides ask for.
+
+    Args:
+        overrides: what was asked for; None leaves a property as it is.
+        base: the architecture to change; None is the usual one of the backbone.
+
+    Raises:
+        ConfigError: the overrides contradict each other or the base.
+    """
+    given = {name: value for name, value in vars(overrides).items() if value is not None}
+    base = base or usual_config(given.get("backbone", "resnet50"))
+    changes = {name: given[name] for name in ("model_version", "score_exponent", "refinement") if name in given}
+    if given.get("backbone", base.backbone) != base.backbone:
+        changes |= _backbone_defaults(given["backbone"])
+    changes |= {name: given[name] for name in ("activation_slope", "fpn_channels") if name in given}
+    if "landmark_loss" in given:
+        changes["landmarks"] = given["landmark_loss"]
+    if not base.iou_aware and given.get("model_version") == "tina":
+        changes.setdefault("score_exponent", ModelConfig.score_exponent)  # a new branch takes part in the score
+    cascade = given.get("cascade", base.cascade)
+    refinement = given.get("refinement", base.refinement if cascade else "sum")
+    if (cascade, refinement) != (base.cascade, base.refinement):
+        changes |= {"refinement": refinement, "stages": usual_stages(cascade, refinement)}
+    changes["levels"] = _override_levels(overrides, base.levels)
+    changes["image_pyramid"] = _override_image_pyramid(overrides, base.image_pyramid)
+    return dataclasses.replace(base, **changes)
+
+
+def _backbone_defaults(backbone: str) -> dict[str, Any]:
+    """FPN channels and LeakyReLU slope of biubug6/Pytorch_Retinaface."""
+    is_small = backbone == "mobilenet0.25"
+    return {
+        "backbone": backbone,
+        "fpn_channels": 64 if is_small else 256,
+        "activation_slope": 0.1 if is_small else 0.0,
+    }
+
+
+def _usual_levels(num_anchor: int) -> tuple[LevelConfig, ...]:
+    if num_anchor not in USUAL_LEVELS:
+        raise ConfigError(f"--num_anchor must be one of {sorted(USUAL_LEVELS)}, got {num_anchor}")
+    return USUAL_LEVELS[num_anchor]
+
+
+def _override_levels(overrides: ModelOverrides, levels: tuple[LevelConfig, ...]) -> tuple[LevelConfig, ...]:
+    if overrides.anchor_sizes is not None:
+        if len(overrides.anchor_sizes) != len(levels):
+            raise ConfigError(f"--anchor_sizes has {len(overrides.anchor_sizes)} levels, the model {len(levels)}")
+        pairs = zip(levels, overrides.anchor_sizes, strict=True)
+        levels = tuple(LevelConfig(level.stride, sizes) for level, sizes in pairs)
+    elif overrides.num_anchor not in (None, len(levels[0].anchor_sizes)):
+        levels = _usual_levels(overrides.num_anchor or 0)
+    if overrides.num_anchor not in (None, len(levels[0].anchor_sizes)):
+        raise ConfigError(
+            f"--num_anchor={overrides.num_anchor} contradicts --anchor_sizes with {len(levels[0].anchor_sizes)} a "
+            "cell; drop one"
+        )
+    return levels
+
+
+def _override_image_pyramid(overrides: ModelOverrides, base: ImagePyramidConfig) -> ImagePyramidConfig:
+    count = base.upsampled_levels if overrides.fine_levels is None else overrides.fine_levels
+    usual = base.native_scale_weight if base.upsampled_levels else _NATIVE_SCALE_WEIGHT
+    native = usual if overrides.context_share is None else overrides.context_share
+    return ImagePyramidConfig(
+        upsampled_levels=count,
+        native_scale_weight=native if count else 0.0,
+        half_scale_weight=base.half_scale_weight if overrides.coarse_share is None else overrides.coarse_share,
+    )

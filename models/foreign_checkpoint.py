@@ -1,0 +1,141 @@
+"""Checkpoints of other projects: SNU_FaceDetection (the original) and biubug6/Pytorch_Retinaface."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from config import USUAL_LEVELS, LevelConfig, ModelConfig, ModelOverrides
+from models.architecture import apply_overrides, usual_config
+from utils.errors import ConfigError, UserError
+
+State = dict[str, Tensor]
+
+# The activation slope and anchors of biubug6's two MobileNet0.25 families, which the tensors do not tell, by the MD5 of
+# the published files.
+_PUBLISHED_FILES: dict[str, tuple[float, tuple[LevelConfig, ...]]] = {
+    # biubug6/Pytorch_Retinaface, mobilenet0.25_Final.pth
+    "d308262876f997c63f79c7805b2cdab0": (0.1, USUAL_LEVELS[2]),
+    # biubug6/Face-Detector-1MB-with-landmark, mobilenet0.25_Final.pth
+    "20234fc223b10b0308ba99eecea00c4f": (
+        0.0,
+        (LevelConfig(8, (10, 20)), LevelConfig(16, (32, 64)), LevelConfig(32, (128, 256))),
+    ),
+}
+_RESNET_DEPTHS = {(2, False): 18, (6, False): 34, (6, True): 50, (23, True): 101, (36, True): 152}
+# The original builds five pyramid levels and uses three; these tensors never reach an output.
+_UNUSED_BY_THE_ORIGINAL = re.compile(r"fpn\.(output0|output4|merge0|merge3)\.")
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, unreadable, of an unknown kind, or contradicts what was asked for."""
+
+
+def read_foreign(path: Path, state: State, overrides: ModelOverrides) -> tuple[str, ModelConfig, State, str | None]:
+    """Recognise a detector of another project by its tensors, and rename them.
+
+    Args:
+        path: the file, for its hash and for messages.
+        state: tensors under the names of the other project.
+        overrides: decide what the tensors do not tell.
+
+    Returns:
+        The kind (`original` or `biubug6`), the architecture, the renamed tensors, and what had to be assumed.
+
+    Raises:
+        CheckpointError: the tensors are of no known detector, or contradict the overrides.
+    """
+    if "ClassHead_1.0.conv1x1.weight" in state:
+        kind, stages, class_head = "original", 2, "ClassHead_1.0.conv1x1.weight"
+    elif "ClassHead.0.conv1x1.weight" in state:
+        kind, stages, class_head = "biubug6", 1, "ClassHead.0.conv1x1.weight"
+    else:
+        names = ", ".join(list(state)[:3]) or "no tensors"
+        raise CheckpointError(
+            f"{path}: not a detector's checkpoint that is known here (ours, SNU_FaceDetection's or biubug6's); "
+            f"it holds {names} ..."
+        )
+    backbone = recognise_backbone(state, "body.", path)
+    try:
+        usual = usual_config(
+            backbone,
+            num_anchor=state[class_head].shape[0] // 2,
+            cascade=stages == 2,
+            fpn_channels=state["fpn.output1.0.weight"].shape[0],
+            model_version="tina" if any(name.startswith("IoUHead") for name in state) else "retina",
+            # In neither project does the IoU branch take part in the score.
+            score_exponent=1.0,
+        )
+    except (KeyError, ConfigError) as error:
+        raise CheckpointError(f"{path}: looks like a checkpoint of {kind}, but lacks or contradicts {error}") from None
+    model_config, note = _fill_in_untold(path, usual, overrides)
+    renamed = {_own_name(name): value for name, value in state.items() if not _UNUSED_BY_THE_ORIGINAL.match(name)}
+    return kind, model_config, renamed, note
+
+
+def _fill_in_untold(path: Path, model_config: ModelConfig, overrides: ModelOverrides) -> tuple[ModelConfig, str | None]:
+    """Activation slope and anchor sizes: from the overrides, from the published file's hash, or the usual ones."""
+    asked = apply_overrides(
+        ModelOverrides(activation_slope=overrides.activation_slope, anchor_sizes=overrides.anchor_sizes), model_config
+    )
+    published = _PUBLISHED_FILES.get(hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest())
+    if published:
+        slope, levels = published
+        if overrides.activation_slope not in (None, slope):
+            raise CheckpointError(f"{path}: was trained with --activation_slope={slope}, not {asked.activation_slope}")
+        if overrides.anchor_sizes is not None and asked.levels != levels:
+            raise CheckpointError(f"{path}: was trained with --anchor_sizes={describe_anchors(levels)}")
+        return dataclasses.replace(model_config, activation_slope=slope, levels=levels), None
+    assumed = {
+        "activation_slope": model_config.activation_slope,
+        "anchor_sizes": describe_anchors(model_config.levels),
+    }
+    untold = [f"--{name}={value}" for name, value in assumed.items() if getattr(overrides, name) is None]
+    if model_config.backbone != "mobilenet0.25" or not untold:
+        return asked, None
+    return asked, f"{path.name}: not a published file; assuming {' and '.join(untold)}"
+
+
+def describe_anchors(levels: tuple[LevelConfig, ...]) -> str:
+    """The anchor sizes as `--anchor_sizes` takes them."""
+    return "/".join(",".join(f"{size:g}" for size in level.anchor_sizes) for level in levels)
+
+
+def recognise_backbone(state: State, prefix: str, path: Path) -> str:
+    if f"{prefix}stage1.0.0.weight" in state:
+        return "mobilenet0.25"
+    blocks = {match[1] for name in state if (match := re.match(rf"{re.escape(prefix)}layer3\.(\d+)\.", name))}
+    depth = _RESNET_DEPTHS.get((len(blocks), f"{prefix}layer3.0.conv3.weight" in state))
+    if depth is None:
+        raise CheckpointError(f"{path}: neither the tensors of MobileNetV1-0.25 nor those of a ResNet")
+    return f"resnet{depth}"
+
+
+_HEADS = {"Class": "class_logits", "Bbox": "box_deltas", "Landmark": "landmark_deltas", "IoU": "iou_logits"}
+# Patterns of the original's and biubug6's names. Their levels and stages count from 1, the only stage of biubug6 has no
+# number, and the first lateral and merge convolutions in use are called output1 and merge1.
+_RENAMINGS: list[tuple[re.Pattern[str], Callable[[re.Match[str]], str]]] = [
+    (re.compile(r"body\.(.+)"), lambda m: f"backbone.{m[1]}"),
+    (re.compile(r"fpn\.output(\d)\.(.+)"), lambda m: f"fpn.lateral.{int(m[1]) - 1}.{m[2]}"),
+    (re.compile(r"fpn\.merge(\d)\.(.+)"), lambda m: f"fpn.merge.{int(m[1]) - 1}.{m[2]}"),
+    (
+        re.compile(r"ssh(?:(\d)_)?(\d)\.(.+)"),
+        lambda m: f"stages.{int(m[1] or 1) - 1}.context.{int(m[2]) - 1}.{m[3].replace('X', 'x')}",
+    ),
+    (
+        re.compile(r"(Class|Bbox|Landmark|IoU)Head(?:_(\d))?\.(\d)\.conv1x1\.(.+)"),
+        lambda m: f"stages.{int(m[2] or 1) - 1}.heads.{m[3]}.{_HEADS[m[1]]}.{m[4]}",
+    ),
+]
+
+
+def _own_name(name: str) -> str:
+    for pattern, rename in _RENAMINGS:
+        if match := pattern.fullmatch(name):
+            return rename(match)
+    return name  # strict loading will report it

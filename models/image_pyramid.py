@@ -1,0 +1,153 @@
+"""The same model at several scales of the image, within one forward pass.
+
+Small faces are found better in the image at twice its size, and false detections are recognised better with the
+context that is visible at half its size. An image pyramid of shared weights is described in arXiv:1612.04402.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import LevelConfig, ModelConfig
+from layers.prior_box import feature_sizes, prior_boxes
+from models.heads import LevelOutput, Stage
+from models.retinaface import RetinaFace, run_cascade
+from utils.structures import StageOutput
+
+
+def build_model(model_config: ModelConfig) -> RetinaFace:
+    """A randomly initialised model; with other scales of the image if the configuration has any."""
+    pyramid = model_config.image_pyramid
+    has_scales = pyramid.upsampled_levels or pyramid.half_scale_weight
+    return ImagePyramid(model_config) if has_scales else RetinaFace(model_config)
+
+
+def pyramid_levels(model_config: ModelConfig) -> tuple[LevelConfig, ...]:
+    """The levels of the priors: the upsampled ones, and those of the native scale that they do not replace.
+
+    An upsampled level has half the stride and half the anchor sizes in pixels of the image.
+    """
+    count = model_config.image_pyramid.upsampled_levels
+    upsampled = [_scaled_level(level, 0.5) for level in model_config.levels[:count]]
+    return (*upsampled, *model_config.levels[max(count - 1, 0) :])
+
+
+def _scaled_level(level: LevelConfig, scale: float) -> LevelConfig:
+    return LevelConfig(int(level.stride * scale), tuple(size * scale for size in level.anchor_sizes))
+
+
+class ImagePyramid(RetinaFace):
+    """A `RetinaFace` that also sees the image at twice and at half its size.
+
+    The finest levels are computed on the image at twice its size, by context modules and heads of their own. Of the
+    native scale, the levels from the coarsest upsampled stride on remain. Face logits of the upsampled levels are
+    averaged with those of the native scale at the same place, and all face logits with those of the image at half its
+    size, by the weights of `ImagePyramidConfig`.
+    """
+
+    def __init__(self, model_config: ModelConfig) -> None:
+        super().__init__(model_config)
+        self.levels = pyramid_levels(model_config)
+        count = model_config.image_pyramid.upsampled_levels
+        self.upsampled_stages = nn.ModuleList(Stage(model_config, model_config.levels[:count]) for _ in self.stages)
+
+    def forward(self, images: Tensor) -> list[StageOutput]:
+        """See `RetinaFace.forward`."""
+        size_hw = (images.shape[2], images.shape[3])
+        normalised = self.normalise(images)
+        native = self.features(normalised)
+        upsampled, half = self._upsampled_features(normalised), self._half_features(normalised)
+        stage_levels = []
+        for stage, upsampled_stage in zip(self.stages, self.upsampled_stages, strict=True):
+            levels = self._merge_native(upsampled_stage(upsampled), stage(native))
+            stage_levels.append(self._merge_half(levels, stage(half)) if half else levels)
+        return run_cascade(stage_levels, prior_boxes(size_hw, self.levels, images.device), self.model_config)
+
+    def _upsampled_features(self, images: Tensor) -> list[Tensor]:
+        """Features of the finest levels of the image at twice its size, cropped to the cells of their stride."""
+        count = self.model_config.image_pyramid.upsampled_levels
+        if not count:
+            return []
+        height, width = images.shape[2:]
+        enlarged = F.interpolate(images, size=(2 * height, 2 * width), mode="bilinear")
+        # An image of odd size has one cell more at twice its size than the level.
+        sizes = feature_sizes((height, width), self.levels[:count])
+        features = zip(self.features(enlarged), sizes, strict=False)
+        return [feature[..., :rows, :columns] for feature, (rows, columns) in features]
+
+    def _half_features(self, images: Tensor) -> list[Tensor]:
+        """Features of the image at half its size, or none where they have no weight."""
+        if not self.model_config.image_pyramid.half_scale_weight:
+            return []
+        height, width = images.shape[2:]
+        halved = F.interpolate(images, size=((height + 1) // 2, (width + 1) // 2), mode="bilinear")
+        return self.features(halved)
+
+    def _merge_native(self, upsampled: Sequence[LevelOutput], native: Sequence[LevelOutput]) -> list[LevelOutput]:
+        """The levels of both scales, with the face logits of the native scale averaged into the upsampled ones."""
+        weight = self.model_config.image_pyramid.native_scale_weight
+        averaged = _average_logits(upsampled, self.levels, native, self.model_config.levels, weight)
+        return [*averaged, *native[max(len(upsampled) - 1, 0) :]]
+
+    def _merge_half(self, levels: Sequence[LevelOutput], half: Sequence[LevelOutput]) -> list[LevelOutput]:
+        """The levels with the face logits of the image at half its size averaged into all of them."""
+        half_levels = [_scaled_level(level, 2) for level in self.model_config.levels]
+        weight = self.model_config.image_pyramid.half_scale_weight
+        return _average_logits(levels, self.levels, half, half_levels, weight)
+
+
+def _average_logits(
+    outputs: Sequence[LevelOutput],
+    levels: Sequence[LevelConfig],
+    other_outputs: Sequence[LevelOutput],
+    other_levels: Sequence[LevelConfig],
+    weight: float,
+) -> list[LevelOutput]:
+    """Average the class logits of outputs with those of another scale of the image, which have the given weight.
+
+    An anchor is averaged with the one of nearest size of the other scale, interpolated to its level.
+    """
+    if not weight:
+        return list(outputs)
+    averaged = []
+    for output, level in zip(outputs, levels, strict=False):
+        counterparts = []
+        for size in level.anchor_sizes:
+            index, anchor = nearest_anchor(size, other_levels)
+            logits = other_outputs[index].class_logits[:, 2 * anchor : 2 * anchor + 2]
+            counterparts.append(F.interpolate(logits, size=output.class_logits.shape[-2:], mode="bilinear"))
+        logits = (1 - weight) * output.class_logits + weight * torch.cat(counterparts, dim=1)
+        averaged.append(dataclasses.replace(output, class_logits=logits))
+    return averaged
+
+
+def nearest_anchor(size: float, levels: Sequence[LevelConfig]) -> tuple[int, int]:
+    """Index of the level and of the anchor whose side is nearest to `size` in proportion, the finest of equals."""
+    distances = {
+        (index, anchor): abs(math.log(other / size))
+        for index, level in enumerate(levels)
+        for anchor, other in enumerate(level.anchor_sizes)
+    }
+    return min(distances, key=distances.__getitem__)
+
+
+def add_upsampled_stages(state: Mapping[str, Tensor], upsampled_levels: int) -> dict[str, Tensor]:
+    """The tensors of an `ImagePyramid` whose upsampled levels use the weights of the native scale.
+
+    Args:
+        state: `RetinaFace.state_dict()`.
+        upsampled_levels: number of levels that are upsampled.
+    """
+    extended = dict(state)
+    for name, tensor in state.items():
+        part = re.fullmatch(r"stages\.(\d+\.(?:context|heads)\.(\d+)\..+)", name)
+        if part and int(part[2]) < upsampled_levels:
+            extended[f"upsampled_stages.{part[1]}"] = tensor
+    return extended

@@ -1,0 +1,141 @@
+"""ONNX graphs of a model, with or without post-processing, and their comparison with PyTorch."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from config import ModelConfig, PostprocessConfig
+from layers.postprocess import apply_nms, filter_and_decode
+from models.retinaface import RetinaFace
+from utils.options import to_dict
+
+_ONNX_PACKAGES = ("onnx", "onnxruntime")
+_OPSET = 17
+_EXAMPLE_SIZE = (96, 128)  # height and width of the image that is traced
+
+
+def missing_onnx_packages() -> list[str]:
+    """Packages that must be installed to write and run ONNX graphs."""
+    return [package for package in _ONNX_PACKAGES if importlib.util.find_spec(package) is None]
+
+
+def output_names(model_config: ModelConfig) -> list[str]:
+    """Outputs of `raw_graph`, in order: the fields of the last `StageOutput` that the model predicts.
+
+    Priors are among them where they depend on the image, as they do in a cascade with `rematch`.
+    """
+    present = {
+        "class_logits": True,
+        "box_deltas": True,
+        "landmark_deltas": model_config.landmarks,
+        "iou_logits": model_config.iou_aware,
+        "priors": model_config.refinement == "rematch",
+    }
+    return [name for name, is_present in present.items() if is_present]
+
+
+def detector_output_names(model_config: ModelConfig) -> list[str]:
+    """Outputs of `detector_graph`, in order: fields of `Detections`."""
+    return ["boxes", "scores", *(["landmarks"] if model_config.landmarks else [])]
+
+
+class _RawOutputs(nn.Module):
+    """Images as OpenCV reads them to the tensors of the last `StageOutput`."""
+
+    def __init__(self, model: RetinaFace) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        output = self.model(images.permute(0, 3, 1, 2))[-1]
+        return tuple(getattr(output, name) for name in output_names(self.model.model_config))
+
+
+class _Detector(nn.Module):
+    """One image as OpenCV reads it to its boxes, scores and landmarks."""
+
+    def __init__(self, model: RetinaFace, config: PostprocessConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        output = self.model(images.permute(0, 3, 1, 2))[-1]
+        size_hw = (images.shape[1], images.shape[2])
+        candidates, _, is_above = filter_and_decode(output, size_hw, self.model.model_config, self.config)
+        found = apply_nms(candidates.select(torch.nonzero(is_above).squeeze(1)), size_hw, self.config)
+        return (found.boxes, found.scores, *(() if found.landmarks is None else (found.landmarks,)))
+
+
+def raw_graph(model: RetinaFace) -> bytes:
+    """An ONNX graph of a model in evaluation mode on the CPU.
+
+    Its input is `images`, (B, H, W, 3) uint8 BGR of any number and size. Its outputs are `output_names`, with the
+    shapes of `StageOutput`. Its metadata `model` is the architecture as JSON.
+    """
+    axes = {"images": {0: "batch", 1: "height", 2: "width"}}
+    axes |= {name: {0: "batch", 1: "priors"} for name in output_names(model.model_config)}
+    return _export(_RawOutputs(model), (2, *_EXAMPLE_SIZE, 3), axes, {"model": to_dict(model.model_config)})
+
+
+def detector_graph(model: RetinaFace, config: PostprocessConfig) -> bytes:
+    """An ONNX graph of a model with decoding and suppression; see `raw_graph`.
+
+    Its input is `images`, (1, H, W, 3) uint8 BGR. Its outputs are `detector_output_names`, with the shapes of
+    `Detections`, in pixels, best first. The thresholds are constants of the graph, and its metadata `detection`.
+    """
+    axes = {"images": {1: "height", 2: "width"}}
+    axes |= {name: {0: "faces"} for name in detector_output_names(model.model_config)}
+    metadata = {"model": to_dict(model.model_config), "detection": to_dict(config)}
+    return _export(_Detector(model, config), (1, *_EXAMPLE_SIZE, 3), axes, metadata)
+
+
+@torch.no_grad()
+def _export(
+    module: nn.Module,
+    example_shape: tuple[int, ...],
+    dynamic_axes: Mapping[str, Mapping[int, str]],
+    metadata: Mapping[str, Any],
+) -> bytes:
+    import onnx  # an optional package
+
+    content = io.BytesIO()
+    with quiet_exporter():
+        # By tracing, in a fraction of a second: the newer exporter (dynamo=True) takes about ten for the same graph.
+        torch.onnx.export(
+            module.eval(),
+            (torch.zeros(example_shape, dtype=torch.uint8),),
+            content,  # type: ignore[arg-type]  # it takes files as well as paths
+            dynamo=False,
+            opset_version=_OPSET,
+            input_names=["images"],
+            output_names=[name for name in dynamic_axes if name != "images"],
+            dynamic_axes=dynamic_axes,
+        )
+    graph = onnx.load_from_string(content.getvalue())
+    onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in metadata.items()})
+    return bytes(graph.SerializeToString())
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Suppress the warnings that PyTorch's tracer and compiler log about their own workings."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    try:
+        logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -83,7 +83,7 @@ def _check(flags: Flags, options: ExportOptions) -> None:
 @torch.inference_mode()
 def largest_difference(model: RetinaFace, graph: Path) -> float:
     """Largest difference of any output of a model and of its graph, for noise of two sizes; relative above 1."""
-    in_torch, in_onnx = TorchBackend(model), OnnxBackend(graph, model.levels)
+    in_torch, in_onnx = TorchBackend(model), OnnxBackend(graph, model.priors)
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for shape in _CHECKED_SHAPES:

@@ -45,6 +45,9 @@ class LossConfig(Options):
     negative_ratio: int = option(7, "hard negatives per positive prior in ohem_ce", above=0)
 
 
+_FORMER_SCALES = ("min_crop_scale", "max_crop_scale")
+
+
 @dataclass(frozen=True)
 class DataConfig(Options):
     """Training images and their augmentation"""
@@ -59,8 +62,21 @@ class DataConfig(Options):
         parse=parse_numbers,
     )
     im_size: int = option(640, "side of the training crops in pixels", minimum=32)
-    min_crop_scale: float = option(0.3, "smallest crop side relative to the short side of the image", above=0)
-    max_crop_scale: float = option(1.0, "largest crop side likewise; above 1 the crop is padded and faces get smaller")
+    crop_scales: tuple[float, ...] = option(
+        (0.3, 0.45, 0.6, 0.8, 1.0),
+        "sides of the crops relative to the short side of the image, drawn with equal probability; above 1 crops are "
+        "padded and faces get smaller",
+        parse=parse_numbers,
+        above=0,
+    )
+    crop_rule: str = option(
+        "whole_face",
+        "what a crop must contain: a whole face (biubug6), or the centre of one (TinaFace)",
+        choices=("whole_face", "face_centre"),
+    )
+    min_face_size: float = option(
+        0.0, "faces smaller than this in the crop, in pixels (the root of the area), are ignored", minimum=0
+    )
     mosaic_probability: float = option(
         0.5, "probability of a mosaic of four crops of half the side, for small faces", minimum=0, maximum=1
     )
@@ -83,10 +99,7 @@ class DataConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.min_crop_scale <= self.max_crop_scale,
-            f"--min_crop_scale must be at most --max_crop_scale, got {self.min_crop_scale} and {self.max_crop_scale}",
-        )
+        require(len(self.crop_scales) > 0, "--crop_scales needs at least one number")
         require(
             all(0 < weight < math.inf for weight in self.dataset_weights),
             f"--dataset_weights must be positive, got {self.dataset_weights}",
@@ -94,8 +107,13 @@ class DataConfig(Options):
 
     @staticmethod
     def upgrade(values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Drop the option `cache_side` of earlier versions."""
-        return {name: value for name, value in values.items() if name != "cache_side"}
+        """Translate the options of earlier versions, which drew crop scales from an interval."""
+        kept = {name: value for name, value in values.items() if name not in ("cache_side", *_FORMER_SCALES)}
+        if not set(_FORMER_SCALES) & set(values):
+            return kept
+        smallest, largest = values.get("min_crop_scale", 0.3), values.get("max_crop_scale", 1.0)
+        steps = [smallest + (largest - smallest) * step / 4 for step in range(5)]
+        return {**kept, "crop_scales": [round(scale, 4) for scale in steps]}
 
 
 @dataclass(frozen=True)

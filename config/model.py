@@ -16,12 +16,14 @@ class LevelConfig(Options):
     """One level of the feature pyramid.
 
     Attributes:
-        stride: pixels per cell.
-        anchor_sizes: sides in pixels of the square anchors of a cell.
+        stride: pixels per cell, a power of two from 4 to 128.
+        anchor_sizes: sides in pixels of the anchors of a cell; of anchors that are not square, the root of the area.
+        channels: width of the level; None is `ModelConfig.fpn_channels`.
     """
 
     stride: int
     anchor_sizes: tuple[float, ...]
+    channels: int | None = None
 
     def __post_init__(self) -> None:
         require(self.stride > 0, f"a level's stride must be positive, got {self.stride}")
@@ -34,12 +36,16 @@ class StageConfig(Options):
     """One stage of the cascade: the matching of its priors and the weight of its losses.
 
     A prior is positive if its IoU with a face is at least `match_iou` and negative if it is below `negative_iou`.
-    Priors in between are ignored. Without a `negative_iou` there are none in between.
+    Priors in between are ignored. Without a `negative_iou` there are none in between. With `force_match` every face
+    also gets the prior with which it has the highest IoU, even below `match_iou`. With `ignore_unreachable` the priors
+    around a face that none of them reaches are ignored; without, they are negatives.
     """
 
     match_iou: float = 0.35
     loss_weight: float = 1.0
     negative_iou: float | None = None
+    force_match: bool = True
+    ignore_unreachable: bool = True
 
     def __post_init__(self) -> None:
         require(0 < self.match_iou < 1, f"match_iou must lie between 0 and 1, got {self.match_iou}")
@@ -83,49 +89,82 @@ USUAL_LEVELS: dict[int, tuple[LevelConfig, ...]] = {
 }
 
 
+_CHOICES = {
+    "backbone": BACKBONES,
+    "model_version": ("retina", "tina"),
+    "refinement": ("sum", "rematch"),
+    "norm": ("batch", "group"),
+    "fpn": ("merged", "output"),
+    "upsampling": ("nearest", "bilinear"),
+    "head": ("ssh", "tower"),
+    "channel_order": ("bgr", "rgb"),
+}
+
+
 @dataclass(frozen=True)
 class ModelConfig(Options):
     """The complete architecture. Equal configurations build models with equal tensor names and shapes.
 
     Attributes:
         backbone: feature extractor, one of `BACKBONES`.
+        extra_blocks: residual blocks behind the features of strides 4, 8, 16 and 32 of a MobileNet; empty adds none.
+        norm: `batch` or `group` normalisation, with 32 groups.
+        deformable_backbone: deformable 3x3 convolutions in C4 and C5 of a ResNet with bottlenecks (TinaFace).
+        deformable_context: deformable 3x3 convolutions in context modules and between levels (RetinaFace).
+        fpn: `merged` (RetinaFace) or `output` (arXiv:1612.03144, TinaFace); see `models.net`.
+        upsampling: interpolation between levels, `nearest` or `bilinear`.
+        head: `ssh`, a context module and 1x1 predictors a level, or `tower`, that of TinaFace.
         model_version: `tina` adds the IoU-aware branch of TinaFace to `retina`.
-        levels: levels of the feature pyramid, finest first.
+        levels: levels of the feature pyramid, finest first. Levels coarser than stride 32 are made by convolutions of
+            stride 2.
+        anchor_ratio: height of the anchors relative to their width.
+        anchor_offset: centre of the anchors from the corner of their cell, in cells.
         activation_slope: negative slope of the LeakyReLUs; 0 makes them ReLUs.
         fpn_channels: channels of the feature pyramid and of the context modules.
         score_exponent: a in the score p^a * iou^(1-a) of a `tina` model; 1 disregards the IoU branch.
+        score_power: exponent of the whole score; TinaFace squares it.
         refinement: what a later stage corrects: `sum` the box deltas of the stage before it, `rematch` its decoded
             boxes, which become the priors of the later stage and are matched again (RetinaFace).
         landmarks: whether five landmarks are predicted for every face.
         variances: divisors of the centre and the size deltas of boxes.
-        pixel_mean: mean of the input images, BGR, 0 to 255.
+        channel_order: order in which the model sees colours, `bgr` or `rgb`; images are always given in BGR.
+        pixel_mean: mean that is subtracted from the image, 0 to 255, in that order.
+        pixel_std: standard deviation that the image is divided by, in that order.
         stages: stages of the cascade.
         image_pyramid: other scales of the image at which the model is evaluated as well.
     """
 
     backbone: str = "resnet50"
+    extra_blocks: tuple[int, ...] = ()
+    norm: str = "batch"
+    deformable_backbone: bool = False
+    deformable_context: bool = False
+    fpn: str = "merged"
+    upsampling: str = "nearest"
+    head: str = "ssh"
     model_version: str = "tina"
     levels: tuple[LevelConfig, ...] = USUAL_LEVELS[3]
+    anchor_ratio: float = 1.0
+    anchor_offset: float = 0.5
     activation_slope: float = 0.0
     fpn_channels: int = 256
     score_exponent: float = 0.9
+    score_power: float = 1.0
     refinement: str = "sum"
     landmarks: bool = True
     variances: tuple[float, float] = (0.1, 0.2)
+    channel_order: str = "bgr"
     pixel_mean: tuple[float, float, float] = (104.0, 117.0, 123.0)
+    pixel_std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     stages: tuple[StageConfig, ...] = (StageConfig(), StageConfig())
     image_pyramid: ImagePyramidConfig = ImagePyramidConfig()
 
     def __post_init__(self) -> None:
-        choices = {"backbone": BACKBONES, "model_version": ("retina", "tina"), "refinement": ("sum", "rematch")}
-        for name, permitted in choices.items():
+        for name, permitted in _CHOICES.items():
             value = getattr(self, name)
             require(value in permitted, f"{name} is one of {', '.join(permitted)}, got {value!r}")
-        require(len(self.levels) > 0, "a detector needs at least one level")
-        require(
-            self.fpn_channels > 0 and self.fpn_channels % 4 == 0,
-            f"fpn_channels must be a multiple of 4, got {self.fpn_channels}",
-        )
+        self._check_levels()
+        self._check_layers()
         require(0 <= self.score_exponent <= 1, f"--score_exponent must lie in [0, 1], got {self.score_exponent}")
         require(len(self.stages) > 0, "a detector needs at least one stage")
         require(
@@ -137,6 +176,37 @@ class ModelConfig(Options):
             upsampled <= len(self.levels),
             f"--fine_levels={upsampled} exceeds the {len(self.levels)} levels of the model",
         )
+
+    def _check_levels(self) -> None:
+        strides = [level.stride for level in self.levels]
+        require(len(strides) > 0, "a detector needs at least one level")
+        require(
+            strides == [strides[0] * 2**index for index in range(len(strides))] and 4 <= strides[0] <= 32,
+            f"strides must double from one level to the next and start at 4 to 32, got {strides}",
+        )
+        require(strides[-1] <= 128, f"strides must be at most 128, got {strides}")
+        for channels in self.level_channels:
+            require(channels > 0 and channels % 4 == 0, f"fpn_channels must be a multiple of 4, got {channels}")
+
+    def _check_layers(self) -> None:
+        is_resnet = self.backbone.startswith("resnet")
+        require(not self.extra_blocks or not is_resnet, "extra_blocks are for mobilenet0.25")
+        require(len(self.extra_blocks) in (0, 4), f"extra_blocks needs 4 numbers, got {self.extra_blocks}")
+        require(self.norm == "batch" or is_resnet, "norm group needs a ResNet")
+        has_bottlenecks = is_resnet and self.backbone not in ("resnet18", "resnet34")
+        require(not self.deformable_backbone or has_bottlenecks, "deformable_backbone needs resnet50 or a deeper one")
+        is_uniform = len({(len(level.anchor_sizes), level.channels) for level in self.levels}) == 1
+        require(
+            self.head == "ssh" or is_uniform, "a tower head needs equal numbers of anchors and channels in all levels"
+        )
+        require(self.fpn == "merged" or is_uniform, "fpn output needs equal channels in all levels")
+        require(self.anchor_ratio > 0, f"anchor_ratio must be positive, got {self.anchor_ratio}")
+        require(min(self.pixel_std) > 0, f"pixel_std must be positive, got {self.pixel_std}")
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        """Channels of every level, finest first."""
+        return tuple(level.channels or self.fpn_channels for level in self.levels)
 
     @property
     def num_anchor(self) -> int:

@@ -56,7 +56,7 @@ class MultiBoxLoss:
         terms = {}
         matched, former = None, None
         for number, (stage, output) in enumerate(zip(self.model_config.stages, outputs, strict=True), start=1):
-            matching = (id(output.priors), stage.match_iou, stage.background_iou)
+            matching = (id(output.priors), stage.match_iou, stage.background_iou, stage.force_match)
             if matched is None or matching != former:
                 matched, former = match_batch(targets, output.priors, stage), matching
             output_32 = output.float()
@@ -145,7 +145,7 @@ class Matched:
 
 def match_batch(targets: FaceTargets, priors: Tensor, stage: StageConfig) -> Matched:
     """Match the faces with (P, 4) or (B, P, 4) priors by the thresholds of a stage; see `match_priors`."""
-    matches = match_priors(targets, priors, stage.match_iou, stage.background_iou)
+    matches = match_priors(targets, priors, stage)
     positive = matches >= 0
     images, indices = positive.nonzero(as_tuple=True)
     faces = matches[images, indices]

@@ -15,21 +15,23 @@ from utils.structures import Detections, StageOutput, image_size_xy
 _LOGIT_MARGIN = 1e-3  # more than the rounding error of a logit
 
 
-def fuse_scores(class_logits: Tensor, iou_logits: Tensor | None, exponent: float) -> Tensor:
+def fuse_scores(class_logits: Tensor, iou_logits: Tensor | None, exponent: float, power: float = 1.0) -> Tensor:
     """Scores p^a * iou^(1-a) of the IoU-aware head (arXiv:2011.13183, section 3.3), or p without the branch.
 
     Args:
         class_logits: (..., 2) background, face.
         iou_logits: (...,) or None.
         exponent: a in [0, 1]; 1 gives p.
+        power: exponent of the whole score.
 
     Returns:
         (...,) in [0, 1].
     """
     probabilities = class_logits.softmax(dim=-1)[..., 1]
-    if iou_logits is None or exponent == 1:
-        return probabilities
-    return probabilities.pow(exponent) * iou_logits.sigmoid().pow(1 - exponent)
+    scores = probabilities
+    if iou_logits is not None and exponent != 1:
+        scores = probabilities.pow(exponent) * iou_logits.sigmoid().pow(1 - exponent)
+    return scores if power == 1 else scores.pow(power)
 
 
 def postprocess(
@@ -69,13 +71,12 @@ def filter_and_decode(
         (N,) int64 index of the image of each; (N,) bool whether its score exceeds the threshold and its box is finite.
     """
     logits = output.class_logits.flatten(0, 1)
-    least_logit = _least_logit(
-        config.confidence_threshold, 1.0 if output.iou_logits is None else model_config.score_exponent
-    )
+    class_exponent = 1.0 if output.iou_logits is None else model_config.score_exponent
+    least_logit = _least_logit(config.confidence_threshold, class_exponent * model_config.score_power)
     chosen = torch.nonzero(logits[:, 1] - logits[:, 0] > least_logit).squeeze(1)
 
     iou_logits = None if output.iou_logits is None else output.iou_logits.flatten()[chosen]
-    scores = fuse_scores(logits[chosen], iou_logits, model_config.score_exponent)
+    scores = fuse_scores(logits[chosen], iou_logits, model_config.score_exponent, model_config.score_power)
     count = output.box_deltas.shape[1]
     priors = output.priors[chosen % count] if output.priors.dim() == 2 else output.priors.flatten(0, 1)[chosen]
     size_xy = image_size_xy(image_size_hw, scores)
@@ -92,7 +93,7 @@ def filter_and_decode(
 def _least_logit(score_threshold: float, exponent: float) -> float:
     """The difference of the class logits above which a score may exceed the threshold, whatever the IoU is.
 
-    p^a * iou^(1-a) > t requires p^a > t, because the other factor is at most 1.
+    (p^a * iou^(1-a))^b > t requires p^(a b) > t, because the other factor is at most 1.
     """
     if score_threshold <= 0 or exponent == 0:
         return -math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -20,9 +21,13 @@ def feature_sizes(image_size_hw: tuple[int, int], levels: Sequence[LevelConfig])
 
 
 def prior_boxes(
-    image_size_hw: tuple[int, int], levels: tuple[LevelConfig, ...], device: torch.device | None = None
+    image_size_hw: tuple[int, int],
+    levels: tuple[LevelConfig, ...],
+    device: torch.device | None = None,
+    ratio: float = 1.0,
+    offset: float = 0.5,
 ) -> Tensor:
-    """Square priors at the centre of every cell of every level.
+    """Priors at the same place of every cell of every level, square ones at its centre by default.
 
     The order is that of the outputs of the heads: level, row, column, anchor. Computed in double precision and rounded
     once, so the result equals the usual definition by nested loops to the bit. The result is cached, because computing
@@ -32,36 +37,48 @@ def prior_boxes(
         image_size_hw: height and width of the model's input in pixels.
         levels: strides and anchor sizes, finest level first.
         device: device of the result; None is the CPU.
+        ratio: height of the priors relative to their width; their area is that of the square.
+        offset: centre of the priors from the corner of their cell, in cells.
 
     Returns:
         (P, 4) float32 cxcywh, normalised to the image, not clipped.
     """
     if isinstance(image_size_hw[0], Tensor):  # tracing: the graph computes with sizes
-        return _prior_boxes(image_size_hw, levels, device)
-    return _cached_prior_boxes(image_size_hw, levels, device)
+        return _prior_boxes(image_size_hw, levels, device, ratio, offset)
+    return _cached_prior_boxes(image_size_hw, levels, device, ratio, offset)
 
 
 @lru_cache(maxsize=4)
 def _cached_prior_boxes(
-    image_size_hw: tuple[int, int], levels: tuple[LevelConfig, ...], device: torch.device | None
+    image_size_hw: tuple[int, int],
+    levels: tuple[LevelConfig, ...],
+    device: torch.device | None,
+    ratio: float,
+    offset: float,
 ) -> Tensor:
     with torch.inference_mode(False):  # a tensor made in inference mode cannot take part in training
-        return _prior_boxes(image_size_hw, levels, device)
+        return _prior_boxes(image_size_hw, levels, device, ratio, offset)
 
 
-def _prior_boxes(image_size_hw: tuple[int, int], levels: Sequence[LevelConfig], device: torch.device | None) -> Tensor:
+def _prior_boxes(
+    image_size_hw: tuple[int, int],
+    levels: Sequence[LevelConfig],
+    device: torch.device | None,
+    ratio: float,
+    offset: float,
+) -> Tensor:
     height, width = image_size_hw
     priors = []
     for level, (rows, columns) in zip(levels, feature_sizes(image_size_hw, levels), strict=True):
         sides = torch.tensor(level.anchor_sizes, dtype=torch.float64, device=device)
-        centre_y = (torch.arange(rows, dtype=torch.float64, device=device) + 0.5) * level.stride / height
-        centre_x = (torch.arange(columns, dtype=torch.float64, device=device) + 0.5) * level.stride / width
+        centre_y = (torch.arange(rows, dtype=torch.float64, device=device) + offset) * level.stride / height
+        centre_x = (torch.arange(columns, dtype=torch.float64, device=device) + offset) * level.stride / width
         shape = (rows, columns, len(sides))
         values = [
             centre_x[None, :, None].expand(shape),
             centre_y[:, None, None].expand(shape),
-            (sides / width).expand(shape),
-            (sides / height).expand(shape),
+            (sides / math.sqrt(ratio) / width).expand(shape),
+            (sides * math.sqrt(ratio) / height).expand(shape),
         ]
         priors.append(torch.stack(values, dim=-1).reshape(-1, 4))
     return torch.cat(priors).float()

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from config import ComputeOptions, LevelConfig
-from layers.prior_box import prior_boxes
+from config import ComputeOptions
 from models.onnx_graph import missing_onnx_packages, quiet_exporter, raw_graph
 from models.retinaface import RetinaFace
 from utils.errors import ConfigError
@@ -72,18 +71,18 @@ class OnnxBackend:
 
     name = "onnx"
 
-    def __init__(self, graph: Path | bytes, levels: tuple[LevelConfig, ...], threads: int | None = None) -> None:
+    def __init__(self, graph: Path | bytes, priors: Callable[[Tensor], Tensor], threads: int | None = None) -> None:
         """Open a graph.
 
         Args:
             graph: a file or its content.
-            levels: of the priors, for graphs whose outputs do not contain them.
+            priors: `RetinaFace.priors`, for graphs whose outputs do not contain them.
             threads: number of threads of a call; None is as many as PyTorch uses.
         """
         import onnxruntime  # an optional package
 
         self._graph = graph
-        self._levels = levels
+        self._priors = priors
         self._threads = threads or torch.get_num_threads()
         self.num_workers = min(self._threads, _MAX_WORKERS)
         options = onnxruntime.SessionOptions()
@@ -103,7 +102,7 @@ class OnnxBackend:
     def _worker(self) -> Backend:
         # Two calls with one thread each take less time than two calls with two threads one after the other. Rounded up,
         # because an idle core costs more than one thread too many.
-        return OnnxBackend(self._graph, self._levels, math.ceil(self._threads / self.num_workers))
+        return OnnxBackend(self._graph, self._priors, math.ceil(self._threads / self.num_workers))
 
     def __call__(self, images: Tensor) -> StageOutput:
         try:
@@ -112,7 +111,7 @@ class OnnxBackend:
             raise RuntimeError(f"ONNX Runtime: {error}") from error
         tensors = {name: torch.from_numpy(value) for name, value in zip(self._names, values, strict=True)}
         if "priors" not in tensors:
-            tensors["priors"] = prior_boxes((images.shape[1], images.shape[2]), self._levels)
+            tensors["priors"] = self._priors(images.permute(0, 3, 1, 2))
         return StageOutput(
             class_logits=tensors["class_logits"],
             box_deltas=tensors["box_deltas"],
@@ -133,7 +132,7 @@ def build_backend(model: RetinaFace, options: ComputeOptions) -> Backend:
     fused = fuse_batch_norm(model)
     name = _choose(options.backend, model.device)
     if name == "onnx":
-        return OnnxBackend(raw_graph(fused), fused.levels)
+        return OnnxBackend(raw_graph(fused), fused.priors)
     return _compile(fused, options.amp) if name == "compile" else TorchBackend(fused, amp=options.amp)
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from config import LevelConfig, ModelConfig
-from models.net import ContextModule
+from models.net import ContextModule, conv_norm_act
 from utils.structures import LANDMARKS_PER_FACE, StageOutput
+
+_TOWER_CONVS = 4
+_PRIOR_PROBABILITY = 0.01  # of a face, at the start (arXiv:1708.02002, section 4.1)
 
 
 @dataclass(frozen=True)
@@ -54,20 +59,74 @@ class PredictionHead(nn.Module):
 class Stage(nn.Module):
     """One cascade stage: a context module and a prediction head for every pyramid level."""
 
-    def __init__(self, model_config: ModelConfig, levels: Sequence[LevelConfig]) -> None:
+    def __init__(self, config: ModelConfig, levels: Sequence[LevelConfig], level_channels: Sequence[int]) -> None:
         super().__init__()
-        channels = model_config.fpn_channels
-        self.context = nn.ModuleList(ContextModule(channels, model_config.activation_slope) for _ in levels)
+        self.context = nn.ModuleList(ContextModule(channels, config) for channels in level_channels)
         self.heads = nn.ModuleList(
-            PredictionHead(channels, len(level.anchor_sizes), model_config.landmarks, model_config.iou_aware)
-            for level in levels
+            PredictionHead(channels, len(level.anchor_sizes), config.landmarks, config.iou_aware)
+            for level, channels in zip(levels, level_channels, strict=True)
         )
 
     def forward(self, features: Sequence[Tensor]) -> list[LevelOutput]:
-        """(B, channels, H_l, W_l) features of every level to the predictions of every level."""
+        """(B, C_l, H_l, W_l) features of every level to the predictions of every level."""
         return [
             head(context(feature)) for context, head, feature in zip(self.context, self.heads, features, strict=True)
         ]
+
+
+class TowerStage(nn.Module):
+    """The head of TinaFace (arXiv:2011.13183) as a stage, with weights that all levels share.
+
+    A context module is followed by two towers of four convolutions. Class logits are predicted on the one, and boxes,
+    landmarks and IoU on the other, by 3x3 convolutions. The background logit is always zero, so that the softmax of
+    both logits is the sigmoid of the face logit.
+    """
+
+    def __init__(self, config: ModelConfig, levels: Sequence[LevelConfig]) -> None:
+        super().__init__()
+        width, anchors = config.fpn_channels, len(levels[0].anchor_sizes)
+        self.context = ContextModule(width, config)
+        self.class_tower = self._tower(config)
+        self.box_tower = self._tower(config)
+        self.face_logits = _predictor(width, anchors, -math.log((1 - _PRIOR_PROBABILITY) / _PRIOR_PROBABILITY))
+        self.box_deltas = _predictor(width, anchors * 4)
+        self.landmark_deltas = _predictor(width, anchors * 2 * LANDMARKS_PER_FACE) if config.landmarks else None
+        self.iou_logits = _predictor(width, anchors) if config.iou_aware else None
+
+    @staticmethod
+    def _tower(config: ModelConfig) -> nn.Sequential:
+        width = config.fpn_channels
+        tower = nn.Sequential(*(conv_norm_act(width, width, 3, 0.0, norm=config.norm) for _ in range(_TOWER_CONVS)))
+        for block in tower:
+            nn.init.normal_(cast(nn.Conv2d, cast(nn.Sequential, block)[0]).weight, std=0.01)
+        return tower
+
+    def forward(self, features: Sequence[Tensor]) -> list[LevelOutput]:
+        """(B, C, H_l, W_l) features of every level to the predictions of every level."""
+        return [self._predict(self.context(feature)) for feature in features]
+
+    def _predict(self, feature: Tensor) -> LevelOutput:
+        box_feature = self.box_tower(feature)
+        face_logits = self.face_logits(self.class_tower(feature))
+        return LevelOutput(
+            class_logits=torch.stack([torch.zeros_like(face_logits), face_logits], dim=2).flatten(1, 2),
+            box_deltas=self.box_deltas(box_feature),
+            landmark_deltas=None if self.landmark_deltas is None else self.landmark_deltas(box_feature),
+            iou_logits=None if self.iou_logits is None else self.iou_logits(box_feature),
+        )
+
+
+def _predictor(channels: int, values: int, bias: float = 0.0) -> nn.Conv2d:
+    conv = nn.Conv2d(channels, values, 3, padding=1)
+    nn.init.normal_(conv.weight, std=0.01)
+    assert conv.bias is not None
+    nn.init.constant_(conv.bias, bias)
+    return conv
+
+
+def build_stage(config: ModelConfig, levels: Sequence[LevelConfig], level_channels: Sequence[int]) -> nn.Module:
+    """A stage of the head that the configuration names."""
+    return TowerStage(config, levels) if config.head == "tower" else Stage(config, levels, level_channels)
 
 
 def join_levels(levels: Sequence[LevelOutput], priors: Tensor) -> StageOutput:

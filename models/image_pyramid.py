@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import LevelConfig, ModelConfig
-from layers.prior_box import feature_sizes, prior_boxes
-from models.heads import LevelOutput, Stage
+from layers.prior_box import feature_sizes
+from models.heads import LevelOutput, build_stage
 from models.retinaface import RetinaFace, run_cascade
 from utils.structures import StageOutput
 
@@ -40,7 +40,7 @@ def pyramid_levels(model_config: ModelConfig) -> tuple[LevelConfig, ...]:
 
 
 def _scaled_level(level: LevelConfig, scale: float) -> LevelConfig:
-    return LevelConfig(int(level.stride * scale), tuple(size * scale for size in level.anchor_sizes))
+    return LevelConfig(int(level.stride * scale), tuple(size * scale for size in level.anchor_sizes), level.channels)
 
 
 class ImagePyramid(RetinaFace):
@@ -56,11 +56,11 @@ class ImagePyramid(RetinaFace):
         super().__init__(model_config)
         self.levels = pyramid_levels(model_config)
         count = model_config.image_pyramid.upsampled_levels
-        self.upsampled_stages = nn.ModuleList(Stage(model_config, model_config.levels[:count]) for _ in self.stages)
+        levels, channels = model_config.levels[:count], model_config.level_channels[:count]
+        self.upsampled_stages = nn.ModuleList(build_stage(model_config, levels, channels) for _ in self.stages)
 
     def forward(self, images: Tensor) -> list[StageOutput]:
         """See `RetinaFace.forward`."""
-        size_hw = (images.shape[2], images.shape[3])
         normalised = self.normalise(images)
         native = self.features(normalised)
         upsampled, half = self._upsampled_features(normalised), self._half_features(normalised)
@@ -68,7 +68,7 @@ class ImagePyramid(RetinaFace):
         for stage, upsampled_stage in zip(self.stages, self.upsampled_stages, strict=True):
             levels = self._merge_native(upsampled_stage(upsampled), stage(native))
             stage_levels.append(self._merge_half(levels, stage(half)) if half else levels)
-        return run_cascade(stage_levels, prior_boxes(size_hw, self.levels, images.device), self.model_config)
+        return run_cascade(stage_levels, self.priors(images), self.model_config)
 
     def _upsampled_features(self, images: Tensor) -> list[Tensor]:
         """Features of the finest levels of the image at twice its size, cropped to the cells of their stride."""

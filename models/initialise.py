@@ -144,7 +144,7 @@ def _adapt_levels(state: State, levels: tuple[LevelConfig, ...], target: ModelCo
     index_of_stride = {level.stride: index for index, level in enumerate(target.levels)}
     adapted = {}
     for name, tensor in state.items():
-        part = re.fullmatch(r"(fpn\.lateral|fpn\.merge|stages\.\d+\.context|stages\.\d+\.heads)\.(\d+)\.(.+)", name)
+        part = re.fullmatch(r"(fpn\.\w+|stages\.\d+\.context|stages\.\d+\.heads)\.(\d+)\.(.+)", name)
         if part is None:
             adapted[name] = tensor
             continue

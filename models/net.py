@@ -2,61 +2,184 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import DeformConv2d
+
+from config import ModelConfig
+
+_GROUPS = 32  # of group normalisation (arXiv:1803.08494)
 
 
-def conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Convolution with "same" padding and batch normalisation, without activation."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False),
-        nn.BatchNorm2d(out_channels),
-    )
+def norm_layer(kind: str) -> Callable[[int], nn.Module]:
+    """Makes a normalisation layer for a number of channels; `kind` is `batch` or `group`."""
+    return nn.BatchNorm2d if kind == "batch" else partial(nn.GroupNorm, _GROUPS)
 
 
-def conv_bn_act(
-    in_channels: int, out_channels: int, kernel_size: int, slope: float, stride: int = 1, groups: int = 1
+class DeformableConv(nn.Module):
+    """Deformable convolution (arXiv:1703.06211) whose offsets are predicted from its input and start at zero."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> None:
+        super().__init__()
+        padding = kernel_size // 2
+        self.offsets = nn.Conv2d(in_channels, 2 * kernel_size**2, kernel_size, stride, padding)
+        nn.init.zeros_(self.offsets.weight)
+        assert self.offsets.bias is not None
+        nn.init.zeros_(self.offsets.bias)
+        self.conv = DeformConv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, H / stride, W / stride)."""
+        result: Tensor = self.conv(feature, self.offsets(feature))
+        return result
+
+
+def conv_norm(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int = 1,
+    groups: int = 1,
+    *,
+    norm: str = "batch",
+    deformable: bool = False,
 ) -> nn.Sequential:
-    """`conv_bn` followed by LeakyReLU; a slope of 0 makes it ReLU."""
-    block = conv_bn(in_channels, out_channels, kernel_size, stride, groups)
+    """Convolution with "same" padding and normalisation, without activation."""
+    conv: nn.Module
+    if deformable:
+        conv = DeformableConv(in_channels, out_channels, kernel_size, stride)
+    else:
+        padding = kernel_size // 2
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
+    return nn.Sequential(conv, norm_layer(norm)(out_channels))
+
+
+def conv_norm_act(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    slope: float,
+    stride: int = 1,
+    groups: int = 1,
+    *,
+    norm: str = "batch",
+    deformable: bool = False,
+) -> nn.Sequential:
+    """`conv_norm` followed by LeakyReLU; a slope of 0 makes it ReLU."""
+    block = conv_norm(in_channels, out_channels, kernel_size, stride, groups, norm=norm, deformable=deformable)
     return block.append(nn.LeakyReLU(slope, inplace=True))
 
 
-class FPN(nn.Module):
-    """Feature pyramid (arXiv:1612.03144) of exactly the levels given, finest first.
+class MergedFPN(nn.Module):
+    """Feature pyramid of RetinaFace, as biubug6/Pytorch_Retinaface has it.
 
-    The coarsest level is its lateral projection; every finer one is merged with the level above by a 3x3 convolution.
+    Every level has a 1x1 lateral convolution. A finer level is added to the upsampled coarser one, and merged by a 3x3
+    convolution before it goes on to the next finer level. All convolutions have normalisation and activation.
     """
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int, slope: float) -> None:
-        super().__init__()
-        self.lateral = nn.ModuleList(conv_bn_act(channels, out_channels, 1, slope) for channels in in_channels)
-        self.merge = nn.ModuleList(conv_bn_act(out_channels, out_channels, 3, slope) for _ in in_channels[1:])
+    def __init__(self, in_channels: Mapping[int, int], config: ModelConfig) -> None:
+        """Build the pyramid.
 
-    def forward(self, features: Sequence[Tensor], first: int = 0) -> list[Tensor]:
-        """L tensors (B, C_l, H_l, W_l), finest first, to (B, out_channels, H_l, W_l) of the levels from `first` on."""
-        laterals = [project(feature) for project, feature in zip(self.lateral[first:], features[first:], strict=True)]
-        pyramid = [laterals[-1]]
-        for lateral, merge in zip(reversed(laterals[:-1]), reversed(self.merge[first:]), strict=True):
-            upsampled = F.interpolate(pyramid[0], size=lateral.shape[-2:], mode="nearest")
-            pyramid.insert(0, merge(lateral + upsampled))
-        return pyramid
+        Args:
+            in_channels: channels of the backbone's features by their stride.
+            config: levels and widths.
+        """
+        super().__init__()
+        self.config = config
+        strides = [level.stride for level in config.levels if level.stride in in_channels]
+        widths = config.level_channels
+        slope, norm = config.activation_slope, config.norm
+        self.lateral = nn.ModuleList(
+            conv_norm_act(in_channels[stride], width, 1, slope, norm=norm)
+            for stride, width in zip(strides, widths, strict=False)
+        )
+        self.merge = nn.ModuleList(
+            conv_norm_act(width, width, 3, slope, norm=norm, deformable=config.deformable_context)
+            for width in widths[: len(strides) - 1]
+        )
+        # A coarser level of another width is projected to that of the finer one before they are added.
+        self.project = nn.ModuleList(
+            nn.Identity() if width == coarser else conv_norm_act(coarser, width, 1, slope, norm=norm)
+            for width, coarser in pairwise(widths[: len(strides)])
+        )
+        self.extra = _extra_levels(in_channels, config, lambda i, o: conv_norm_act(i, o, 3, slope, 2, norm=norm))
+
+    def forward(self, features: Mapping[int, Tensor]) -> list[Tensor]:
+        """Features of the backbone by stride to (B, C_l, H_l, W_l) of every level, finest first."""
+        strides = [level.stride for level in self.config.levels if level.stride in features]
+        laterals = [conv(features[stride]) for conv, stride in zip(self.lateral, strides, strict=True)]
+        levels = [laterals[-1]]
+        for lateral, merge, project in reversed(list(zip(laterals, self.merge, self.project, strict=False))):
+            levels.insert(0, merge(lateral + _upsample(project(levels[0]), lateral, self.config.upsampling)))
+        return levels + _apply_extra(self.extra, features)
+
+
+class OutputFPN(nn.Module):
+    """Feature pyramid of arXiv:1612.03144, as mmdetection and vedadet have it.
+
+    Lateral features are added from the coarsest to the finest level, and each sum has a 3x3 output convolution. All
+    convolutions have normalisation and none has an activation.
+    """
+
+    def __init__(self, in_channels: Mapping[int, int], config: ModelConfig) -> None:
+        """See `MergedFPN`."""
+        super().__init__()
+        self.config = config
+        strides = [level.stride for level in config.levels if level.stride in in_channels]
+        width, norm = config.fpn_channels, config.norm
+        self.lateral = nn.ModuleList(conv_norm(in_channels[stride], width, 1, norm=norm) for stride in strides)
+        self.output = nn.ModuleList(conv_norm(width, width, 3, norm=norm) for _ in strides)
+        self.extra = _extra_levels(in_channels, config, lambda i, o: conv_norm(i, o, 3, 2, norm=norm))
+
+    def forward(self, features: Mapping[int, Tensor]) -> list[Tensor]:
+        """See `MergedFPN.forward`."""
+        strides = [level.stride for level in self.config.levels if level.stride in features]
+        sums = [conv(features[stride]) for conv, stride in zip(self.lateral, strides, strict=True)]
+        for index in range(len(sums) - 1, 0, -1):
+            sums[index - 1] = sums[index - 1] + _upsample(sums[index], sums[index - 1], self.config.upsampling)
+        levels = [conv(feature) for conv, feature in zip(self.output, sums, strict=True)]
+        return levels + _apply_extra(self.extra, features)
+
+
+def _extra_levels(
+    in_channels: Mapping[int, int], config: ModelConfig, make: Callable[[int, int], nn.Module]
+) -> nn.ModuleList:
+    """Stride-2 convolutions for the levels that are coarser than the backbone, the first on its last feature."""
+    count = sum(level.stride not in in_channels for level in config.levels)
+    widths = [in_channels[max(in_channels)], *([config.fpn_channels] * count)]
+    return nn.ModuleList(make(before, after) for before, after in pairwise(widths))
+
+
+def _apply_extra(extra: nn.ModuleList, features: Mapping[int, Tensor]) -> list[Tensor]:
+    levels, feature = [], features[max(features)]
+    for conv in extra:
+        feature = conv(feature)
+        levels.append(feature)
+    return levels
+
+
+def _upsample(feature: Tensor, like: Tensor, mode: str) -> Tensor:
+    """Upsample a feature to the height and width of another."""
+    return F.interpolate(feature, size=like.shape[-2:], mode=mode)
 
 
 class ContextModule(nn.Module):
     """Context module of SSH (arXiv:1708.03979), "CHM" in the original: receptive fields of 3, 5 and 7 side by side."""
 
-    def __init__(self, channels: int, slope: float) -> None:
+    def __init__(self, channels: int, config: ModelConfig) -> None:
         super().__init__()
-        half, quarter = channels // 2, channels // 4
-        self.conv3x3 = conv_bn(channels, half, 3)
-        self.conv5x5_1 = conv_bn_act(channels, quarter, 3, slope)
-        self.conv5x5_2 = conv_bn(quarter, quarter, 3)
-        self.conv7x7_2 = conv_bn_act(quarter, quarter, 3, slope)
-        self.conv7x7_3 = conv_bn(quarter, quarter, 3)
+        half, quarter, slope = channels // 2, channels // 4, config.activation_slope
+        norm, deformable = config.norm, config.deformable_context
+        self.conv3x3 = conv_norm(channels, half, 3, norm=norm, deformable=deformable)
+        self.conv5x5_1 = conv_norm_act(channels, quarter, 3, slope, norm=norm, deformable=deformable)
+        self.conv5x5_2 = conv_norm(quarter, quarter, 3, norm=norm, deformable=deformable)
+        self.conv7x7_2 = conv_norm_act(quarter, quarter, 3, slope, norm=norm, deformable=deformable)
+        self.conv7x7_3 = conv_norm(quarter, quarter, 3, norm=norm, deformable=deformable)
 
     def forward(self, feature: Tensor) -> Tensor:
         """(B, channels, H, W) to the same shape."""

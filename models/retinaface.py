@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from config import ModelConfig
 from layers.prior_box import prior_boxes
 from models.backbone import build_backbone
-from models.heads import LevelOutput, Stage, join_levels
-from models.net import FPN
+from models.heads import LevelOutput, build_stage, join_levels
+from models.net import MergedFPN, OutputFPN
 from utils.boxes import decode_landmarks, encode_landmarks, refine_priors
 from utils.structures import StageOutput
 
@@ -28,17 +28,21 @@ class RetinaFace(nn.Module):
     """
 
     pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, model_config: ModelConfig) -> None:
         super().__init__()
         self.model_config = model_config
         self.levels = model_config.levels
-        self.backbone = build_backbone(model_config.backbone, model_config.activation_slope)
-        self.fpn = FPN(self.backbone.out_channels, model_config.fpn_channels, model_config.activation_slope)  # type: ignore[arg-type]
-        self.stages = nn.ModuleList(Stage(model_config, self.levels) for _ in model_config.stages)
-        # The configuration owns the mean, so checkpoints do not contain it.
-        mean = torch.tensor(model_config.pixel_mean).view(1, 3, 1, 1)
-        self.register_buffer("pixel_mean", mean, persistent=False)
+        self.backbone = build_backbone(model_config)
+        fpn = MergedFPN if model_config.fpn == "merged" else OutputFPN
+        self.fpn = fpn(self.backbone.channels, model_config)
+        channels = model_config.level_channels
+        self.stages = nn.ModuleList(build_stage(model_config, self.levels, channels) for _ in model_config.stages)
+        # The configuration owns mean and standard deviation, so checkpoints do not contain them.
+        for name in ("pixel_mean", "pixel_std"):
+            values = torch.tensor(getattr(model_config, name)).view(1, 3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -55,12 +59,20 @@ class RetinaFace(nn.Module):
         """
         features = self.features(self.normalise(images))
         levels = [stage(features) for stage in self.stages]
-        priors = prior_boxes((images.shape[2], images.shape[3]), self.levels, images.device)
-        return run_cascade(levels, priors, self.model_config)
+        return run_cascade(levels, self.priors(images), self.model_config)
+
+    def priors(self, images: Tensor) -> Tensor:
+        """(P, 4) cxcywh priors of the first stage, normalised to the image."""
+        config = self.model_config
+        size_hw = (images.shape[2], images.shape[3])
+        return prior_boxes(size_hw, self.levels, images.device, config.anchor_ratio, config.anchor_offset)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Subtract the mean from (B, 3, H, W) BGR images."""
-        return images - self.pixel_mean
+        """(B, 3, H, W) BGR images, 0 to 255, in the channel order and range of the model."""
+        if self.model_config.channel_order == "rgb":
+            images = images.flip(1)
+        centred = images - self.pixel_mean
+        return centred if self.model_config.pixel_std == (1.0, 1.0, 1.0) else centred / self.pixel_std
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Normalised (B, 3, H, W) images to the (B, C, H_l, W_l) features of every pyramid level, finest first."""

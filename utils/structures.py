@@ -117,18 +117,20 @@ class Faces:
         boxes: (N, 4) float32 xyxy, of positive area.
         landmarks: (N, 5, 2) float32 x, y; zeros for faces without landmarks.
         has_landmarks: (N,) bool.
+        ignored: (N,) bool, faces that are neither to be detected nor to be taken for background.
     """
 
     boxes: np.ndarray
     landmarks: np.ndarray
     has_landmarks: np.ndarray
+    ignored: np.ndarray
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def select(self, chosen: np.ndarray) -> Faces:
         """The faces chosen by a mask or by indices."""
-        return Faces(self.boxes[chosen], self.landmarks[chosen], self.has_landmarks[chosen])
+        return Faces(self.boxes[chosen], self.landmarks[chosen], self.has_landmarks[chosen], self.ignored[chosen])
 
     def moved(self, offset_xy: Sequence[float] | np.ndarray) -> Faces:
         """The same faces in an image whose origin lies `offset_xy` pixels to the top left."""
@@ -154,6 +156,7 @@ def join_faces(parts: Sequence[Faces]) -> Faces:
         boxes=np.concatenate([part.boxes for part in parts]),
         landmarks=np.concatenate([part.landmarks for part in parts]),
         has_landmarks=np.concatenate([part.has_landmarks for part in parts]),
+        ignored=np.concatenate([part.ignored for part in parts]),
     )
 
 
@@ -165,12 +168,14 @@ class FaceTargets:
         boxes: (N, 4) float xyxy, normalised to the image, of positive area.
         landmarks: (N, 5, 2) float x, y, normalised to the image; zeros for faces without landmarks.
         has_landmarks: (N,) bool.
+        ignored: (N,) bool, faces that are neither to be detected nor to be taken for background.
         counts: number of faces of each of the B images.
     """
 
     boxes: Tensor
     landmarks: Tensor
     has_landmarks: Tensor
+    ignored: Tensor
     counts: tuple[int, ...]
 
     @classmethod
@@ -182,6 +187,7 @@ class FaceTargets:
             boxes=torch.from_numpy(faces.boxes / np.tile(size_xy, 2)).float(),
             landmarks=torch.from_numpy(landmarks).float(),
             has_landmarks=torch.from_numpy(faces.has_landmarks),
+            ignored=torch.from_numpy(faces.ignored),
             counts=(len(faces),),
         )
 
@@ -192,6 +198,7 @@ class FaceTargets:
             boxes=torch.cat([part.boxes for part in parts]),
             landmarks=torch.cat([part.landmarks for part in parts]),
             has_landmarks=torch.cat([part.has_landmarks for part in parts]),
+            ignored=torch.cat([part.ignored for part in parts]),
             counts=tuple(count for part in parts for count in part.counts),
         )
 
@@ -206,4 +213,10 @@ class FaceTargets:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> FaceTargets:
-        return FaceTargets(change(self.boxes), change(self.landmarks), change(self.has_landmarks), self.counts)
+        return FaceTargets(
+            change(self.boxes),
+            change(self.landmarks),
+            change(self.has_landmarks),
+            change(self.ignored),
+            self.counts,
+        )

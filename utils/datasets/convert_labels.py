@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -25,7 +25,6 @@ from utils.datasets.labels import LabelledImage, read_labels, write_labels
 from utils.errors import UserError
 from utils.runtime.cli import run
 from utils.runtime.files import atomic_write, disk_errors, make_folder, user_path
-from utils.structures import Faces
 
 _MATCH_IOU = 0.5
 
@@ -127,7 +126,7 @@ def _with_landmarks(image: LabelledImage, other: LabelledImage) -> LabelledImage
     landmarks, has_landmarks = image.faces.landmarks.copy(), image.faces.has_landmarks.copy()
     landmarks[indices[known]] = other.faces.landmarks[partners[known]]
     has_landmarks[indices[known]] = True
-    return LabelledImage(image.path, Faces(image.faces.boxes, landmarks, has_landmarks))
+    return LabelledImage(image.path, replace(image.faces, landmarks=landmarks, has_landmarks=has_landmarks))
 
 
 def match_faces(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

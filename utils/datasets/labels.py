@@ -80,7 +80,7 @@ class _Line(NamedTuple):
     text: str
 
 
-# An image's name and its faces: of each the corners and the landmarks with their flags, 19 values.
+# An image's name and its faces: of each the corners, the landmarks with their flags, and whether it is ignored.
 _NamedFaces = tuple[str, list[list[float]]]
 
 
@@ -103,6 +103,7 @@ _RETINAFACE = _HashForm(
     header="# folder/image.jpg",
     meanings={
         _BOX_VALUES: "x y w h",
+        _BOX_VALUES + 1: "with 1 if it is to be ignored",
         _FACE_VALUES: "with five landmarks x y flag",
         _FACE_VALUES + 1: "with a score too",
         _FACE_VALUES + 2: "with a difficulty too",
@@ -154,8 +155,8 @@ def _parse_hash_form(lines: Sequence[_Line], form: _HashForm) -> list[_NamedFace
     for line in lines:
         if line.text.startswith("#"):
             images.append((_parse_header(line, form), []))
-        elif (face := _parse_face(line, form)) is not None:
-            images[-1][1].append(face)
+        else:
+            images[-1][1].append(_parse_face(line, form))
     return images
 
 
@@ -175,13 +176,12 @@ def _parse_header(line: _Line, form: _HashForm) -> str:
     return name
 
 
-def _parse_face(line: _Line, form: _HashForm) -> list[float] | None:
-    """None for a face that is to be ignored."""
+def _parse_face(line: _Line, form: _HashForm) -> list[float]:
     values = _parse_numbers(line, form.meanings)
-    if len(values) == _BOX_VALUES + 1:
-        return None if values[_BOX_VALUES] else values[:_BOX_VALUES] + _UNKNOWN_LANDMARKS
     box = values[:_BOX_VALUES] if form.corners else _corners(values)
-    return box + (values[_BOX_VALUES:_FACE_VALUES] or _UNKNOWN_LANDMARKS)
+    if len(values) == _BOX_VALUES + 1:
+        return box + _UNKNOWN_LANDMARKS + [values[_BOX_VALUES]]
+    return box + (values[_BOX_VALUES:_FACE_VALUES] or _UNKNOWN_LANDMARKS) + [0.0]
 
 
 def _parse_wider(lines: Sequence[_Line]) -> list[_NamedFaces]:
@@ -205,7 +205,7 @@ def _parse_wider_faces(image: _Line, below: Sequence[_Line]) -> list[list[float]
         return []
     if len(faces) != count:
         raise DatasetError(f"{below[0].where}: expected {count} faces below for {image.text}, got {len(faces)}")
-    return [_corners(face) + _UNKNOWN_LANDMARKS for face in faces if not face[_WIDER_INVALID]]
+    return [_corners(face) + _UNKNOWN_LANDMARKS + [face[_WIDER_INVALID]] for face in faces]
 
 
 def _is_image_path(text: str) -> bool:
@@ -232,12 +232,13 @@ def _corners(values: Sequence[float]) -> list[float]:
 
 
 def _labelled_image(path: Path, faces: Sequence[Sequence[float]]) -> LabelledImage:
-    values = np.array(faces, np.float32).reshape(-1, _FACE_VALUES)
+    values = np.array(faces, np.float32).reshape(-1, _FACE_VALUES + 1)
     values = values[(values[:, 2] > values[:, 0]) & (values[:, 3] > values[:, 1])]
-    points = values[:, _BOX_VALUES:].reshape(-1, LANDMARKS_PER_FACE, 3)[:, :, :2]
+    points = values[:, _BOX_VALUES:_FACE_VALUES].reshape(-1, LANDMARKS_PER_FACE, 3)[:, :, :2]
     has_landmarks = (points >= 0).all(axis=(1, 2))
     landmarks = np.where(has_landmarks[:, None, None], points, 0)
-    return LabelledImage(path, Faces(values[:, :_BOX_VALUES].copy(), landmarks, has_landmarks))
+    boxes, ignored = values[:, :_BOX_VALUES].copy(), values[:, _FACE_VALUES] != 0
+    return LabelledImage(path, Faces(boxes, landmarks, has_landmarks, ignored))
 
 
 # -------------------------------------------------------------------------------------------------- writing
@@ -247,15 +248,20 @@ def _format_image(image: LabelledImage, root: Path) -> str:
     # A path that is not below the root is read back as it is, if it is absolute.
     name = image.path.relative_to(root) if image.path.is_relative_to(root) else image.path
     faces = image.faces
-    rows = zip(_decimals(faces.boxes), _decimals(faces.landmarks), faces.has_landmarks, strict=True)
+    landmarks = [
+        row if known else None for row, known in zip(_decimals(faces.landmarks), faces.has_landmarks, strict=True)
+    ]
+    rows = zip(_decimals(faces.boxes), landmarks, faces.ignored, strict=True)
     return "".join(line + "\n" for line in [f"# {name.as_posix()}", *(_format_face(*row) for row in rows)])
 
 
-def _format_face(box: Sequence[Decimal], landmarks: Sequence[Decimal], has_landmarks: bool) -> str:
+def _format_face(box: Sequence[Decimal], landmarks: Sequence[Decimal] | None, ignored: bool) -> str:
     left, top, right, bottom = box
     # Decimals, for the difference of two short ones is short and exact: 0.3 - 0.1 is 0.2.
     words = [_plain(value) for value in (left, top, right - left, bottom - top)]
-    if has_landmarks:
+    if ignored:
+        words.append("1")
+    elif landmarks:
         for x, y in zip(landmarks[::2], landmarks[1::2], strict=True):
             words += [_plain(x), _plain(y), "0"]
     return " ".join(words)

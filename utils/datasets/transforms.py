@@ -15,7 +15,8 @@ from utils.structures import Faces, join_faces
 Generator = np.random.Generator
 _INTERPOLATIONS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4)
 # A face that is thinner than this in the crop has no pixels to learn from.
-_MIN_FACE_SIDE = 1.0
+_MIN_VISIBLE_SIDE = 1.0
+_CROP_TRIES = 250
 _MAX_BLUR_RADIUS = 4
 _JPEG_QUALITIES = (30, 90)
 
@@ -33,13 +34,13 @@ def augment(sample: Sample, side: int, config: DataConfig, fill: Sequence[float]
 
     `fill` is the BGR colour outside the image.
     """
-    region = random_square(sample, (config.min_crop_scale, config.max_crop_scale), rng)
+    region = random_crop_region(sample, config, rng)
     if config.rotation_degrees > 0:
         degrees = rng.uniform(-config.rotation_degrees, config.rotation_degrees)
         sample = crop_rotated(sample, region, degrees, fill)
     else:
         sample = crop(sample, region, fill)
-    sample = resize_square(sample, side, int(rng.choice(_INTERPOLATIONS)))
+    sample = ignore_small_faces(resize_square(sample, side, int(rng.choice(_INTERPOLATIONS))), config.min_face_size)
     if rng.random() < config.flip_probability:
         sample = mirror(sample)
     return replace(sample, image=_augment_pixels(sample.image, config, rng))
@@ -75,11 +76,11 @@ def mosaic(quarters: Sequence[Sample]) -> Sample:
 def crop(sample: Sample, region_xywh: tuple[int, int, int, int], fill: Sequence[float] = (0, 0, 0)) -> Sample:
     """Crop a region, which may reach outside the image, where it has the colour `fill`.
 
-    Faces whose centre lies outside are dropped; the boxes of the others are clipped to the region. The pixels may be
-    a view of those of `sample`.
+    Boxes are clipped to the region. Faces whose centre lies outside are ignored, and dropped where nothing of them is
+    visible. The pixels may be a view of those of `sample`.
     """
     x, y = region_xywh[:2]
-    return _drop_and_clip(Sample(_crop_pixels(sample.image, region_xywh, fill), sample.faces.moved((-x, -y))))
+    return _clip_faces(Sample(_crop_pixels(sample.image, region_xywh, fill), sample.faces.moved((-x, -y))))
 
 
 def crop_rotated(
@@ -108,7 +109,7 @@ def crop_rotated(
     radii = np.sqrt(((faces.boxes[:, 2:] - faces.boxes[:, :2]) / 2) ** 2 @ rotation**2)
     boxes = np.concatenate([centres - radii, centres + radii], axis=1).astype(np.float32)
     landmarks = ((faces.landmarks - old_centre) @ rotation.T + new_centre).astype(np.float32)
-    return _drop_and_clip(Sample(image, replace(faces, boxes=boxes, landmarks=landmarks)))
+    return _clip_faces(Sample(image, replace(faces, boxes=boxes, landmarks=landmarks)))
 
 
 def _crop_pixels(image: np.ndarray, region_xywh: tuple[int, int, int, int], fill: Sequence[float]) -> np.ndarray:
@@ -126,21 +127,30 @@ def _crop_pixels(image: np.ndarray, region_xywh: tuple[int, int, int, int], fill
     return cv2.copyMakeBorder(image[top:bottom, left:right], *margins, cv2.BORDER_CONSTANT, value=colour)
 
 
-def _drop_and_clip(sample: Sample) -> Sample:
-    """Drop the faces whose centre lies outside the image, and clip the boxes of the others."""
+def _clip_faces(sample: Sample) -> Sample:
+    """Clip boxes to the image, ignore faces whose centre lies outside, and drop invisible ones; see `crop`."""
     height, width = sample.image.shape[:2]
-    centres = (sample.faces.boxes[:, :2] + sample.faces.boxes[:, 2:]) / 2
-    kept = sample.faces.select(((centres >= 0) & (centres < (width, height))).all(axis=1))
-    boxes: np.ndarray = np.clip(kept.boxes, 0, np.array([width, height] * 2, np.float32))
-    return Sample(sample.image, replace(kept, boxes=boxes))
+    faces = sample.faces
+    centres = (faces.boxes[:, :2] + faces.boxes[:, 2:]) / 2
+    is_inside = ((centres >= 0) & (centres < (width, height))).all(axis=1)
+    boxes: np.ndarray = np.clip(faces.boxes, 0, np.array([width, height] * 2, np.float32))
+    clipped = replace(faces, boxes=boxes, ignored=faces.ignored | ~is_inside)
+    return Sample(sample.image, clipped.select((boxes[:, 2:] > boxes[:, :2]).all(axis=1)))
 
 
 def resize_square(sample: Sample, side: int, interpolation: int = cv2.INTER_LINEAR) -> Sample:
     """Resize a square sample to `side`; faces that become thinner than a pixel are dropped."""
     image = cv2.resize(sample.image, (side, side), interpolation=interpolation)
     faces = sample.faces.scaled(side / sample.image.shape[0])
-    is_visible = (faces.boxes[:, 2:] - faces.boxes[:, :2] >= _MIN_FACE_SIDE).all(axis=1)
+    is_visible = (faces.boxes[:, 2:] - faces.boxes[:, :2] >= _MIN_VISIBLE_SIDE).all(axis=1)
     return Sample(image, faces.select(is_visible))
+
+
+def ignore_small_faces(sample: Sample, min_size: float) -> Sample:
+    """Ignore the faces whose root of the area is below `min_size` pixels."""
+    sides = sample.faces.boxes[:, 2:] - sample.faces.boxes[:, :2]
+    is_small = sides.prod(axis=1) < min_size**2
+    return Sample(sample.image, replace(sample.faces, ignored=sample.faces.ignored | is_small))
 
 
 def mirror(sample: Sample) -> Sample:
@@ -192,20 +202,24 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
-def random_square(sample: Sample, scales: tuple[float, float], rng: Generator) -> tuple[int, int, int, int]:
-    """A square x, y, side, side of `scales` times the short side, which contains the centre of a random face if any."""
+def random_crop_region(sample: Sample, config: DataConfig, rng: Generator) -> tuple[int, int, int, int]:
+    """A random square x, y, side, side that contains a face by `DataConfig.crop_rule`.
+
+    Regions are drawn until one does. Where none is found, the region is the whole image, padded to a square.
+    """
     height, width = sample.image.shape[:2]
-    side = max(1, round(rng.uniform(*scales) * min(height, width)))
-    centre_x, centre_y = rng.uniform(0, width), rng.uniform(0, height)
-    if len(sample.faces) > 0:
-        x1, y1, x2, y2 = sample.faces.boxes[rng.integers(len(sample.faces))]
-        centre_x, centre_y = (x1 + x2) / 2, (y1 + y2) / 2
-    return _start_around(centre_x, side, width, rng), _start_around(centre_y, side, height, rng), side, side
+    boxes = sample.faces.boxes[~sample.faces.ignored]
+    if config.crop_rule == "face_centre":
+        boxes = np.tile((boxes[:, :2] + boxes[:, 2:]) / 2, 2)
+    for _ in range(_CROP_TRIES):
+        side = max(1, round(float(rng.choice(config.crop_scales)) * min(height, width)))
+        x, y = _random_start(width, side, rng), _random_start(height, side, rng)
+        is_inside = (boxes[:, :2] >= (x, y)).all(axis=1) & (boxes[:, 2:] <= (x + side, y + side)).all(axis=1)
+        if len(boxes) == 0 or is_inside.any():
+            return x, y, side, side
+    return 0, 0, max(height, width), max(height, width)
 
 
-def _start_around(centre: float, side: int, length: int, rng: Generator) -> int:
-    """Random start of an interval of `side` that contains `centre` and lies within [0, length), or contains that."""
-    first, last = min(0, length - side), max(0, length - side)
-    lowest = int(np.clip(np.ceil(centre - side + 1), first, last))
-    highest = int(np.clip(np.floor(centre), first, last))
-    return int(rng.integers(lowest, max(lowest, highest) + 1))
+def _random_start(length: int, side: int, rng: Generator) -> int:
+    """Random start of an interval of `side` that lies within [0, length), or that contains it."""
+    return int(rng.integers(min(0, length - side), max(0, length - side), endpoint=True))

@@ -117,6 +117,6 @@ def _ground_truths(labelled: Sequence[LabelledImage], folder: Path) -> list[Grou
     for path, image in zip(paths, labelled, strict=True):
         name = path.with_suffix("") if counts[path.with_suffix("")] == 1 else path
         corners, ends = image.faces.boxes[:, :2].astype(np.float64), image.faces.boxes[:, 2:].astype(np.float64)
-        subsets = {ALL_FACES: np.ones(len(image.faces), bool)}
+        subsets = {ALL_FACES: ~image.faces.ignored}
         truths.append(GroundTruth(name.as_posix(), np.concatenate([corners, ends - corners], axis=1), subsets))
     return truths

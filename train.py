@@ -12,6 +12,7 @@ import torch
 from config import (
     DATA,
     EXPERIMENTS,
+    RECIPES,
     DataConfig,
     ExperimentConfig,
     LossConfig,
@@ -22,7 +23,7 @@ from config import (
 )
 from engine.training import Trainer
 from engine.training_state import TrainingData
-from models.architecture import apply_overrides
+from models.architecture import apply_overrides, combine_overrides, describe_architecture
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.image_pyramid import build_model, pyramid_levels
 from models.initialise import initialise_backbone, initialise_for_focal_loss, initialise_from_detector
@@ -36,7 +37,7 @@ from utils.evaluation.ground_truth import open_validation_set
 from utils.options import Flags, parse_flags
 from utils.runtime.cli import choose_device, run
 from utils.runtime.distributed import DistributedContext, distributed_context
-from utils.runtime.experiment import Experiment, load_config, save_config
+from utils.runtime.experiment import Experiment, load_config, load_recipe, save_config
 from utils.runtime.files import disk_errors, make_folder, user_path
 from utils.runtime.logger import RunLog
 
@@ -70,21 +71,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 def resolve(flags: Flags) -> TrainingRun:
     """The experiment's folder, its configuration, and the checkpoint that it starts from.
 
-    The configuration is the one saved in the folder, if training continues there, changed by the flags. A new
-    experiment has the architecture of the checkpoint that it starts from, changed by the flags.
+    The configuration is the one saved in the folder, if training continues there, or that of the recipe, changed by
+    the flags. A new experiment has the architecture that its name says, or else that of the checkpoint that it starts
+    from, changed by the flags.
     """
     start, name = flags.apply(StartOptions()), flags.apply(RunOptions()).experiment_name
-    if start.pretrained_detector and start.pretrained_backbone != "none":
+    if start.pretrained_detector and start.pretrained_backbone not in (None, "none"):
         raise ConfigError("--pretrained_detector brings its backbone: drop --pretrained_backbone")
     named = Experiment(EXPERIMENTS / name) if name else None
+    overrides = flags.apply(ModelOverrides())
     saved, base, checkpoint = ExperimentConfig(), None, None
     if start.resume and named and named.config_file.is_file():
         saved = load_config(named.config_file)
         base = saved.model
-    elif start.pretrained_detector:
-        checkpoint = load_checkpoint(user_path(start.pretrained_detector))
-        base = checkpoint.model_config
-    model_config = apply_overrides(flags.apply(ModelOverrides()), base)
+    elif start.recipe:
+        saved = load_recipe(start.recipe, RECIPES).experiment
+        base = saved.model
+    else:
+        if start.pretrained_detector:
+            checkpoint = load_checkpoint(user_path(start.pretrained_detector))
+            base = checkpoint.model_config
+        overrides = combine_overrides(overrides, name or "")
+    model_config = apply_overrides(overrides, base)
     config = dataclasses.replace(
         saved,
         model=model_config,
@@ -92,7 +100,8 @@ def resolve(flags: Flags) -> TrainingRun:
         data=flags.apply(saved.data),
         train=flags.apply(saved.train),
     )
-    return TrainingRun(named or Experiment(EXPERIMENTS / model_config.name), config, start, checkpoint)
+    usual_name = start.recipe or model_config.name
+    return TrainingRun(named or Experiment(EXPERIMENTS / usual_name), config, start, checkpoint)
 
 
 def train(training: TrainingRun, device: torch.device, context: DistributedContext) -> None:
@@ -128,6 +137,7 @@ def train(training: TrainingRun, device: torch.device, context: DistributedConte
             log.line(f"started from {origin}; {len(new_parameters)} tensors are randomly initialised")
         if context.is_main:
             save_config(config, experiment.config_file)
+        log.line(f"architecture: {describe_architecture(config.model)}")
         log.line(
             f"{len(data.images)} training images on {device}, {context.world_size} process(es)",
             f", {experiment.folder}",
@@ -157,7 +167,8 @@ def initialise(model: RetinaFace, training: TrainingRun) -> list[str]:
     """Load the initial weights; returns the names of parameters that a pretrained detector lacks."""
     if training.checkpoint:
         return initialise_from_detector(model, training.checkpoint)
-    initialise_backbone(model, training.start.pretrained_backbone)
+    usual = "imagenet" if training.config.model.backbone.startswith("resnet") else "none"
+    initialise_backbone(model, training.start.pretrained_backbone or usual)
     if training.config.loss.classification == "focal":
         initialise_for_focal_loss(model)
     return []

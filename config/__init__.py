@@ -5,7 +5,14 @@ Every fact about an experiment (anchors, means, thresholds, loss weights, ...) i
 Flags, checks and the JSON form are derived from the fields by `utils.options`.
 """
 
-from config.experiment import DataConfig, ExperimentConfig, LossConfig, PostprocessConfig, TrainConfig
+from config.experiment import (
+    DataConfig,
+    ExperimentConfig,
+    LossConfig,
+    PostprocessConfig,
+    ProtocolConfig,
+    TrainConfig,
+)
 from config.model import (
     BACKBONES,
     USUAL_LEVELS,
@@ -20,12 +27,12 @@ from config.run import (
     DEFAULT_EXPERIMENT,
     EVALUATION_COMPUTE,
     EXPERIMENTS,
+    RECIPES,
     ROOT,
     ComputeOptions,
     EvaluationOptions,
     ExportOptions,
     InferenceOptions,
-    ProtocolConfig,
     RunOptions,
     StartOptions,
     WeightOptions,
@@ -37,6 +44,7 @@ __all__ = [
     "DEFAULT_EXPERIMENT",
     "EVALUATION_COMPUTE",
     "EXPERIMENTS",
+    "RECIPES",
     "ROOT",
     "USUAL_LEVELS",
     "ComputeOptions",

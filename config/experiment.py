@@ -95,7 +95,9 @@ class DataConfig(Options):
     cache: str = option(
         "none", "keep decoded images in memory (ram) or below ~/.cache (disk)", choices=("none", "ram", "disk")
     )
-    num_workers: int = option(2, "processes that read and augment images; 0 reads in the main process", minimum=0)
+    num_workers: int = option(
+        -1, "processes that read and augment images; 0 reads in the main process, -1 takes one for each free core"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,16 +147,26 @@ class TrainConfig(Options):
         "epochs at which multistep divides the rate by ten; empty is 70%% and 90%% of the run",
         parse=parse_integers,
     )
+    min_rate_factor: float = option(
+        0.0, "lowest learning rate of cosine and cosine_restarts relative to the peak", minimum=0, maximum=1
+    )
     restart_epochs: int = option(30, "epochs from one restart of cosine_restarts to the next", above=0)
     warmup_epochs: float = option(
-        1.0, "epochs over which the rate rises linearly from a hundredth of its peak", minimum=0
+        1.0, "epochs over which the rate rises linearly from a hundredth of its peak; 0 starts at the peak", minimum=0
     )
     freeze_bn: bool = option(False, "keep the running statistics of batch normalisation, for fine-tuning")
-    sync_bn: bool = option(False, "batch normalisation over all processes together (torchrun, CUDA)")
-    amp: bool = option(False, "automatic mixed precision, on CUDA")
+    sync_bn: bool | None = option(
+        None, "batch normalisation over all processes together (default: with several CUDA devices under torchrun)"
+    )
+    amp: bool = option(False, "automatic mixed precision, on CUDA: bfloat16 where the device has it, else float16")
     ema_decay: float = option(0.0, "decay of the averaged weights that are validated and kept; 0 averages none")
     clip_gradient: float = option(10.0, "largest gradient norm; 0 does not clip", minimum=0)
-    eval_every: int = option(1, "validate every N epochs; the last epoch is always validated", above=0)
+    eval_every: int = option(
+        0,
+        "validate every N epochs; the last epoch is always validated. 0 chooses N so that validation takes about a tenth "
+        "of the time",
+        minimum=0,
+    )
     best_metric: str = option(
         "mean",
         "AP that decides which checkpoint is the best: of a subset, or the mean of all",
@@ -171,6 +183,26 @@ class TrainConfig(Options):
 
 
 @dataclass(frozen=True)
+class ProtocolConfig(Options):
+    """Test protocol: how images are shown to the model in an evaluation, and how boxes are written"""
+
+    protocol: str = option(
+        "original",
+        "size of the images: original; vga, long side 640, padded to a square (SCRFD); 1600x2150, short side 1600 and "
+        "long side at most 2150 (biubug6); 1100x1650 (TinaFace) and 800x1200 (RetinaFace) likewise",
+        choices=("original", "vga", "1600x2150", "1100x1650", "800x1200"),
+    )
+    flip: bool = option(False, "also detect in the mirrored image, and merge by box voting")
+    multi_scale: bool = option(
+        False, "also detect at 0.625, 1.375, 1.75 and 2.125 times the size, and merge by box voting"
+    )
+    min_face_height: float = option(
+        0.0, "drop boxes that are lower, in pixels of the image; TinaFace drops those below 9", minimum=0
+    )
+    integer_boxes: bool = option(False, "truncate boxes to whole pixels, as biubug6's test_widerface.py does")
+
+
+@dataclass(frozen=True)
 class ExperimentConfig(Options):
     """Everything that belongs to an experiment, saved beside its checkpoints."""
 
@@ -181,3 +213,4 @@ class ExperimentConfig(Options):
     inference: PostprocessConfig = PostprocessConfig()
     # Score threshold and NMS of the published WIDER FACE figures of biubug6/Pytorch_Retinaface.
     evaluation: PostprocessConfig = PostprocessConfig(confidence_threshold=0.02, nms_threshold=0.4)
+    protocol: ProtocolConfig = ProtocolConfig()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from utils.options import Options, option, parse_numbers, require
+from utils.options import Options, option, parse_integers, parse_numbers, require
 
 BACKBONES = ("mobilenet0.25", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
@@ -272,6 +272,21 @@ class ModelOverrides(Options):
     landmark_loss: bool | None = option(None, "False: a model without landmarks")
     anchor_sizes: tuple[tuple[float, ...], ...] | None = option(
         None, "anchor sides in pixels, e.g. 16,32/64,128/256,512, one group a level", parse=parse_anchor_sizes
+    )
+    strides: tuple[int, ...] | None = option(
+        None, "strides of the pyramid levels, e.g. 4,8,16,32; needs --anchor_sizes", parse=parse_integers
+    )
+    match_iou: tuple[float, ...] | None = option(
+        None, "IoU from which a prior is positive, one number a stage, e.g. 0.7,0.5", parse=parse_numbers
+    )
+    negative_iou: tuple[float, ...] | None = option(
+        None,
+        "IoU below which a prior is negative, one number a stage (default: that of --match_iou)",
+        parse=parse_numbers,
+    )
+    force_match: bool | None = option(None, "also match the best prior of every face below --match_iou")
+    variances: tuple[float, ...] | None = option(
+        None, "divisors of the centre and the size deltas of boxes, e.g. 0.1,0.2", parse=parse_numbers
     )
     fine_levels: int | None = option(
         None, "pyramid levels computed on the image at twice its size, for smaller faces, at about five times the cost"

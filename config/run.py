@@ -10,6 +10,7 @@ from utils.options import Options, option, require
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ROOT / "experiments"
 DATA = ROOT / "data"
+RECIPES = ROOT / "recipes"
 DEFAULT_EXPERIMENT = "mobilenet0.25_pretrained"
 
 
@@ -63,8 +64,13 @@ class StartOptions(Options):
     """Where training starts"""
 
     resume: bool = option(True, "continue from the experiment's ckpt-last where there is one; False starts again")
-    pretrained_backbone: str = option(
-        "none", "initial weights of the backbone: a file, torchvision's ImageNet weights (imagenet), or random (none)"
+    recipe: str | None = option(
+        None, "a published training recipe: the name of a file of recipes/; other flags change it"
+    )
+    pretrained_backbone: str | None = option(
+        None,
+        "initial weights of the backbone: a file, torchvision's ImageNet weights (imagenet), or random (none) "
+        "(default: imagenet for a ResNet)",
     )
     pretrained_detector: str | None = option(
         None,
@@ -72,23 +78,6 @@ class StartOptions(Options):
         "stage that it lacks starts as a copy of the first",
     )
     show_batch: int = option(0, "draw N augmented crops into log/batch.png, and stop", minimum=0)
-
-
-@dataclass(frozen=True)
-class ProtocolConfig(Options):
-    """Test protocol: how images are shown to the model in an evaluation, and how boxes are written"""
-
-    protocol: str = option(
-        "original",
-        "size of the images: original; vga, long side 640, padded to a square (SCRFD); "
-        "1600x2150, short side 1600 and long side at most 2150 (RetinaFace, biubug6)",
-        choices=("original", "vga", "1600x2150"),
-    )
-    flip: bool = option(False, "also detect in the mirrored image, and merge by box voting")
-    multi_scale: bool = option(
-        False, "also detect at 0.625, 1.375, 1.75 and 2.125 times the size, and merge by box voting"
-    )
-    integer_boxes: bool = option(False, "truncate boxes to whole pixels, as biubug6's test_widerface.py does")
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,9 @@ def rate_factor(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], fl
     def fall(step: int) -> float:
         if config.schedule == "multistep":
             return float(0.1 ** sum(step >= epoch * steps_per_epoch for epoch in milestones))
-        if config.schedule == "cosine":
-            return (1 + math.cos(math.pi * min(1.0, (step - warmup) / (total - warmup)))) / 2
-        return (1 + math.cos(math.pi * ((step - warmup) % period) / period)) / 2
+        done = (step - warmup) / (total - warmup) if config.schedule == "cosine" else (step - warmup) % period / period
+        cosine = (1 + math.cos(math.pi * min(1.0, done))) / 2
+        return config.min_rate_factor + (1 - config.min_rate_factor) * cosine
 
     def factor(step: int) -> float:
         if step < warmup:

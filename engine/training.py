@@ -14,7 +14,17 @@ from tqdm import tqdm
 
 from config import ExperimentConfig
 from engine.optimisation import build_average, build_optimizer, build_scheduler, freeze_batch_norm
-from engine.training_state import Progress, TrainingData, TrainingError, check_options
+from engine.training_state import (
+    Progress,
+    TrainingData,
+    TrainingError,
+    check_options,
+    choose_amp_dtype,
+    describe_duration,
+    describe_loss_shares,
+    must_sync_batch_norm,
+    usual_eval_every,
+)
 from engine.validation import validate
 from layers.multibox_loss import MultiBoxLoss
 from models.checkpoint import Checkpoint, save_checkpoint
@@ -71,7 +81,8 @@ class Trainer:
         self.device = model.device
         check_options(config, data, self.device, context)
         train = config.train
-        if train.sync_bn:
+        if must_sync_batch_norm(train, self.device, context):
+            log.line(f"batch normalisation is synchronised over {context.world_size} devices")
             model = cast(RetinaFace, nn.SyncBatchNorm.convert_sync_batchnorm(model))
         self.model = model.to(memory_format=torch.channels_last)
         self.ddp_model: nn.Module = self.model
@@ -91,10 +102,14 @@ class Trainer:
         self.loader = build_loader(data.images, config, self.sampler, pin_memory=self.device.type == "cuda")
         self.steps_per_epoch = len(self.sampler) * world_size // self.batch_size
         self.new_parameters = list(new_parameters)
+        self.eval_every = train.eval_every or usual_eval_every(data)
         self.progress = Progress()
         self.optimizer = build_optimizer(model, train, self.new_parameters)
         self.averaged = build_average(model, train.ema_decay)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.amp)
+        self.amp_dtype = choose_amp_dtype(train, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
+        # Crops have one size, so cuDNN's search for the fastest algorithms pays off at once.
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"
         self._build_scheduler()
         self._saved_at = time.monotonic()
 
@@ -125,6 +140,8 @@ class Trainer:
                 seconds = time.perf_counter() - start
                 rate = (self.steps_per_epoch * self.batch_size - first_position) / seconds
                 metrics = self._epoch_metrics()
+                if epoch == 1:
+                    self.log.line(describe_loss_shares(metrics), f"; {describe_duration(train.epochs, seconds)}")
                 progress.epoch, progress.position, progress.sums = epoch, 0, {}
                 metrics |= self._validate_and_save_best(epoch)
                 # Before ckpt-last: a run that is killed in between repeats the epoch and replaces its row.
@@ -174,7 +191,7 @@ class Trainer:
         """Forward, loss and backward of one batch; an optimiser step after every `accumulate` batches."""
         train = self.config.train
         images = batch.images.to(self.device, non_blocking=True).float().contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.float16, enabled=train.amp):
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             outputs = self.ddp_model(images)
             teacher_scores = self.teacher(images) if self.teacher else None
         terms = self.loss(outputs, batch.targets.to(self.device), (images.shape[2], images.shape[3]), teacher_scores)
@@ -188,7 +205,7 @@ class Trainer:
         if is_last_of_group:
             norm = self._clip_gradients()
             # Scaled gradients may overflow, which the scaler handles.
-            finite = finite if train.amp else finite & torch.isfinite(norm)
+            finite = finite if self.scaler.is_enabled() else finite & torch.isfinite(norm)
         if not finite:
             self._raise_non_finite(batch, f"epoch {epoch}, step {step}", float(total.detach()))
         if is_last_of_group:
@@ -250,7 +267,7 @@ class Trainer:
         if validation is None:
             self._save("best", self.trained_model, epoch=epoch)
             return {}
-        if epoch % train.eval_every and epoch != train.epochs:
+        if epoch % self.eval_every and epoch != train.epochs:
             return {}
         metrics = validate(self.trained_model, self.config, validation, self.context, self.log, epoch)
         value = metrics["val/ap" if train.best_metric == "mean" else f"val/ap_{train.best_metric}"]

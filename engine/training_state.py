@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 from torch import Tensor
 
-from config import ExperimentConfig
+from config import ExperimentConfig, TrainConfig
 from utils.datasets.labels import LabelledImage
 from utils.errors import UserError
 from utils.evaluation.ground_truth import EvaluationSet
@@ -74,3 +76,40 @@ def check_options(
         raise TrainingError(
             f"--best_metric={train.best_metric} needs the official ground truth in val/gt; use mean, or add it"
         )
+
+
+def must_sync_batch_norm(train: TrainConfig, device: torch.device, context: DistributedContext) -> bool:
+    """Whether batch normalisation is synchronised: by default with several CUDA devices, unless it is frozen."""
+    is_possible = device.type == "cuda" and context.world_size > 1
+    return is_possible and not train.freeze_bn if train.sync_bn is None else train.sync_bn
+
+
+def choose_amp_dtype(train: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """The 16-bit type of mixed precision, or None without it."""
+    if not train.amp:
+        return None
+    return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16
+
+
+def usual_eval_every(data: TrainingData) -> int:
+    """Number of epochs between validations with which they take about a tenth of the time.
+
+    Learning from a crop takes about three times as long as detecting in it, and validation images are about twice as
+    large as crops.
+    """
+    if data.validation is None:
+        return 1
+    return math.ceil(10 * 2 / 3 * len(data.validation.truths) / len(data.images))
+
+
+def describe_loss_shares(metrics: Mapping[str, float]) -> str:
+    """The share of every weighted term in the loss of the first epoch, which shows what the gradient follows."""
+    terms = {name: value for name, value in metrics.items() if name.startswith("stage")}
+    total = sum(terms.values()) or 1.0
+    return "shares of the loss: " + ", ".join(f"{name} {value / total:.0%}" for name, value in terms.items())
+
+
+def describe_duration(epochs: int, seconds_per_epoch: float) -> str:
+    """How long the remaining epochs take at the rate of the first, without validation."""
+    remaining = timedelta(seconds=round((epochs - 1) * seconds_per_epoch))
+    return f"the remaining {epochs - 1} epochs take about {remaining} at this rate (--epochs sets their number)"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import re
+from dataclasses import replace
 from typing import Any
 
 from config import USUAL_LEVELS, ImagePyramidConfig, LevelConfig, ModelConfig, ModelOverrides, StageConfig
@@ -39,6 +40,52 @@ def usual_stages(cascade: bool, refinement: str = "sum") -> tuple[StageConfig, .
     return (StageConfig(), second)
 
 
+_ORIGINAL_NAME = re.compile(
+    r"(?:(?P<backbone>resnet\d*|mobilenet0\.25)_)?(?P<tina>tina_iou_)?anc(?P<anchors>[23])_cas(?P<cascade>[TF])_fpn3"
+)
+
+
+def overrides_from_name(experiment_name: str) -> ModelOverrides | None:
+    """The architecture that a name of the original's form says, as `resnet_anc2_casT_fpn3`, or None for other names."""
+    name = _ORIGINAL_NAME.fullmatch(experiment_name)
+    if name is None:
+        return None
+    backbone = name["backbone"] or "resnet50"
+    return ModelOverrides(
+        backbone="resnet50" if backbone == "resnet" else backbone,
+        model_version="tina" if name["tina"] else "retina",
+        num_anchor=int(name["anchors"]),
+        cascade=name["cascade"] == "T",
+    )
+
+
+def combine_overrides(overrides: ModelOverrides, experiment_name: str) -> ModelOverrides:
+    """The overrides together with those that the name of the experiment says.
+
+    Raises:
+        ConfigError: a flag contradicts the name.
+    """
+    said = overrides_from_name(experiment_name)
+    if said is None:
+        return overrides
+    for name, value in vars(said).items():
+        given = getattr(overrides, name)
+        if value is not None and given not in (None, value):
+            raise ConfigError(
+                f"--experiment_name={experiment_name} says {name} {value}, but --{name}={given}; drop the flag, or "
+                "choose another name"
+            )
+    return replace(overrides, **{name: value for name, value in vars(said).items() if value is not None})
+
+
+def describe_architecture(config: ModelConfig) -> str:
+    """The architecture in one line, for the user."""
+    stages = f"{len(config.stages)} stages ({config.refinement})" if config.cascade else "1 stage"
+    branch = ", IoU branch" if config.iou_aware else ""
+    strides = ", ".join(str(level.stride) for level in config.levels)
+    return f"{config.backbone}, {stages}{branch}, {config.num_anchor} anchors a cell, strides {strides}"
+
+
 def apply_overrides(overrides: ModelOverrides, base: ModelConfig | None = None) -> ModelConfig:
     """The architecture that the overrides ask for.
 
@@ -63,9 +110,14 @@ def apply_overrides(overrides: ModelOverrides, base: ModelConfig | None = None) 
     refinement = given.get("refinement", base.refinement if cascade else "sum")
     if (cascade, refinement) != (base.cascade, base.refinement):
         changes |= {"refinement": refinement, "stages": usual_stages(cascade, refinement)}
+    changes["stages"] = _override_matching(overrides, changes.get("stages", base.stages))
+    if overrides.variances is not None:
+        if len(overrides.variances) != 2:
+            raise ConfigError(f"--variances takes two numbers, got {overrides.variances}")
+        changes["variances"] = overrides.variances
     changes["levels"] = _override_levels(overrides, base.levels)
     changes["image_pyramid"] = _override_image_pyramid(overrides, base.image_pyramid)
-    return dataclasses.replace(base, **changes)
+    return replace(base, **changes)
 
 
 def _backbone_defaults(backbone: str) -> dict[str, Any]:
@@ -84,12 +136,28 @@ def _usual_levels(num_anchor: int) -> tuple[LevelConfig, ...]:
     return USUAL_LEVELS[num_anchor]
 
 
+def _override_matching(overrides: ModelOverrides, stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
+    """The stages with other matching thresholds, of which there is one for each stage."""
+    for name in ("match_iou", "negative_iou"):
+        values = getattr(overrides, name)
+        if values is None:
+            continue
+        if len(values) != len(stages):
+            raise ConfigError(f"--{name} has {len(values)} numbers for {len(stages)} stages")
+        stages = tuple(replace(stage, **{name: value}) for stage, value in zip(stages, values, strict=True))
+    if overrides.force_match is not None:
+        stages = tuple(replace(stage, force_match=overrides.force_match) for stage in stages)
+    return stages
+
+
 def _override_levels(overrides: ModelOverrides, levels: tuple[LevelConfig, ...]) -> tuple[LevelConfig, ...]:
+    strides = overrides.strides or tuple(level.stride for level in levels)
     if overrides.anchor_sizes is not None:
-        if len(overrides.anchor_sizes) != len(levels):
-            raise ConfigError(f"--anchor_sizes has {len(overrides.anchor_sizes)} levels, the model {len(levels)}")
-        pairs = zip(levels, overrides.anchor_sizes, strict=True)
-        levels = tuple(LevelConfig(level.stride, sizes) for level, sizes in pairs)
+        if len(overrides.anchor_sizes) != len(strides):
+            raise ConfigError(f"--anchor_sizes has {len(overrides.anchor_sizes)} levels for strides {strides}")
+        levels = tuple(map(LevelConfig, strides, overrides.anchor_sizes))
+    elif overrides.strides is not None:
+        raise ConfigError("--strides needs --anchor_sizes, one group of sizes for each stride")
     elif overrides.num_anchor not in (None, len(levels[0].anchor_sizes)):
         levels = _usual_levels(overrides.num_anchor or 0)
     if overrides.num_anchor not in (None, len(levels[0].anchor_sizes)):

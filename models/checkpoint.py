@@ -126,24 +126,29 @@ def load_checkpoint(path: Path, overrides: ModelOverrides | None = None) -> Chec
     return _adapt_to_overrides(checkpoint, overrides)
 
 
-def load_backbone(path: Path, backbone: str) -> State:
+def load_backbone(path: Path, backbone: str) -> tuple[State, bool]:
     """Read the weights of a backbone alone, without its classifier.
 
     Accepts an ImageNet file (with or without `module.` and a `state_dict` around it) or any detector's checkpoint.
+
+    Returns:
+        The tensors, and whether they are from ImageNet rather than from a detector.
 
     Raises:
         CheckpointError: see the class.
     """
     content = _read(path)
     state = _read_own(path, content).state if content.get("format") in _OWN_FORMATS else _plain_state(content)
+    is_imagenet = True
     for prefix in ("backbone.", "body."):
         if any(name.startswith(prefix) for name in state):
+            is_imagenet = False
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
     found = recognise_backbone(state, "", path)
     if found != backbone:
         raise CheckpointError(f"{path}: weights of {found}, but the model's backbone is {backbone}")
-    return state
+    return state, is_imagenet
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -49,8 +49,16 @@ def load_strictly(module: nn.Module, state: State, path: Path) -> None:
     module.load_state_dict({**{name: expected[name] for name in optional}, **state})
 
 
+# Mean and standard deviation of the RGB images, 0 to 255, that ImageNet weights were trained on.
+_IMAGENET_MEAN = (123.675, 116.28, 103.53)
+_IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
 def initialise_backbone(model: RetinaFace, source: str) -> None:
     """Load the weights of the backbone from `source`: a file, `imagenet` (torchvision's own), or `none`.
+
+    ImageNet weights are adapted to the channel order and range of the model's input, so that the backbone computes the
+    features that it was trained to compute.
 
     Raises:
         CheckpointError: the file does not fit the backbone.
@@ -61,12 +69,52 @@ def initialise_backbone(model: RetinaFace, source: str) -> None:
     name = model.model_config.backbone
     if source == "imagenet":
         state, origin = _torchvision_weights(name), Path(f"torchvision-{name}")
+        is_imagenet = True
     else:
         origin = user_path(source)
         if not origin.is_file():
             raise CheckpointError(f"--pretrained_backbone {source}: no such file")
-        state = load_backbone(origin, name)
-    load_strictly(model.backbone, state, origin)
+        state, is_imagenet = load_backbone(origin, name)
+    if is_imagenet:
+        state = _adapt_input(state, model.model_config)
+    _load_backbone(model.backbone, state, origin, model.model_config)
+
+
+def _adapt_input(state: State, config: ModelConfig) -> State:
+    """Rescale the first convolution for the input of the model, and shift the statistics that follow it.
+
+    At the border of the image the features differ slightly, because it is padded with another colour.
+    """
+    conv_name = "stage1.0.0" if config.backbone == "mobilenet0.25" else "conv1"
+    norm_name = "stage1.0.1" if config.backbone == "mobilenet0.25" else "bn1"
+    order = [2, 1, 0] if config.channel_order == "bgr" else [0, 1, 2]
+    mean, std = torch.tensor(_IMAGENET_MEAN)[order], torch.tensor(_IMAGENET_STD)[order]
+    own_mean, own_std = torch.tensor(config.pixel_mean), torch.tensor(config.pixel_std)
+    weight = state[f"{conv_name}.weight"][:, order]
+    # (x - mean) / std = own * own_std / std + (own_mean - mean) / std, for own = (x - own_mean) / own_std.
+    shift = (weight * ((own_mean - mean) / std).view(1, 3, 1, 1)).sum(dim=(1, 2, 3))
+    adapted = dict(state)
+    adapted[f"{conv_name}.weight"] = weight * (own_std / std).view(1, 3, 1, 1)
+    adapted[f"{norm_name}.running_mean"] = state[f"{norm_name}.running_mean"] - shift
+    return adapted
+
+
+def _load_backbone(backbone: nn.Module, state: State, origin: Path, config: ModelConfig) -> None:
+    """Load the weights of a plain backbone, into one with other layers as far as they go.
+
+    Deformable convolutions take the weights of the convolutions that they replace. Group normalisation keeps its
+    initial scale and shift, and added blocks their initial weights.
+    """
+    if config.deformable_backbone:
+        pattern = re.compile(r"(layer[34]\.\d+\.conv2)\.weight")
+        state = {pattern.sub(r"\1.conv.weight", name): tensor for name, tensor in state.items()}
+    own = backbone.state_dict()
+    if config.norm == "group":
+        norms = {name for name, module in backbone.named_modules() if isinstance(module, nn.GroupNorm)}
+        state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in norms}
+        state |= {name: tensor for name, tensor in own.items() if name.rpartition(".")[0] in norms}
+    added = re.compile(r"extra\.|layer[34]\.\d+\.conv2\.offsets\.")
+    load_strictly(backbone, {name: tensor for name, tensor in own.items() if added.match(name)} | state, origin)
 
 
 def _torchvision_weights(name: str) -> State:

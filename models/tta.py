@@ -14,9 +14,10 @@ from utils.nms import vote_boxes
 from utils.structures import Detections
 
 _VGA_SIDE = 640
-_SHORT_SIDE, _LONGEST_SIDE = 1600, 2150
-# RetinaFace's image pyramid: short sides of 500 to 1700 pixels, relative to its usual 800 (arXiv:1905.00641, section
-# 4.3).
+# Short side, and longest side that is allowed, of the protocols that resize.
+_SIDES = {"1600x2150": (1600, 2150), "1100x1650": (1100, 1650), "800x1200": (800, 1200)}
+# RetinaFace's image pyramid: short sides of 500 to 1700 pixels, relative to its usual 800 (insightface,
+# detection/retinaface/test_widerface.py). With --protocol=800x1200 it is exactly that.
 _SCALES = (500 / 800, 1.0, 1100 / 800, 1400 / 800, 1700 / 800)
 
 
@@ -64,9 +65,13 @@ class TestTimeAugmentation:
             for factor in (_SCALES if self.protocol.multi_scale else (1.0,))
             for mirrored in ((False, True) if self.protocol.flip else (False,))
         ]
-        if len(passes) == 1:
-            return passes[0]
-        return [self._merge(found) for found in zip(*passes, strict=True)]
+        merged = passes[0] if len(passes) == 1 else [self._merge(found) for found in zip(*passes, strict=True)]
+        smallest = self.protocol.min_face_height
+        return (
+            [found.select(found.boxes[:, 3] - found.boxes[:, 1] >= smallest) for found in merged]
+            if smallest
+            else merged
+        )
 
     def _detect(self, images: Sequence[np.ndarray], factor: float, mirrored: bool) -> list[Detections]:
         height, width = images[0].shape[:2]
@@ -114,8 +119,9 @@ def resized_size(size_hw: tuple[int, int], protocol: str, factor: float) -> tupl
     short, long = sorted(size_hw)
     if protocol == "vga":
         scale = _VGA_SIDE / long
-    elif protocol == "1600x2150":
-        scale = min(_SHORT_SIDE / short, _LONGEST_SIDE / long)
+    elif protocol in _SIDES:
+        short_side, long_side = _SIDES[protocol]
+        scale = min(short_side / short, long_side / long)
     else:
         scale = 1.0
     height, width = (max(1, round(side * scale * factor)) for side in size_hw)

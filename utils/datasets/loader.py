@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Sequence
 from typing import Any
@@ -15,16 +16,22 @@ from utils.datasets.labels import LabelledImage
 from utils.datasets.sampler import EpochSampler
 
 
+_MAX_WORKERS = 16  # more have no image to read in time
+
+
 def build_loader(
     images: Sequence[LabelledImage], config: ExperimentConfig, sampler: EpochSampler, pin_memory: bool
 ) -> DataLoader[Any]:
     """Batches of this process's share of the augmented crops, in the order of the sampler."""
+    workers = config.data.num_workers
+    if workers < 0:
+        workers = max(1, min(_MAX_WORKERS, (os.cpu_count() or 2) - 1))
     return DataLoader(
         FaceDataset(images, config.data, fill=config.model.pixel_mean),
         batch_size=sampler.batch_size,
         sampler=sampler,
-        num_workers=config.data.num_workers,
-        persistent_workers=config.data.num_workers > 0,
+        num_workers=workers,
+        persistent_workers=workers > 0,
         collate_fn=collate,
         pin_memory=pin_memory,
         worker_init_fn=_prepare_worker,

@@ -35,6 +35,34 @@ class Experiment:
         return self.folder / "ckpt" / f"{backbone}_ckpt-{which}.pth"
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """A published training recipe.
+
+    Attributes:
+        description: the paper or repository that it follows.
+        published: the published AP and the protocol that gave it.
+        experiment: architecture, losses, data, optimisation, thresholds and test protocol.
+    """
+
+    description: str
+    published: str
+    experiment: ExperimentConfig
+
+
+def load_recipe(name: str, folder: Path) -> Recipe:
+    """Read `<folder>/<name>.json`.
+
+    Raises:
+        ConfigError: there is no such recipe, or it is malformed.
+    """
+    path = folder / f"{name}.json"
+    known = sorted(file.stem for file in folder.glob("*.json"))
+    if name not in known:
+        raise ConfigError(f"--recipe={name}: no such recipe; choose from {', '.join(known)}")
+    return from_dict(Recipe, json.loads(path.read_text(encoding="utf-8")), where=str(path))
+
+
 def save_config(config: ExperimentConfig, path: Path) -> None:
     """Write the configuration of an experiment as JSON, atomically."""
     with atomic_write(path) as temporary:

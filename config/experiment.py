@@ -93,7 +93,7 @@ class DataConfig(Options):
         )
 
     @staticmethod
-    def upgrade(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    def upgrade(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         """Drop the option `cache_side` of earlier versions."""
         return {name: value for name, value in values.items() if name != "cache_side"}
 

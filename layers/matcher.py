@@ -53,7 +53,9 @@ def _match_image(boxes: Tensor, corners: Tensor, match_iou: float, background_io
     """
     best_iou = corners.new_zeros(len(corners))
     best_face = torch.full((len(corners),), BACKGROUND, device=corners.device)
-    forced = torch.full((len(corners),), BACKGROUND, device=corners.device)
+    if len(boxes) == 0:
+        return best_face
+    forced = torch.full_like(best_face, BACKGROUND)
     for part in torch.arange(len(boxes), device=corners.device).split(_FACES_AT_ONCE):
         iou = paired_iou(boxes[part].unsqueeze(1), corners)
         part_iou, part_face = iou.max(dim=0)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
+from config import USUAL_LEVELS
 from layers.matcher import BACKGROUND, IGNORED, MIN_FORCED_IOU, match_priors
 from layers.prior_box import prior_boxes
 from utils.structures import FaceTargets
@@ -21,6 +22,7 @@ def batch_of(*images: list[list[float]]) -> FaceTargets:
                 torch.tensor(boxes).view(-1, 4),
                 torch.zeros(len(boxes), 5, 2),
                 torch.zeros(len(boxes), dtype=torch.bool),
+                (len(boxes),),
             )
             for boxes in images
         ]
@@ -101,7 +103,7 @@ def match_one_image(face_boxes: Tensor, priors: Tensor, match_iou: float) -> Ten
 def test_equal_to_the_definition_image_by_image(match_iou: float, own_priors: bool, device: torch.device) -> None:
     """Random faces, crowds of more than are compared at once, and equal faces, where the first or the last wins."""
     random = torch.Generator().manual_seed(0)
-    fixed = prior_boxes((96, 128), ((8, 16, 32), (32, 64, 128), (128, 256, 512)), (8, 16, 32))
+    fixed = prior_boxes((96, 128), USUAL_LEVELS[3])
     priors = fixed.repeat(5, 1, 1)
     if own_priors:
         priors = priors * (0.8 + 0.4 * torch.rand(priors.shape, generator=random))

@@ -1,7 +1,7 @@
 """Images a second, stage by stage and end to end: python -m benchmarks.speed --images=FOLDER.
 
 Ours runs against `reference_detect`, a literal restatement of biubug6/Pytorch_Retinaface's pipeline with the same
-weights: the network in PyTorch's default layout with its batch normalisation, priors by nested loops for each image,
+weights: the model in PyTorch's default layout with its batch normalisation, priors by nested loops for each image,
 everything decoded, suppression box by box in NumPy, 5,000 candidates at most and 750 faces. All read the same files and
 write the same text. The contenders of a table take turns; each figure is a median.
 """
@@ -24,23 +24,18 @@ import numpy as np
 import torch
 
 from benchmarks.scaling import measure
-from config import (
-    DEFAULT_EXPERIMENT,
-    EXPERIMENTS,
-    ROOT,
-    ComputeOptions,
-    Flags,
-    ModelConfig,
-    PostprocessConfig,
-    UserError,
-)
+from config import DEFAULT_EXPERIMENT, EXPERIMENTS, ROOT, ComputeOptions, LevelConfig, PostprocessConfig
 from engine.evaluation import predict_files
 from layers.postprocess import postprocess
-from models.backend import missing_onnx_packages
+from models.architecture import usual_config
+from models.backend import TorchBackend
 from models.checkpoint import load_checkpoint
-from models.detector import FaceDetector, load_model
+from models.detector import FaceDetector
+from models.initialise import load_model
+from models.onnx_graph import missing_onnx_packages
 from models.retinaface import RetinaFace
 from utils.drawing import draw_detections
+from utils.errors import UserError
 from utils.evaluation.predictions import write_predictions
 from utils.results.masks import HeadSegmenter
 from utils.runtime.cli import run
@@ -58,16 +53,16 @@ Contenders = Mapping[str, Callable[[], object]]
 
 
 @torch.no_grad()
-def reference_detect(network: RetinaFace, image: np.ndarray) -> np.ndarray:
+def reference_detect(model: RetinaFace, image: np.ndarray) -> np.ndarray:
     """(N, 5) x1, y1, x2, y2, score of an image, as the reference finds them."""
-    model = network.config
+    config = model.model_config
     height, width = image.shape[:2]
-    pixels = image.astype(np.float32) - np.array(model.pixel_mean, np.float32)
+    pixels = image.astype(np.float32) - np.array(config.pixel_mean, np.float32)
     tensor = torch.from_numpy(pixels.transpose(2, 0, 1)).unsqueeze(0)
-    output = network(tensor + network.pixel_mean)[-1]  # our network subtracts it once more
+    output = model(tensor + model.pixel_mean)[-1]  # our model subtracts it once more
 
-    priors = torch.tensor(_priors_by_loops(model, height, width)).view(-1, 4)
-    deltas, (centre, size) = output.box_deltas[0], model.variances
+    priors = torch.tensor(_priors_by_loops(model.levels, height, width)).view(-1, 4)
+    deltas, (centre, size) = output.box_deltas[0], config.variances
     boxes = torch.cat(
         (priors[:, :2] + deltas[:, :2] * centre * priors[:, 2:], priors[:, 2:] * torch.exp(deltas[:, 2:] * size)), 1
     )
@@ -89,11 +84,12 @@ def reference_detect(network: RetinaFace, image: np.ndarray) -> np.ndarray:
     return candidates[kept][:_FACES]
 
 
-def _priors_by_loops(model: ModelConfig, height: int, width: int) -> list[float]:
+def _priors_by_loops(levels: Sequence[LevelConfig], height: int, width: int) -> list[float]:
     anchors: list[float] = []
-    for sizes, stride in zip(model.anchor_sizes, model.strides, strict=True):
+    for level in levels:
+        stride = level.stride
         for row, column in product(range(math.ceil(height / stride)), range(math.ceil(width / stride))):
-            for side in sizes:
+            for side in level.anchor_sizes:
                 anchors += [(column + 0.5) * stride / width, (row + 0.5) * stride / height, side / width, side / height]
     return anchors
 
@@ -113,9 +109,9 @@ def _suppress_one_by_one(boxes: np.ndarray, threshold: float) -> list[int]:
     return kept
 
 
-def reference_run(network: RetinaFace, files: Sequence[tuple[str, Path]], folder: Path) -> None:
+def reference_run(model: RetinaFace, files: Sequence[tuple[str, Path]], folder: Path) -> None:
     for name, path in files:
-        _write(folder, name, reference_detect(network, cv2.imread(str(path))))
+        _write(folder, name, reference_detect(model, cv2.imread(str(path))))
 
 
 # ------------------------------------------------------------------------------------------------ the contenders
@@ -127,7 +123,7 @@ def our_run(detector: FaceDetector, files: Sequence[tuple[str, Path]], folder: P
 
 
 def yunet_run(model: Path, files: Sequence[tuple[str, Path]], folder: Path) -> None:
-    """OpenCV's YuNet, a smaller network, with the same thresholds."""
+    """OpenCV's YuNet, a smaller model, with the same thresholds."""
     detector = cv2.FaceDetectorYN.create(
         str(model), "", (320, 320), _DETECTION.confidence_threshold, _DETECTION.nms_threshold, _CANDIDATES
     )
@@ -154,11 +150,11 @@ def stages(detectors: Mapping[str, FaceDetector], files: Sequence[tuple[str, Pat
     best = detectors[list(detectors)[-1]]
     outputs = [best.backend(tensor) for tensor in tensors]
     sizes = [(image.shape[0], image.shape[1]) for image in images]
-    found = [postprocess(*pair, best.network.config, _DETECTION)[0] for pair in zip(outputs, sizes, strict=True)]
+    found = [postprocess(*pair, best.model.model_config, _DETECTION)[0] for pair in zip(outputs, sizes, strict=True)]
 
     def sort_out() -> None:
         for pair in zip(outputs, sizes, strict=True):
-            postprocess(*pair, best.network.config, _DETECTION)
+            postprocess(*pair, best.model.model_config, _DETECTION)
 
     def draw_and_write() -> None:
         for image, detections in zip(images, found, strict=True):
@@ -177,13 +173,15 @@ def _all(function: Callable[[torch.Tensor], object], tensors: Sequence[torch.Ten
         function(tensor)
 
 
-def our_detectors(network: RetinaFace) -> dict[str, FaceDetector]:
-    """The network as it is, fused, and where it is installed in ONNX Runtime, which is the fastest."""
-    backends = ["torch"] if missing_onnx_packages() else ["torch", "onnx"]
-    speeds = {"eager": None} | {name: ComputeOptions(backend=name) for name in backends}
-    return {
-        name: FaceDetector(copy.deepcopy(network), _DETECTION, speed, max_pixels=0) for name, speed in speeds.items()
+def our_detectors(model: RetinaFace) -> dict[str, FaceDetector]:
+    """The model as it is, fused, and where it is installed in ONNX Runtime, which is the fastest."""
+    backends = {"eager": "torch", "torch": "torch"} | ({} if missing_onnx_packages() else {"onnx": "onnx"})
+    detectors = {
+        name: FaceDetector(copy.deepcopy(model), _DETECTION, ComputeOptions(backend, max_pixels=0))
+        for name, backend in backends.items()
     }
+    detectors["eager"].backend = TorchBackend(detectors["eager"].model, "eager")
+    return detectors
 
 
 # --------------------------------------------------------------------------------------------------- measuring
@@ -214,10 +212,10 @@ def find_images(folder: Path, limit: int) -> list[tuple[str, Path]]:
 
 
 def measure_pipeline(
-    network: RetinaFace, files: Sequence[tuple[str, Path]], yunet: Path | None, repeats: int
+    model: RetinaFace, files: Sequence[tuple[str, Path]], yunet: Path | None, repeats: int
 ) -> FaceDetector:
     """Compare all contenders; returns the fastest of ours."""
-    detectors = our_detectors(network)
+    detectors = our_detectors(model)
     best = list(detectors)[-1]
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -225,12 +223,12 @@ def measure_pipeline(
         runs: dict[str, Callable[[], object]] = {
             f"ours, {key}": partial(our_run, detector, files, folder) for key, detector in detectors.items()
         }
-        runs["reference pipeline"] = partial(reference_run, copy.deepcopy(network).eval(), files, folder)
+        runs["reference pipeline"] = partial(reference_run, copy.deepcopy(model).eval(), files, folder)
         if yunet is not None:
             runs["YuNet (OpenCV)"] = partial(yunet_run, yunet, files, folder)
         totals = compare("end to end, read to text", runs, len(files), repeats)
     ours = totals[f"ours, {best}"]
-    print(f"ours takes {ours / steps[f'forward, {best}']:.2f} times the bare network's time")
+    print(f"ours takes {ours / steps[f'forward, {best}']:.2f} times the bare model's time")
     print(f"ours is {totals['reference pipeline'] / ours:.2f} times as fast as the reference pipeline")
     return detectors[best]
 
@@ -261,12 +259,12 @@ def measure_memory(files: Sequence[tuple[str, Path]], weights: Path, threads: in
 def measure_resnet(repeats: int) -> None:
     """A cascade on ResNet-50 with random weights."""
     torch.manual_seed(0)
-    network = RetinaFace(usual_config("resnet50")).eval()
+    model = RetinaFace(usual_config("resnet50")).eval()
     image = torch.randint(0, 256, (1, _SIDE, _SIDE, 3), dtype=torch.uint8)
     runs: dict[str, Callable[[], object]] = {
-        "eager, default layout": partial(copy.deepcopy(network), image.permute(0, 3, 1, 2).contiguous())
+        "eager, default layout": partial(copy.deepcopy(model), image.permute(0, 3, 1, 2).contiguous())
     }
-    runs |= {name: partial(detector.backend, image) for name, detector in our_detectors(network).items()}
+    runs |= {name: partial(detector.backend, image) for name, detector in our_detectors(model).items()}
     medians = compare(f"ResNet-50 cascade, {_SIDE}x{_SIDE}", runs, 1, repeats)
     plain, eager, best = medians["eager, default layout"], medians["eager"], min(medians.values())
     print(f"{plain / best:.2f} times as fast as eager in its default layout, {eager / best:.2f} in channels_last")
@@ -283,16 +281,16 @@ def main() -> None:
         help="any supported checkpoint (default: the shipped one)",
     )
     parser.add_argument("--yunet", type=Path, help="OpenCV's face_detection_yunet .onnx, to compare with")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the network")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the model")
     parser.add_argument("--repeats", type=int, default=5, help="turns of which the median is shown (default: 5)")
     parser.add_argument("--no_resnet", action="store_true", help="leave the ResNet-50 out, which takes a minute")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     cv2.setNumThreads(arguments.threads)
     files = find_images(arguments.images, arguments.limit)
-    network = load_model(load_checkpoint(arguments.model_weight, Flags({}))).eval()
+    model = load_model(load_checkpoint(arguments.model_weight)).eval()
     print(f"{len(files)} images, {arguments.model_weight.name}, {arguments.threads} threads, {arguments.repeats} turns")
-    best = measure_pipeline(network, files, arguments.yunet, arguments.repeats)
+    best = measure_pipeline(model, files, arguments.yunet, arguments.repeats)
     measure_masks(best, files, arguments.repeats)
     measure_memory(files, arguments.model_weight, arguments.threads)
     if not arguments.no_resnet:

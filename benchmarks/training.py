@@ -1,7 +1,7 @@
 """Training steps a second against biubug6/Pytorch_Retinaface's loop: python -m benchmarks.training --dataset=FOLDER.
 
 The other loop is stated here in the words of this project: augmentation on float images, matching image by image,
-mining over the whole batch, the network in PyTorch's default layout. Network, batch and images are the same for both,
+mining over the whole batch, the model in PyTorch's default layout. Model, batch and images are the same for both,
 data loading is included, and the two take turns.
 """
 
@@ -25,7 +25,9 @@ from torchvision.ops import box_convert, box_iou
 
 from config import DataConfig, ExperimentConfig, TrainConfig
 from engine.training import Trainer
+from engine.training_state import TrainingData
 from layers.prior_box import prior_boxes
+from models.architecture import usual_config
 from models.retinaface import RetinaFace
 from utils.boxes import encode_boxes, encode_landmarks
 from utils.datasets.folders import read_split
@@ -59,7 +61,7 @@ def our_images_per_second(images: Sequence[LabelledImage], side: int, batch_size
     speed = Speed()
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        Trainer(RetinaFace(MODEL), config, Experiment(Path(folder)), images, None, speed).fit()
+        Trainer(RetinaFace(MODEL), config, Experiment(Path(folder)), TrainingData(images), speed).fit()
     return speed.images_per_second[-1]
 
 
@@ -79,8 +81,9 @@ class ReferenceDataset(Dataset[tuple[Tensor, np.ndarray]]):
     def __getitem__(self, index: int) -> tuple[Tensor, np.ndarray]:
         labelled = self.images[index]
         image = cv2.imread(str(labelled.path))
-        known = np.where(labelled.has_landmarks, 1.0, -1.0)[:, None]
-        faces = np.concatenate([labelled.boxes, labelled.landmarks.reshape(-1, 10), known], axis=1).astype(np.float32)
+        known = np.where(labelled.faces.has_landmarks, 1.0, -1.0)[:, None]
+        points = labelled.faces.landmarks.reshape(-1, 10)
+        faces = np.concatenate([labelled.faces.boxes, points, known], axis=1).astype(np.float32)
         image, faces = _cut_out(image, faces, self.side)
         image = _distort(image)
         height, width = image.shape[:2]
@@ -143,7 +146,7 @@ def _collate(items: Sequence[tuple[Tensor, np.ndarray]]) -> tuple[Tensor, list[T
 
 def reference_loss(boxes: Tensor, logits: Tensor, landmarks: Tensor, targets: Sequence[Tensor], side: int) -> Tensor:
     """The multibox loss, matched in a loop over the images."""
-    priors = prior_boxes((side, side), MODEL.anchor_sizes, MODEL.strides)
+    priors = prior_boxes((side, side), MODEL.levels)
     corners = box_convert(priors, "cxcywh", "xyxy")
     labels = torch.zeros(logits.shape[:2], dtype=torch.long)
     box_targets, landmark_targets = torch.zeros_like(boxes), torch.zeros_like(landmarks)
@@ -181,13 +184,13 @@ def reference_loss(boxes: Tensor, logits: Tensor, landmarks: Tensor, targets: Se
 def reference_images_per_second(images: Sequence[LabelledImage], side: int, batch_size: int, workers: int) -> float:
     """Of one epoch, from its first batch on, with the loader started anew as the reference does each epoch."""
     torch.manual_seed(0)
-    network = RetinaFace(MODEL).train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    model = RetinaFace(MODEL).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
     dataset = ReferenceDataset(images, side)
     loader = DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, collate_fn=_collate, drop_last=True)
     start = time.perf_counter()
     for pixels, targets in loader:
-        (output,) = network(pixels)
+        (output,) = model(pixels)
         optimizer.zero_grad()
         assert output.landmark_deltas is not None
         reference_loss(output.box_deltas, output.class_logits, output.landmark_deltas, targets, side).backward()
@@ -204,7 +207,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="measurements of which the median is shown (default: 3)")
     arguments = parser.parse_args()
-    images = [image for image in chain.from_iterable(read_split([arguments.dataset], "train")) if len(image.boxes)]
+    images = [image for image in chain.from_iterable(read_split([arguments.dataset], "train")) if len(image.faces)]
     images = list(islice(cycle(images), arguments.steps * arguments.batch_size))
     print(f"{'side':>6}{'ours, batches/s':>18}{'reference, batches/s':>23}{'ratio':>8}")
     for side in arguments.sides:

@@ -108,7 +108,7 @@ class DataConfig(Options):
         )
 
     @staticmethod
-    def upgrade(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    def upgrade(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         """Translate the options of earlier versions, which drew crop scales from an interval."""
         kept = {name: value for name, value in values.items() if name not in ("cache_side", *_FORMER_SCALES)}
         if not set(_FORMER_SCALES) & set(values):

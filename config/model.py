@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from utils.options import Options, option, parse_integers, parse_numbers, require
+from utils.options import Options, from_dict, option, parse_integers, parse_numbers, require, to_dict
 
 BACKBONES = ("mobilenet0.25", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
@@ -230,33 +232,63 @@ class ModelConfig(Options):
         return f"{self.backbone}_{version}anc{self.num_anchor}_cas{cascade}_fpn{len(self.levels)}"
 
     @staticmethod
-    def upgrade(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    def upgrade(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         """Translate the fields that earlier versions saved: see `utils.options.from_dict`."""
-        if "strides" not in values:
+        former = {item.name for item in dataclasses.fields(_FormerLevels)} & set(values)
+        if not former:
             return values
-        fine = values.get("fine_levels", 0)
-        levels = list(zip(values["strides"], values["anchor_sizes"], strict=True))
-        # Upsampled levels stood in the list under their stride in the original image, the finest ones first.
-        if fine:
-            levels = [(2 * stride, [2 * size for size in sizes]) for stride, sizes in levels[: fine - 1]] + levels[
-                fine:
-            ]
-        former = ("strides", "anchor_sizes", "fine_levels", "context_share", "coarse_share")
-        pyramid = {
-            "upsampled_levels": fine,
-            "native_scale_weight": values.get("context_share", 0.3) if fine else 0.0,
-            "half_scale_weight": values.get("coarse_share", 0.0),
-        }
+        saved = from_dict(_FormerLevels, {name: values[name] for name in former}, where)
         return {
             **{name: value for name, value in values.items() if name not in former},
-            "levels": [{"stride": stride, "anchor_sizes": sizes} for stride, sizes in levels],
-            "image_pyramid": pyramid,
+            "levels": [to_dict(level) for level in saved.levels],
+            "image_pyramid": to_dict(saved.image_pyramid),
         }
+
+
+@dataclass(frozen=True)
+class _FormerLevels(Options):
+    """The levels as earlier versions saved them: in the order of the priors, by stride and size in the image.
+
+    With --fine_levels=2, strides 4 and 8 were levels of the image at twice its size, and 16 and 32 of the image itself.
+    """
+
+    anchor_sizes: tuple[tuple[float, ...], ...] = tuple(level.anchor_sizes for level in USUAL_LEVELS[3])
+    strides: tuple[int, ...] = (8, 16, 32)
+    fine_levels: int = 0
+    context_share: float = 0.3
+    coarse_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        strides = (4, 8, 16, 32) if self.fine_levels else (8, 16, 32)
+        require(self.strides == strides, f"--fine_levels={self.fine_levels} has strides {strides}, got {self.strides}")
+        require(
+            len(self.anchor_sizes) == len(strides),
+            f"{len(self.anchor_sizes)} levels of anchor_sizes for {len(strides)} strides",
+        )
+
+    @property
+    def levels(self) -> tuple[LevelConfig, ...]:
+        """The levels of the model, all at the native scale."""
+        count = self.fine_levels
+        levels = [LevelConfig(*level) for level in zip(self.strides, self.anchor_sizes, strict=True)]
+        finest = [
+            LevelConfig(2 * level.stride, tuple(2 * size for size in level.anchor_sizes))
+            for level in levels[: max(count - 1, 0)]
+        ]
+        return (*finest, *levels[count:])
+
+    @property
+    def image_pyramid(self) -> ImagePyramidConfig:
+        # The share of the native scale had a value without upsampled levels, too.
+        return ImagePyramidConfig(self.fine_levels, self.context_share if self.fine_levels else 0.0, self.coarse_share)
 
 
 def parse_anchor_sizes(text: str) -> tuple[tuple[float, ...], ...]:
     """Parse `16,32/64,128/256,512`: commas between the anchors of a cell, slashes between levels."""
-    return tuple(parse_numbers(level) for level in text.split("/"))
+    try:
+        return tuple(tuple(float(size) for size in level.split(",")) for level in text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected sizes like 16,32/64,128/256,512, got {text!r}") from None
 
 
 @dataclass(frozen=True)

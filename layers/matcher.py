@@ -57,7 +57,9 @@ def _match_image(boxes: Tensor, ignored: Tensor, corners: Tensor, stage: StageCo
     """
     best_iou = corners.new_zeros(len(corners))
     best_face = torch.full((len(corners),), BACKGROUND, device=corners.device)
-    forced = torch.full((len(corners),), BACKGROUND, device=corners.device)
+    if len(boxes) == 0:
+        return best_face
+    forced = torch.full_like(best_face, BACKGROUND)
     near_ignored = torch.zeros(len(corners), dtype=torch.bool, device=corners.device)
     for part in torch.arange(len(boxes), device=corners.device).split(_FACES_AT_ONCE):
         iou = paired_iou(boxes[part].unsqueeze(1), corners)

@@ -58,6 +58,21 @@ class ImagePyramid(RetinaFace):
         count = model_config.image_pyramid.upsampled_levels
         levels, channels = model_config.levels[:count], model_config.level_channels[:count]
         self.upsampled_stages = nn.ModuleList(build_stage(model_config, levels, channels) for _ in self.stages)
+        self._freeze_unused()
+
+    def _freeze_unused(self) -> None:
+        """Exclude from training what no output depends on, as DistributedDataParallel requires.
+
+        Of the native levels that upsampled ones replace, at most the face logits take part.
+        """
+        pyramid = self.model_config.image_pyramid
+        if self.model_config.head == "tower":  # all levels share its weights
+            return
+        has_logits = bool(pyramid.native_scale_weight or pyramid.half_scale_weight)
+        for name, parameter in self.stages.named_parameters():
+            _, kind, level, branch, _ = name.split(".", 4)
+            if int(level) < pyramid.upsampled_levels - 1:
+                parameter.requires_grad_(has_logits and (kind == "context" or branch == "class_logits"))
 
     def forward(self, images: Tensor) -> list[StageOutput]:
         """See `RetinaFace.forward`."""

@@ -138,10 +138,11 @@ def _torchvision_weights(name: str) -> State:
 def initialise_from_detector(model: RetinaFace, checkpoint: Checkpoint) -> list[str]:
     """Copy the weights of a trained detector as far as the architectures correspond.
 
-    Levels correspond by their strides and anchors by their sizes. A stage that the checkpoint lacks, or that corrects
-    something else there (`ModelConfig.refinement`), starts as a copy of the first one with box corrections of zero, so
-    that the new cascade begins by detecting what the old detector detected. Branches that the checkpoint lacks keep
-    their random initialisation.
+    Levels correspond by their strides and anchors by their sizes; upsampled levels that the checkpoint lacks start as
+    copies of those of the native scale. A stage that the checkpoint lacks, or that corrects something else there
+    (`ModelConfig.refinement`), starts as a copy of the first one with box corrections of zero, so that the new cascade
+    begins by detecting what the old detector detected. Branches that the checkpoint lacks keep their random
+    initialisation.
 
     Returns:
         Names of the tensors that keep their random initialisation.
@@ -155,13 +156,13 @@ def initialise_from_detector(model: RetinaFace, checkpoint: Checkpoint) -> list[
             f"{checkpoint.path}: a detector with {source.backbone}, but the model's backbone is {target.backbone}; "
             f"give --backbone={source.backbone}"
         )
-    sources = _adapt_levels(checkpoint.state, source.levels, target)
+    before, after = source.image_pyramid.upsampled_levels, target.image_pyramid.upsampled_levels
+    sources = _adapt_levels(_restore_native_levels(checkpoint.state, before, after), source.levels, target)
     if source.refinement != target.refinement:
-        sources = {name: tensor for name, tensor in sources.items() if not re.match(r"stages\.[1-9]", name)}
+        sources = {n: tensor for n, tensor in sources.items() if not re.match(r"(upsampled_)?stages\.[1-9]", n)}
     for number in range(1, len(target.stages)):
         sources = _copies_of_first_stage(sources, number) | sources
-    if not source.image_pyramid.upsampled_levels:
-        sources = add_upsampled_stages(sources, target.image_pyramid.upsampled_levels)
+    sources = add_upsampled_stages(sources, after) | sources
     state = model.state_dict()
     matching = {name: tensor for name, tensor in sources.items() if name in state and tensor.shape == state[name].shape}
     model.load_state_dict(state | matching)
@@ -170,13 +171,25 @@ def initialise_from_detector(model: RetinaFace, checkpoint: Checkpoint) -> list[
 
 def _copies_of_first_stage(sources: Mapping[str, Tensor], number: int) -> State:
     """The tensors of stage `number` as a copy of the first one that corrects nothing yet."""
-    return {
-        f"stages.{number}.{name.removeprefix('stages.0.')}": torch.zeros_like(tensor)
-        if ".box_deltas." in name
-        else tensor
-        for name, tensor in sources.items()
-        if name.startswith("stages.0.")
-    }
+    copies = {}
+    for name, tensor in sources.items():
+        part = re.fullmatch(r"((?:upsampled_)?stages)\.0\.(.+)", name)
+        if part:
+            copies[f"{part[1]}.{number}.{part[2]}"] = torch.zeros_like(tensor) if ".box_deltas." in name else tensor
+    return copies
+
+
+def _restore_native_levels(state: State, before: int, after: int) -> State:
+    """Where fewer levels are upsampled than before, native levels take the weights of those that replaced them.
+
+    Their own have learnt face scores at most; see `ImagePyramid`.
+    """
+    restored = dict(state)
+    for name, tensor in state.items():
+        part = re.fullmatch(r"upsampled_(stages\.\d+\.\w+\.(\d+)\..+)", name)
+        if part and after - 1 <= int(part[2]) < before - 1:
+            restored[part[1]] = tensor
+    return restored
 
 
 def _adapt_levels(state: State, levels: tuple[LevelConfig, ...], target: ModelConfig) -> State:
@@ -192,7 +205,7 @@ def _adapt_levels(state: State, levels: tuple[LevelConfig, ...], target: ModelCo
     index_of_stride = {level.stride: index for index, level in enumerate(target.levels)}
     adapted = {}
     for name, tensor in state.items():
-        part = re.fullmatch(r"(fpn\.\w+|stages\.\d+\.context|stages\.\d+\.heads)\.(\d+)\.(.+)", name)
+        part = re.fullmatch(r"(fpn\.\w+|(?:upsampled_)?stages\.\d+\.(?:context|heads))\.(\d+)\.(.+)", name)
         if part is None:
             adapted[name] = tensor
             continue

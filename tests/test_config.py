@@ -5,34 +5,42 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from config import (
-    BACKBONES,
-    ConfigError,
+    EXPERIMENTS,
+    USUAL_LEVELS,
     DataConfig,
     ExperimentConfig,
-    Flags,
+    ImagePyramidConfig,
     InferenceOptions,
+    LevelConfig,
     LossConfig,
     ModelConfig,
+    ModelOverrides,
     PostprocessConfig,
     RunOptions,
     StageConfig,
     TrainConfig,
-    apply_overrides,
-    from_dict,
-    parse_flags,
-    to_dict,
-    usual_stages,
 )
+from models.architecture import apply_overrides, usual_config, usual_stages
+from models.image_pyramid import pyramid_levels
+from utils.errors import ConfigError
+from utils.options import Flags, from_dict, parse_flags, to_dict
+from utils.runtime.experiment import load_config, save_config
 
-GROUPS = (RunOptions(), InferenceOptions(), ModelConfig(), DataConfig(), TrainConfig(), PostprocessConfig())
+GROUPS = (RunOptions(), InferenceOptions(), ModelOverrides(), DataConfig(), TrainConfig(), PostprocessConfig())
 
 
 def parse(*words: str) -> Flags:
     return parse_flags("test", GROUPS, words)
+
+
+def architecture(*words: str, base: ModelConfig | None = None) -> ModelConfig:
+    """What the flags make of an architecture."""
+    return apply_overrides(parse(*words).apply(ModelOverrides()), base)
 
 
 @pytest.mark.parametrize(
@@ -86,34 +94,42 @@ def test_bad_flags_are_refused_in_one_line(words: list[str], message: str, capsy
 
 def test_help_shows_where_defaults_come_from(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse_flags("test", (TrainConfig(epochs=12), ModelConfig), ["--help"])
+        parse_flags("test", (TrainConfig(epochs=12), ModelOverrides), ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "passes over the training images (default: 12)" in text
     assert "feature extractor (default: the experiment's)" in text
 
 
 def test_architecture_flags_fill_in_what_belongs_together() -> None:
-    model = apply_overrides(parse("--backbone=mobilenet0.25", "--num_anchor=2", "--cascade=False"))
+    model = architecture("--backbone=mobilenet0.25", "--num_anchor=2", "--cascade=False")
     assert model == usual_config("mobilenet0.25", num_anchor=2, cascade=False)
-    assert (model.fpn_channels, model.activation_slope) == BACKBONES["mobilenet0.25"]
-    assert apply_overrides(parse("--landmark_loss=False")).landmarks is False
-    fine = apply_overrides(parse("--fine_levels=2", "--num_anchor=2"))
-    assert (fine.strides, fine.anchor_sizes) == ((4, 8, 16, 32), ((8, 16), (32, 64), (64, 128), (256, 512)))
-    assert apply_overrides(parse("--num_anchor=3"), fine).anchor_sizes[3] == (128, 256, 512)
-    assert apply_overrides(parse("--backbone=resnet18"), fine).strides == fine.strides
-    assert apply_overrides(parse("--fine_levels=0"), fine).strides == (8, 16, 32)
+    assert (model.fpn_channels, model.activation_slope) == (64, 0.1)
+    assert architecture("--landmark_loss=False").landmarks is False
+
+
+def test_fine_levels_are_levels_of_the_image_at_twice_its_size() -> None:
+    fine = architecture("--fine_levels=2", "--num_anchor=2")
+    assert fine.levels == USUAL_LEVELS[2]
+    assert fine.image_pyramid == ImagePyramidConfig(2, native_scale_weight=0.3)
+    assert [level.stride for level in pyramid_levels(fine)] == [4, 8, 16, 32]
+    assert [level.anchor_sizes for level in pyramid_levels(fine)] == [(8, 16), (32, 64), (64, 128), (256, 512)]
+    assert pyramid_levels(architecture("--num_anchor=3", base=fine))[3].anchor_sizes == (128, 256, 512)
+    assert architecture("--backbone=resnet18", base=fine).image_pyramid == fine.image_pyramid
+    assert architecture("--fine_levels=0", base=fine) == architecture("--num_anchor=2")
+    assert architecture("--coarse_share=0.2", base=fine).image_pyramid == ImagePyramidConfig(2, 0.3, 0.2)
+    assert architecture("--context_share=0", base=fine).image_pyramid == ImagePyramidConfig(2)
 
 
 def test_flags_change_only_what_they_name_of_a_saved_architecture() -> None:
     saved = usual_config("mobilenet0.25", num_anchor=2, score_exponent=0.3)
-    assert apply_overrides(parse("--cascade", "True"), saved) == saved
-    changed = apply_overrides(parse("--backbone=resnet18"), saved)
-    assert (changed.fpn_channels, changed.anchor_sizes) == (BACKBONES["resnet18"][0], saved.anchor_sizes)
+    assert architecture("--cascade", "True", base=saved) == saved
+    changed = architecture("--backbone=resnet18", base=saved)
+    assert (changed.fpn_channels, changed.levels) == (256, saved.levels)
 
 
 def test_anchors_that_contradict_their_number_are_refused() -> None:
     with pytest.raises(ConfigError, match="--num_anchor=3 contradicts --anchor_sizes with 2"):
-        apply_overrides(parse("--num_anchor=3", "--anchor_sizes=8,16/32,64/128,256"))
+        architecture("--num_anchor=3", "--anchor_sizes=8,16/32,64/128,256")
 
 
 def test_experiments_are_named_as_the_original_named_them() -> None:
@@ -129,38 +145,101 @@ def test_refinement_brings_the_matching_of_its_stages() -> None:
     rematch = (StageConfig(0.35), StageConfig(0.5, negative_iou=0.4))
     assert usual_stages(cascade=True, refinement="rematch") == rematch
     assert [stage.background_iou for stage in rematch] == [0.35, 0.4]
-    assert apply_overrides(parse("--refinement=rematch")).stages == rematch
+    assert architecture("--refinement=rematch").stages == rematch
     saved = usual_config("mobilenet0.25", refinement="rematch")
-    assert apply_overrides(parse("--backbone=resnet18"), saved).stages == rematch
-    assert apply_overrides(parse("--refinement=sum"), saved) == usual_config("mobilenet0.25")
+    assert architecture("--backbone=resnet18", base=saved).stages == rematch
+    assert architecture("--refinement=sum", base=saved) == usual_config("mobilenet0.25")
 
 
 def test_one_stage_refines_nothing() -> None:
     saved = usual_config("mobilenet0.25", refinement="rematch")
-    single = apply_overrides(parse("--cascade=False"), saved)
+    single = architecture("--cascade=False", base=saved)
     assert single == usual_config("mobilenet0.25", cascade=False)
-    both = apply_overrides(parse("--cascade=True", "--refinement=rematch"), single)
+    both = architecture("--cascade=True", "--refinement=rematch", base=single)
     assert both == saved
     for words in (["--refinement=rematch"], ["--refinement=rematch", "--cascade=False"]):
         with pytest.raises(ConfigError, match="--refinement rematch needs a second stage"):
-            apply_overrides(parse(*words), single)
+            architecture(*words, base=single)
+
+
+# What earlier versions saved of an architecture with levels of the image at twice its size.
+FORMER_MODEL: dict[str, Any] = {
+    "backbone": "mobilenet0.25",
+    "model_version": "tina",
+    "anchor_sizes": [[4, 8, 16], [16, 32, 64], [32, 64, 128], [128, 256, 512]],
+    "fine_levels": 2,
+    "activation_slope": 0.1,
+    "fpn_channels": 64,
+    "score_exponent": 0.9,
+    "context_share": 0.25,
+    "coarse_share": 0.5,
+    "refinement": "rematch",
+    "landmarks": True,
+    "strides": [4, 8, 16, 32],
+    "variances": [0.1, 0.2],
+    "pixel_mean": [104.0, 117.0, 123.0],
+    "stages": [
+        {"match_iou": 0.35, "loss_weight": 1.0, "negative_iou": None},
+        {"match_iou": 0.5, "loss_weight": 1.0, "negative_iou": 0.4},
+    ],
+}
+
+
+def former_model(**changes: Any) -> dict[str, Any]:
+    """`FORMER_MODEL` with other values; None removes a field."""
+    values = {**FORMER_MODEL, **changes}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def test_an_older_architecture_means_what_it_meant() -> None:
-    values = to_dict(usual_config("mobilenet0.25"))
-    del values["refinement"]
-    for stage in values["stages"]:
-        del stage["negative_iou"]
-    assert from_dict(ModelConfig, values, "x") == usual_config("mobilenet0.25")
+    usual = [[8, 16, 32], [32, 64, 128], [128, 256, 512]]
+    expected = usual_config("mobilenet0.25", refinement="rematch")
+    fine = dataclasses.replace(expected, image_pyramid=ImagePyramidConfig(2, 0.25, 0.5))
+    assert from_dict(ModelConfig, former_model(), "x") == fine
+    for count, sizes in (
+        (1, [[4, 8, 16], *usual]),
+        (3, [[4, 8, 16], [16, 32, 64], [64, 128, 256], [128, 256, 512]]),
+    ):
+        found = from_dict(ModelConfig, former_model(fine_levels=count, anchor_sizes=sizes), "x")
+        assert found == dataclasses.replace(expected, image_pyramid=ImagePyramidConfig(count, 0.25, 0.5))
+    # The weight of the native scale had a value without levels of twice the size, where it means nothing.
+    plain = former_model(fine_levels=0, anchor_sizes=usual, strides=[8, 16, 32], coarse_share=None)
+    assert from_dict(ModelConfig, plain, "x") == expected
+
+
+def test_absent_fields_of_an_older_architecture_take_their_former_defaults() -> None:
+    oldest = former_model(fine_levels=None, context_share=None, coarse_share=None, refinement=None, strides=None)
+    oldest |= {"anchor_sizes": [[10, 20], [32, 64], [128, 256]], "stages": [{"match_iou": 0.35, "loss_weight": 1.0}]}
+    levels = (LevelConfig(8, (10, 20)), LevelConfig(16, (32, 64)), LevelConfig(32, (128, 256)))
+    assert from_dict(ModelConfig, oldest, "x") == usual_config("mobilenet0.25", cascade=False, levels=levels)
+    fine = from_dict(ModelConfig, former_model(context_share=None, coarse_share=None), "x")
+    assert fine.image_pyramid == ImagePyramidConfig(2, 0.3)
+
+
+def test_older_data_options_lose_the_side_of_cached_images() -> None:
+    assert from_dict(DataConfig, {"cache": "ram", "cache_side": 640}, "x") == DataConfig(cache="ram")
+
+
+def test_shipped_configurations_are_read() -> None:
+    files = sorted(EXPERIMENTS.glob("*/config.json"))
+    assert len(files) >= 3
+    for file in files:
+        assert [level.stride for level in load_config(file).model.levels] == [8, 16, 32]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda: ModelConfig(anchor_sizes=((16,), (32, 64), (128, 256))),
-        lambda: ModelConfig(anchor_sizes=((16, 32), (64, 128))),
-        lambda: ModelConfig(strides=(4, 8, 16, 32)),
-        lambda: ModelConfig(fine_levels=4),
+        lambda: LevelConfig(8, ()),
+        lambda: LevelConfig(8, (16, -32)),
+        lambda: LevelConfig(0, (16, 32)),
+        lambda: ModelConfig(levels=()),
+        lambda: ModelConfig(levels=USUAL_LEVELS[2][:2]),
+        lambda: ModelConfig(levels=(LevelConfig(4, (8, 16)), *USUAL_LEVELS[2])),
+        lambda: ModelConfig(image_pyramid=ImagePyramidConfig(upsampled_levels=4)),
+        lambda: ImagePyramidConfig(upsampled_levels=-1),
+        lambda: ImagePyramidConfig(native_scale_weight=1.5),
+        lambda: ImagePyramidConfig(half_scale_weight=-0.1),
         lambda: ModelConfig(fpn_channels=30),
         lambda: ModelConfig(stages=()),
         lambda: StageConfig(match_iou=1.5),
@@ -172,15 +251,15 @@ def test_an_older_architecture_means_what_it_meant() -> None:
         lambda: LossConfig(box_regression="giou"),
         lambda: LossConfig(landmark_regression="l2"),
         lambda: PostprocessConfig(confidence_threshold=2),
-        lambda: DataConfig(min_crop_scale=0.9, max_crop_scale=0.5),
+        lambda: DataConfig(crop_scales=()),
+        lambda: DataConfig(crop_scales=(0.5, 0.0)),
+        lambda: DataConfig(crop_rule="any"),
         lambda: DataConfig(dataset_weights=(1.0, 0.0)),
         lambda: DataConfig(dataset_weights=(float("nan"),)),
         lambda: DataConfig(rotation_degrees=181),
         lambda: DataConfig(blur_probability=1.1),
         lambda: DataConfig(jpeg_probability=-0.1),
         lambda: DataConfig(cache="tape"),
-        lambda: DataConfig(cache="ram", cache_side=-1),
-        lambda: DataConfig(cache_side=640),
         lambda: TrainConfig(epochs=0),
         lambda: InferenceOptions(save_mask=True),
     ],
@@ -193,11 +272,11 @@ def test_impossible_values_are_refused(change: object) -> None:
 def test_json_returns_the_same_configuration(tmp_path: Path) -> None:
     config = ExperimentConfig(
         model=usual_config("mobilenet0.25", num_anchor=2, stages=(StageConfig(0.4), StageConfig(0.5, 2.0))),
-        data=DataConfig(dataset_weights=(1.0, 0.25), cache="disk", cache_side=640),
+        data=DataConfig(dataset_weights=(1.0, 0.25), cache="disk"),
         train=TrainConfig(milestones=(3, 5)),
     )
-    config.save(tmp_path / "config.json")
-    assert ExperimentConfig.load(tmp_path / "config.json") == config
+    save_config(config, tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json") == config
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -213,6 +292,16 @@ def test_absent_fields_take_their_defaults() -> None:
         ({"train": {"epochs": True}}, "expected int"),
         ({"train": {"epochs": -1}}, "here: train: --epochs must be positive"),
         ({"model": {"strides": 8}}, "here: model: strides: expected a list"),
+        (
+            {"model": {"strides": [8, 16, 32], "anchor_sizes": [[16, 32]]}},
+            "here: model: 1 levels of anchor_sizes for 3",
+        ),
+        (
+            {"model": {"fine_levels": 1, "strides": [8, 16, 32]}},
+            "here: model: --fine_levels=1 has strides (4, 8, 16, 32)",
+        ),
+        ({"model": {"levels": [{"stride": 8}]}}, "here: model: levels[0]: "),
+        ({"model": {"levels": [{"stride": 8.5, "anchor_sizes": [8]}]}}, "here: model: levels[0]: stride: expected int"),
         ({"model": {"variances": [0.1]}}, "expected 2 values"),
         ([], "expected an object"),
     ],
@@ -226,7 +315,7 @@ def test_malformed_json_is_refused_with_its_place(values: object, message: str) 
 def test_a_file_that_is_no_json_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("not json")
     with pytest.raises(ConfigError, match=r"config\.json: cannot be read"):
-        ExperimentConfig.load(tmp_path / "config.json")
+        load_config(tmp_path / "config.json")
 
 
 def test_json_holds_plain_values_only() -> None:

@@ -1,4 +1,4 @@
-"""The command that writes a network for ONNX Runtime."""
+"""The command that writes a detector for ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import ROOT, ModelConfig, from_dict, to_dict
+from config import ROOT, ModelConfig
 from export import largest_difference
-from models.fuse import fuse_batch_norm
-from models.retinaface import RetinaFace
+from models.backend import fuse_batch_norm
+from models.image_pyramid import build_model
+from utils.options import from_dict, to_dict
 from utils.runtime.images import read_image
 
 pytestmark = pytest.mark.skipif(
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def export(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "export", *flags]
+    command = [sys.executable, "export.py", *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -41,9 +42,9 @@ def test_shipped_experiment_becomes_a_file_that_says_what_it_is(tmp_path: Path) 
     assert not [size for size in images.shape[:3] if isinstance(size, int)]
     names = [output.name for output in session.get_outputs()]
     assert names == ["class_logits", "box_deltas", "landmark_deltas", "iou_logits"]
-    model = from_dict(ModelConfig, json.loads(session.get_modelmeta().custom_metadata_map["model"]), "metadata")
-    assert (model.backbone, model.cascade) == ("mobilenet0.25", False)
-    other = fuse_batch_norm(RetinaFace(from_dict(ModelConfig, to_dict(model), "")))
+    config = from_dict(ModelConfig, json.loads(session.get_modelmeta().custom_metadata_map["model"]), "metadata")
+    assert (config.backbone, config.cascade) == ("mobilenet0.25", False)
+    other = fuse_batch_norm(build_model(from_dict(ModelConfig, to_dict(config), "")))
     assert largest_difference(other, file) > 0.01  # other weights are noticed
     assert torch.is_grad_enabled()
 
@@ -66,7 +67,7 @@ def test_with_suppression_it_becomes_a_file_that_finds_faces(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--top_k=5",), "--top_k does nothing without --with_nms; add it"),
+        (("--top_k=5",), "--top_k has no effect without --with_nms; add it"),
         (("--output=/no/such/folder/faces.onnx",), "there is no folder /no/such/folder"),
         (("--experiment_name=nowhere",), "no such experiment"),
         (("--cascade=True", "--refinement=sum"), "trained with refinement rematch"),

@@ -16,6 +16,7 @@ from PIL import Image
 
 from config import ROOT, ExperimentConfig
 from inference import inference
+from models.architecture import usual_config
 from models.checkpoint import save_checkpoint
 from models.retinaface import RetinaFace
 
@@ -160,9 +161,9 @@ def test_video_is_read_and_written(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_given_by_its_path_names_the_outputs(tmp_path: Path) -> None:
-    model = usual_config("mobilenet0.25", num_anchor=2)
+    model_config = usual_config("mobilenet0.25", num_anchor=2)
     weights = tmp_path / "my detector.pth"
-    save_checkpoint(weights, ExperimentConfig(model=model), RetinaFace(model).state_dict())
+    save_checkpoint(weights, ExperimentConfig(model=model_config), RetinaFace(model_config).state_dict())
     result = infer(
         f"--model_weight={weights}",
         f"--inference_dir={SAMPLES / 'astronaut.jpg'}",

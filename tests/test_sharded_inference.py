@@ -15,8 +15,11 @@ import pytest
 
 from config import DEFAULT_EXPERIMENT, ROOT
 from inference import inference
+from utils.errors import UserError
+from utils.results.records import RecordStore
+from utils.results.writer import ResultWriter
 
-PARTS = f"{DEFAULT_EXPERIMENT}.parts"
+RECORDS = f".records/{DEFAULT_EXPERIMENT}"
 COUNT = 19  # two blocks of eight, and a third that is not full
 
 
@@ -56,13 +59,14 @@ def infer(pictures: Path, out: Path, *more: str) -> subprocess.CompletedProcess[
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """All files, the hidden records among them."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def tear(out: Path, whole_lines: int) -> None:
-    """Make a finished-looking part that of a process killed in the middle of a line."""
-    path = out / PARTS / "0.jsonl"
+def cut_off(out: Path, whole_lines: int) -> None:
+    """Make records like those of a process that was killed in the middle of a line."""
+    path = out / RECORDS / "0.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:whole_lines]) + lines[whole_lines][:25])
 
@@ -74,7 +78,8 @@ def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     result = infer(pictures, out)
     assert result.returncode == 0, result.stderr
     found = contents(out)
-    assert len(found) == COUNT - 2 + 3
+    assert {f"{RECORDS}/run.json", f"{RECORDS}/0.jsonl"} < found.keys()
+    assert len(found) == COUNT - 2 + 3 + 2
     return found
 
 
@@ -105,7 +110,7 @@ def test_killed_processes_lose_nothing(
     for pid in workers[1:] if killed == "one" else [process.pid, *workers]:
         os.kill(pid, signal.SIGKILL)
     process.communicate()
-    if not (tmp_path / PARTS).exists():
+    if RecordStore(tmp_path / RECORDS).run.get("complete"):
         pytest.skip("the machine was too quick to be killed in the middle")
     assert not (tmp_path / "results.json").exists()
     if resumed_by == 1:
@@ -121,12 +126,9 @@ def test_killed_processes_lose_nothing(
 def test_interrupted_run_is_resumed(
     pictures: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the middle of a block, and its last line torn: what stands is kept, the rest is done, once."""
-    import inference as script
-    from utils.results.writer import ResultWriter
-
+    """Stopped in the middle of a block, and its last line cut off: what stands is kept, the rest is done, once."""
     added = 0
-    original = ResultWriter._record
+    original = ResultWriter._add_record
 
     def stop_after_six(self: ResultWriter, record: object) -> None:
         nonlocal added
@@ -136,11 +138,11 @@ def test_interrupted_run_is_resumed(
         original(self, record)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
-        patched.setattr(ResultWriter, "_record", stop_after_six)
+        patched.setattr(ResultWriter, "_add_record", stop_after_six)
         with pytest.raises(KeyboardInterrupt):
-            script.inference(flags(pictures, tmp_path))
+            inference(flags(pictures, tmp_path))
     assert (tmp_path / "results.jsonl").read_text().count("\n") == 6
-    tear(tmp_path, 5)
+    cut_off(tmp_path, 5)
     kept = tmp_path / "result_images/02.png"
     written_at = kept.stat().st_mtime_ns
     (tmp_path / "result_images/.0123456789abcdef.tmp").touch()  # of a picture that was being written
@@ -157,8 +159,6 @@ def test_interrupted_run_is_resumed(
 def test_results_made_in_another_way_are_not_continued(
     pictures: Path, tmp_path: Path, change: str, setting: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from config import UserError
-
     inference(flags(pictures, tmp_path))
     finished = contents(tmp_path)
     with pytest.raises(UserError, match=f"--resume: the results in .* were made with {setting}"):
@@ -173,8 +173,6 @@ def test_results_made_in_another_way_are_not_continued(
 
 
 def test_another_list_of_pictures_is_not_continued(pictures: Path, tmp_path: Path) -> None:
-    from config import UserError
-
     lists = tmp_path / "list.txt"
     lists.write_text(f"{pictures}/00.png\n{pictures}/01.png\n")
     inference(flags(lists, tmp_path / "out"))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from config import DEFAULT_EXPERIMENT, ROOT, ExperimentConfig
+from config import DEFAULT_EXPERIMENT, ROOT
 from models.detector import FaceDetector
 from utils.datasets.labels import LabelledImage, read_labels
+from utils.runtime.experiment import load_config
 from utils.runtime.images import read_image
 
 SAMPLES = [
@@ -30,9 +31,9 @@ def test_every_sample_picture_is_labelled() -> None:
 @pytest.mark.parametrize("labelled", SAMPLES, ids=lambda labelled: labelled.path.name)
 def test_every_face_is_found_and_nothing_else(labelled: LabelledImage, detector: FaceDetector) -> None:
     found = detector.detect(read_image(labelled.path))
-    overlap = box_iou(torch.from_numpy(labelled.boxes), found.boxes)
+    overlap = box_iou(torch.from_numpy(labelled.faces.boxes), found.boxes)
     assert overlap.max(dim=1).values.min() > 0.4
-    assert len(found) == len(labelled.boxes)
+    assert len(found) == len(labelled.faces)
 
 
 def test_landmarks_lie_where_they_belong(detector: FaceDetector) -> None:
@@ -49,7 +50,7 @@ def test_landmarks_lie_where_they_belong(detector: FaceDetector) -> None:
 
 def test_experiment_is_complete_and_small() -> None:
     folder = ROOT / "experiments" / DEFAULT_EXPERIMENT
-    model = ExperimentConfig.load(folder / "config.json").model
+    model = load_config(folder / "config.json").model
     assert (model.backbone, model.cascade, model.iou_aware) == ("mobilenet0.25", True, True)
     (weights,) = (folder / "ckpt").glob("*best.pth")
     assert weights.stat().st_size < 5e6
@@ -58,5 +59,5 @@ def test_experiment_is_complete_and_small() -> None:
 
 def test_torch_hub_finds_it() -> None:
     detector = torch.hub.load(str(ROOT), "face_detector", source="local", confidence_threshold=0.3)
-    assert detector.detection.confidence_threshold == 0.3
+    assert detector.config.confidence_threshold == 0.3
     assert len(detector.detect(read_image(ROOT / "data/sample_widerface/images/astronaut.jpg"))) == 1

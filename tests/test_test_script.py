@@ -91,7 +91,7 @@ def test_resume_detects_only_what_is_missing(results: Path) -> None:
 
     other = measure(results, *detector("--resume", "--nms_threshold=0.3"))
     assert other.returncode == 1
-    assert "--resume: the predictions in" in other.stderr
+    assert "--resume: the results in" in other.stderr
     assert "were made with detection" in other.stderr
     assert other.stderr.count("\n") == 1
     assert [path.stat().st_mtime_ns for path in predictions[1:]] == before
@@ -124,7 +124,7 @@ def test_interrupted_run_leaves_a_usable_folder(results: Path, tmp_path: Path) -
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate()
     assert process.returncode == 130, errors
-    assert "of 24 images are done; --resume goes on from here" in output
+    assert "of 24 images are done; --resume continues from here" in output
     done = len(list((results / "predictions").rglob("*.txt")))
     assert 0 < done < 24
 
@@ -205,7 +205,7 @@ def test_biubug6_reaches_the_figures_of_its_own_evaluation(results: Path, shared
             ["--pred_dir=tests", "--dataset=sample_widerface"],
             "holds no predictions of these images",
         ),
-        (["--pred_dir=tests", "--dataset=sample_widerface", "--flip"], "--flip does nothing with --pred_dir"),
+        (["--pred_dir=tests", "--dataset=sample_widerface", "--flip"], "--flip has no effect with --pred_dir"),
         (["--pred_dir=tests", "--gt_dir=tests"], "tests: not the official ground truth"),
         (["--dataset=nowhere"], "--dataset nowhere: no folder"),
         (["--dataset=tests"], "no val/label.txt"),

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from config import ROOT, ExperimentConfig, ModelConfig
+from config import ROOT, ModelConfig
 from models.checkpoint import load_checkpoint
 from models.retinaface import RetinaFace
 from tests.ground_truth import save_ground_truth
-from utils.runtime.experiment import Experiment
+from utils.runtime.experiment import Experiment, load_config
 
 FAST = ["--gpu_num=-1", "--backbone=mobilenet0.25", "--im_size=64", "--batch_size=2", "--num_workers=0"]
 
@@ -81,13 +81,13 @@ def losses(experiment: Experiment) -> list[float]:
 def test_training_leaves_what_the_readme_says(dataset: Path, experiment: Experiment) -> None:
     result = train(dataset, experiment, "--epochs=3", "--num_anchor=2")
     assert result.returncode == 0, result.stderr
-    config = ExperimentConfig.load(experiment.config_file)
+    config = load_config(experiment.config_file)
     assert (config.train.epochs, config.model.num_anchor, config.data.im_size) == (3, 2, 64)
     for name in ("logs.txt", "metrics.csv", "curves.png"):
         assert (experiment.log_folder / name).stat().st_size > 0
     assert list(experiment.log_folder.glob("events.out.tfevents.*"))
     best = load_checkpoint(experiment.checkpoint("mobilenet0.25", "best"))
-    assert best.model == config.model
+    assert best.model_config == config.model
     assert 0 <= best.training["val_ap"] <= 1
     assert len(losses(experiment)) == 3
 
@@ -145,7 +145,7 @@ def test_interrupted_run_says_how_to_go_on(dataset: Path, experiment: Experiment
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate()
     assert process.returncode == 130, errors
-    assert "the same command goes on from here" in output
+    assert "the same command continues from here" in output
     assert "Traceback" not in errors
     done = load_checkpoint(experiment.checkpoint("mobilenet0.25", "last")).training["epoch"]
     resumed = train(dataset, experiment, f"--epochs={done + 1}", f"--batch_size={batch_size}")
@@ -220,7 +220,7 @@ def test_training_stops_early_without_progress(dataset: Path, experiment: Experi
     """Next to no rate, and no new statistics: no validation is better than the first."""
     flags = ["--epochs=9", "--patience=2", "--learning_rate=1e-12", "--freeze_bn"]
     result = train(dataset, experiment, *flags)
-    assert "no better validation in 2 of them: stopping early" in result.stdout
+    assert "no improvement in 2 validations: stopping early" in result.stdout
     assert len(losses(experiment)) == 3
     again = train(dataset, experiment, *flags)
     assert again.returncode == 0, again.stderr
@@ -232,7 +232,7 @@ def test_frozen_backbone_learns_later(dataset: Path, experiment: Experiment) -> 
     assert train(dataset, experiment, "--epochs=1", *flags).returncode == 0
     last = experiment.checkpoint("mobilenet0.25", "last")
     torch.manual_seed(0)
-    start = RetinaFace(load_checkpoint(last).model).state_dict()
+    start = RetinaFace(load_checkpoint(last).model_config).state_dict()
     frozen = load_checkpoint(last).state
     backbone = [name for name in start if name.startswith("backbone.")]
     assert all(torch.equal(start[name], frozen[name]) for name in backbone)
@@ -304,8 +304,9 @@ def test_started_from_a_detector_it_begins_where_that_one_stood(
     flags = ["--epochs=1", "--model_version=tina", "--cascade=True", f"--pretrained_detector={weights}"]
     result = train(dataset, experiment, *flags)
     assert result.returncode == 0, result.stderr
-    assert "12 tensors start at random" in result.stdout  # weight and bias of the IoU branch, two stages, three levels
-    model = ExperimentConfig.load(experiment.config_file).model
+    # Weight and bias of the IoU branch, two stages, three levels.
+    assert "12 tensors are randomly initialised" in result.stdout
+    model = load_config(experiment.config_file).model
     assert (model.num_anchor, model.cascade, model.score_exponent) == (2, True, ModelConfig.score_exponent)
 
 

@@ -201,7 +201,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[Config], values: Any, where: str) -> Config:
     """Invert `to_dict`. Absent fields take their defaults.
 
-    A class with a static method `upgrade` translates the fields of earlier versions first.
+    A class with a static method `upgrade`, which takes `values` and `where`, translates the fields of earlier versions.
 
     Raises:
         ConfigError: names `where`, the field and what was expected.
@@ -209,9 +209,9 @@ def from_dict(cls: type[Config], values: Any, where: str) -> Config:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected an object with the fields of {cls.__name__}, got {values!r}")
     hints = typing.get_type_hints(cls)
-    upgrade: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = getattr(cls, "upgrade", None)
+    upgrade: Callable[[Mapping[str, Any], str], Mapping[str, Any]] | None = getattr(cls, "upgrade", None)
     if upgrade is not None:
-        values = upgrade(values)
+        values = upgrade(values, where)
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ConfigError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(sorted(hints))}")

@@ -1,14 +1,19 @@
-"""The types that flow between data, model, loss, post-processing and results."""
+"""The types that flow between data, model, loss, post-processing and results.
+
+PyTorch, which takes a second to import, is imported where it is used: labels are read without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # Left eye, right eye, nose, left mouth corner, right mouth corner, as seen in the image.
 LANDMARKS_PER_FACE = 5
@@ -95,6 +100,8 @@ class Detections:
 
     def mirrored(self, width: float) -> Detections:
         """The same faces in the horizontally mirrored image, which is `width` pixels wide."""
+        import torch
+
         x1, y1, x2, y2 = self.boxes.unbind(dim=1)
         landmarks = None
         if self.landmarks is not None:
@@ -105,6 +112,8 @@ class Detections:
 
 def image_size_xy(size_hw: tuple[int, int], like: Tensor) -> Tensor:
     """(2,) width and height with the device and type of `like`. Tracing passes tensors as sizes."""
+    import torch
+
     height, width = size_hw
     return torch.stack([torch.as_tensor(width), torch.as_tensor(height)]).to(like)
 
@@ -181,6 +190,8 @@ class FaceTargets:
     @classmethod
     def from_faces(cls, faces: Faces, image_size_hw: tuple[int, int]) -> FaceTargets:
         """The targets of one image of this height and width."""
+        import torch
+
         size_xy = np.array(image_size_hw[::-1], np.float32)
         landmarks = np.where(faces.has_landmarks[:, None, None], faces.landmarks / size_xy, 0)
         return cls(
@@ -194,6 +205,8 @@ class FaceTargets:
     @classmethod
     def join(cls, parts: Sequence[FaceTargets]) -> FaceTargets:
         """The targets of all images of all parts."""
+        import torch
+
         return cls(
             boxes=torch.cat([part.boxes for part in parts]),
             landmarks=torch.cat([part.landmarks for part in parts]),
@@ -210,7 +223,7 @@ class FaceTargets:
 
     def pin_memory(self) -> FaceTargets:
         """A copy in page-locked memory, as the data loader asks for."""
-        return self._map(Tensor.pin_memory)
+        return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> FaceTargets:
         return FaceTargets(

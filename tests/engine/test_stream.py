@@ -11,8 +11,9 @@ import torch
 
 from config import ROOT, ComputeOptions, ExperimentConfig
 from engine.stream import detect_images
-from models.backend import missing_onnx_packages
+from models.architecture import usual_config
 from models.detector import FaceDetector
+from models.onnx_graph import missing_onnx_packages
 from models.retinaface import RetinaFace
 from tests.engine.whole import PICTURE, FindsTheWhole
 from utils.runtime.images import read_image
@@ -26,8 +27,8 @@ class ShortOfMemory(FaceDetector):
     """Fails on batches that hold the large picture."""
 
     def __init__(self, error: Exception) -> None:
-        model = usual_config("mobilenet0.25", num_anchor=2)
-        super().__init__(RetinaFace(model), ExperimentConfig().inference)
+        model = RetinaFace(usual_config("mobilenet0.25", num_anchor=2))
+        super().__init__(model, ExperimentConfig().inference)
         self.error = error
 
     def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
@@ -56,7 +57,7 @@ def test_first_reduced_picture_is_named(capsys: pytest.CaptureFixture[str]) -> N
     ]
     list(detect_images(FindsTheWhole(40 * 64), pictures, batch_same_sizes=True))
     assert capsys.readouterr().out == (
-        "note: wide: 65x40 pixels; what has more than --max_pixels=2560 is looked at reduced to that\n"
+        "note: wide: 65x40 pixels; images of more than --max_pixels=2560 pixels are reduced to that\n"
     )
 
 
@@ -107,26 +108,26 @@ def test_pictures_share_a_pass_within_blocks_of_positions(positions: Sequence[in
     assert detector.passes == passes
 
 
-class InLanes(FindsTheWhole):
+class TwoWorkers(FindsTheWhole):
     """Two threads call it at once, or wait in vain; a dark picture is a bug."""
 
-    lanes = 2
+    num_workers = 2
 
     def __init__(self) -> None:
         super().__init__()
         self.alone: list[int] = []
         self.together = threading.Barrier(2, timeout=10)
 
-    def for_lane(self) -> Lane:
-        return Lane(self)
+    def for_worker(self) -> Worker:
+        return Worker(self)
 
     def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
         self.alone.append(len(images))
         return super().detect_batch(images)
 
 
-class Lane(FindsTheWhole):
-    def __init__(self, whole: InLanes) -> None:
+class Worker(FindsTheWhole):
+    def __init__(self, whole: TwoWorkers) -> None:
         super().__init__()
         self.whole = whole
 
@@ -142,7 +143,7 @@ def wide(width: int) -> np.ndarray:
 
 
 def test_threads_detect_at_once_and_the_order_stays() -> None:
-    detector = InLanes()
+    detector = TwoWorkers()
     pictures = [InputImage(str(width), wide(width)) for width in range(1, 9)]
     found = list(detect_images(detector, pictures, batch_same_sizes=True))
     assert [picture.name for picture, _ in found] == [picture.name for picture in pictures]
@@ -152,7 +153,7 @@ def test_threads_detect_at_once_and_the_order_stays() -> None:
 
 def test_large_picture_is_detected_in_while_no_other_is() -> None:
     """With all cores, and the memory to itself."""
-    detector = InLanes()
+    detector = TwoWorkers()
     large = InputImage("large", np.broadcast_to(np.uint8(1), (2048, 2049, 3)))
     small = [InputImage(str(number), wide(number + 1)) for number in range(4)]
     found = detect_images(detector, [*small[:2], large, InputImage("d", None, "broken"), *small[2:]], True)
@@ -167,26 +168,26 @@ def test_failure_in_a_thread_comes_out_where_its_picture_would() -> None:
         InputImage("c", 0 * wide(3)),
         InputImage("d", wide(4)),
     ]
-    found = detect_images(InLanes(), pictures, batch_same_sizes=True)
+    found = detect_images(TwoWorkers(), pictures, batch_same_sizes=True)
     assert [next(found)[0].name, next(found)[0].name] == ["a", "b"]
     with pytest.raises(RuntimeError, match="a bug"):
         next(found)
 
 
 @pytest.mark.skipif(bool(missing_onnx_packages()), reason="PyTorch uses all cores for one picture")
-def test_lanes_find_what_is_found_alone() -> None:
+def test_workers_find_what_is_found_alone() -> None:
     """To the bit: results must not depend on the number of cores, nor on which pictures share a pass."""
     image = read_image(ROOT / "data/sample_widerface/images/astronaut.jpg")
     pictures = [InputImage(str(number), image[: 200 + 10 * (number // 3)], position=number) for number in range(12)]
     detector = FaceDetector.from_experiment(
-        "mobilenet0.25_anc2_casT_fpn3", speed=ComputeOptions(backend="onnx"), confidence_threshold=1e-3
+        "mobilenet0.25_anc2_casT_fpn3", compute=ComputeOptions(backend="onnx"), confidence_threshold=1e-3
     )
-    detector.backend.lanes = 3
+    detector.backend.num_workers = 3
     found = list(detect_images(detector, pictures, batch_same_sizes=True))
     assert len(found) == len(pictures)
     for picture, detections in found:
-        assert picture.image is not None
-        expected = detector.detect(picture.image)
+        assert picture.pixels is not None
+        expected = detector.detect(picture.pixels)
         assert len(expected) > 3
         assert torch.equal(detections.boxes, expected.boxes)
         assert torch.equal(detections.scores, expected.scores)

@@ -10,13 +10,17 @@ import torch
 from torchvision.ops import box_iou
 
 from config import ROOT, DataConfig, ExperimentConfig, LossConfig, PostprocessConfig, TrainConfig
-from engine.training import Trainer, TrainingError
+from engine.training import Trainer
+from engine.training_state import TrainingData, TrainingError
+from models.architecture import usual_config
 from models.detector import FaceDetector
 from models.retinaface import RetinaFace
 from utils.datasets.labels import LabelledImage
+from utils.runtime.distributed import DistributedContext
 from utils.runtime.experiment import Experiment
 from utils.runtime.images import read_image, write_image
 from utils.runtime.logger import RunLog
+from utils.structures import Faces
 
 WHOLE = DataConfig(
     im_size=128,
@@ -43,7 +47,8 @@ def two_images(tmp_path: Path) -> list[LabelledImage]:
     for name, image, boxes in (("one.png", face, [box]), ("two.png", pair, [left, right])):
         write_image(tmp_path / name, image)
         landmarks = np.stack([_points(each) for each in boxes])
-        images.append(LabelledImage(tmp_path / name, np.array(boxes, np.float32), landmarks, np.ones(len(boxes), bool)))
+        faces = Faces(np.array(boxes, np.float32), landmarks, np.ones(len(boxes), bool))
+        images.append(LabelledImage(tmp_path / name, faces))
     return images
 
 
@@ -61,34 +66,31 @@ def test_two_images_are_learnt_by_heart(
     backbone: str, cascade: str, version: str, two_images: list[LabelledImage], tmp_path: Path, device: torch.device
 ) -> None:
     refinement = "rematch" if cascade == "rematch" else "sum"
-    model = usual_config(
+    model_config = usual_config(
         backbone, cascade=cascade != "one stage", refinement=refinement, model_version=version, fpn_channels=64
     )
     train = TrainConfig(epochs=2, batch_size=2, optimizer="adamw", learning_rate=2e-3, warmup_epochs=0.1)
-    config = ExperimentConfig(model=model, loss=LossConfig(landmark_weight=0.2), data=WHOLE, train=train)
+    config = ExperimentConfig(model=model_config, loss=LossConfig(landmark_weight=0.2), data=WHOLE, train=train)
     torch.manual_seed(0)
-    network = RetinaFace(model).to(device)
-    Trainer(network, config, Experiment(tmp_path), two_images * 40, None, RunLog(None)).fit()
-    detector = FaceDetector(network, PostprocessConfig(confidence_threshold=0.5, nms_threshold=0.3))
+    model = RetinaFace(model_config).to(device)
+    Trainer(model, config, Experiment(tmp_path), TrainingData(two_images * 40), RunLog(None)).fit()
+    detector = FaceDetector(model, PostprocessConfig(confidence_threshold=0.5, nms_threshold=0.3))
     for labelled in two_images:
         found = detector.detect(read_image(labelled.path)[::2, ::2])
-        overlaps = box_iou(torch.from_numpy(labelled.boxes / 2), found.boxes)
-        assert len(found) >= len(labelled.boxes)
+        overlaps = box_iou(torch.from_numpy(labelled.faces.boxes / 2), found.boxes)
+        assert len(found) >= len(labelled.faces)
         assert overlaps.max(dim=1).values.min() > 0.5
 
 
 def test_batch_that_cannot_be_shared_is_refused(two_images: list[LabelledImage], tmp_path: Path) -> None:
-    from utils.runtime.distributed import DistributedContext
-
-    model = usual_config("mobilenet0.25")
-    config = ExperimentConfig(model=model, data=WHOLE, train=TrainConfig(batch_size=3))
+    model_config = usual_config("mobilenet0.25")
+    config = ExperimentConfig(model=model_config, data=WHOLE, train=TrainConfig(batch_size=3))
     with pytest.raises(TrainingError, match="--batch_size=3 cannot be shared by 2 processes evenly"):
         Trainer(
-            RetinaFace(model),
+            RetinaFace(model_config),
             config,
             Experiment(tmp_path),
-            two_images,
-            None,
+            TrainingData(two_images),
             RunLog(None),
-            processes=DistributedContext(0, 2),
+            context=DistributedContext(0, 2),
         )

@@ -16,7 +16,7 @@ PICTURE = np.zeros((40, 64, 3), np.uint8)
 class FindsTheWhole:
     """One face in every image, as large as the image."""
 
-    lanes = 1
+    num_workers = 1
 
     def __init__(self, max_pixels: int = 0) -> None:
         self.max_pixels = max_pixels
@@ -25,7 +25,7 @@ class FindsTheWhole:
     def pixels_seen(self, size_hw: tuple[int, int]) -> int:
         return size_hw[0] * size_hw[1]
 
-    def for_lane(self) -> BatchDetector:
+    def for_worker(self) -> BatchDetector:
         return self
 
     def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -11,29 +12,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from config import LossConfig, ModelConfig, StageConfig
 from layers.matcher import match_priors
 from layers.multibox_loss import MultiBoxLoss, distillation_loss, focal_loss, ohem_cross_entropy, wing_loss
-from layers.prior_box import _kept_prior_boxes, prior_boxes
+from layers.prior_box import _cached_prior_boxes, prior_boxes
+from models.architecture import usual_config
 from utils.boxes import encode_boxes, encode_landmarks
 from utils.structures import FaceTargets, StageOutput
 
 SIZE = (32, 64)
 MODEL = usual_config("mobilenet0.25", num_anchor=2)
-PRIORS = prior_boxes(SIZE, MODEL.anchor_sizes, MODEL.strides)
+PRIORS = prior_boxes(SIZE, MODEL.levels)
 
 
 def no_faces() -> FaceTargets:
-    return FaceTargets(torch.zeros(0, 4), torch.zeros(0, 5, 2), torch.zeros(0, dtype=torch.bool))
+    return FaceTargets(torch.zeros(0, 4), torch.zeros(0, 5, 2), torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool), (0,))
 
 
 def one_face(has_landmarks: bool = True) -> FaceTargets:
     """16 pixels wide and high."""
     box = torch.tensor([[0.25, 0.25, 0.5, 0.75]])
-    return FaceTargets(box, torch.full((1, 5, 2), 0.4), torch.tensor([has_landmarks]))
+    return FaceTargets(box, torch.full((1, 5, 2), 0.4), torch.tensor([has_landmarks]), torch.tensor([False]), (1,))
 
 
 def zero_output(images: int) -> StageOutput:
     count = len(PRIORS)
     shapes = ((images, count, 2), (images, count, 4), (images, count, 10), (images, count))
-    return StageOutput(*(torch.zeros(shape, requires_grad=True) for shape in shapes))
+    return output_of(torch.zeros(shape, requires_grad=True) for shape in shapes)
+
+
+def output_of(tensors: Iterable[torch.Tensor], priors: torch.Tensor = PRIORS) -> StageOutput:
+    class_logits, box_deltas, landmark_deltas, iou_logits = tensors
+    return StageOutput(class_logits, box_deltas, landmark_deltas, iou_logits, priors)
 
 
 def predictions(output: StageOutput) -> list[torch.Tensor]:
@@ -89,6 +96,7 @@ def test_perfect_regression_costs_nothing() -> None:
         box_deltas=encode_boxes(boxes, PRIORS, MODEL.variances)[None],
         landmark_deltas=encode_landmarks(face.landmarks.expand(len(PRIORS), 5, 2), PRIORS, MODEL.variances)[None],
         iou_logits=torch.full((1, len(PRIORS)), 20.0),
+        priors=PRIORS,
     )
     terms = values([output, output], [face])
     for name in ("box", "landmark", "iou"):
@@ -144,7 +152,10 @@ LOSSES = [
         [no_faces(), no_faces()],
         [one_face(), no_faces()],
         [one_face(has_landmarks=False), one_face()],
-        [FaceTargets(torch.tensor([[0.3, 0.4, 0.3, 0.9]]), torch.zeros(1, 5, 2), torch.tensor([True])), no_faces()],
+        [
+            FaceTargets(torch.tensor([[0.3, 0.4, 0.3, 0.9]]), torch.zeros(1, 5, 2), torch.tensor([True]), torch.tensor([False]), (1,)),
+            no_faces(),
+        ],
     ],
     ids=["no faces", "one image without", "no landmarks", "a face without width"],
 )
@@ -153,9 +164,9 @@ def test_losses_and_gradients_are_finite(
 ) -> None:
     model = usual_config("mobilenet0.25", num_anchor=2, refinement=refinement)
     outputs = []
-    for priors in (None, PRIORS.repeat(2, 1, 1).to(device)):
-        output = StageOutput(*(tensor.detach().to(device).requires_grad_() for tensor in predictions(zero_output(2))))
-        outputs.append(dataclasses.replace(output, priors=priors if refinement == "rematch" else None))
+    for priors in (PRIORS, PRIORS.repeat(2, 1, 1) if refinement == "rematch" else PRIORS):
+        tensors = (tensor.detach().to(device).requires_grad_() for tensor in predictions(zero_output(2)))
+        outputs.append(output_of(tensors, priors.to(device)))
     terms = MultiBoxLoss(loss, model)(outputs, FaceTargets.join(targets).to(device), SIZE)
     torch.stack(list(terms.values())).sum().backward()
     assert all(torch.isfinite(term) for term in terms.values())
@@ -182,16 +193,16 @@ def test_a_network_gone_astray_has_finite_losses(loss: LossConfig) -> None:
 def test_predictions_of_16_bits_cost_what_they_do_in_32(loss: LossConfig) -> None:
     random = torch.Generator().manual_seed(0)
     halves = [torch.randn(tensor.shape, generator=random).half() for tensor in predictions(zero_output(2))]
-    low, high = StageOutput(*halves), StageOutput(*(tensor.float() for tensor in halves))
+    low, high = output_of(halves), output_of(tensor.float() for tensor in halves)
     targets = [one_face(), no_faces()]
     assert values([low, low], targets, loss) == values([high, high], targets, loss)
 
 
 def test_priors_made_while_detecting_serve_for_learning() -> None:
     """They are cached, and tensors of inference mode may not be saved for a gradient."""
-    _kept_prior_boxes.cache_clear()
+    _cached_prior_boxes.cache_clear()
     with torch.inference_mode():
-        prior_boxes(SIZE, MODEL.anchor_sizes, MODEL.strides, torch.device("cpu"))
+        prior_boxes(SIZE, MODEL.levels, torch.device("cpu"))
     output = zero_output(1)
     loss = MultiBoxLoss(LossConfig(box_regression="diou"), MODEL)
     loss([output, output], FaceTargets.join([one_face()]), SIZE)["stage1/box"].backward()
@@ -224,7 +235,7 @@ def test_the_device_is_waited_for_once_per_matching(refinement: str, expected: i
     """
     model = usual_config("mobilenet0.25", num_anchor=2, refinement=refinement)
     first = zero_output(2)
-    second = dataclasses.replace(first, priors=PRIORS.repeat(2, 1, 1) if refinement == "rematch" else None)
+    second = dataclasses.replace(first, priors=PRIORS.repeat(2, 1, 1) if refinement == "rematch" else PRIORS)
     targets = FaceTargets.join([one_face(), no_faces()])
     with HostReads() as reads:
         MultiBoxLoss(loss, model)([first, second], targets, SIZE)
@@ -304,7 +315,7 @@ def test_ignored_priors_are_not_taught_a_class() -> None:
         MultiBoxLoss(loss, model)([output], targets, SIZE)["stage1/class"].backward()
         assert output.class_logits.grad is not None
         taught = output.class_logits.grad[0].abs().sum(dim=1) > 0
-        assert torch.equal(taught, match_priors(targets, PRIORS, 0.6, 0.001)[0] != -2)
+        assert torch.equal(taught, match_priors(targets, PRIORS, stage)[0] != -2)
         assert not taught.all()
 
 
@@ -336,10 +347,10 @@ def test_iou_branch_does_not_teach_the_boxes() -> None:
 
 def test_faces_of_several_images_are_not_mixed_up() -> None:
     """The same faces in one batch or in two cost the same, weighted by their positives."""
-    left = FaceTargets(torch.tensor([[0.0, 0.0, 0.25, 0.5]]), torch.zeros(1, 5, 2), torch.tensor([False]))
+    left = FaceTargets(torch.tensor([[0.0, 0.0, 0.25, 0.5]]), torch.zeros(1, 5, 2), torch.tensor([False]), torch.tensor([False]), (1,))
     targets = [no_faces(), left, one_face(has_landmarks=False)]
     together = values([zero_output(3)] * 2, targets)
     alone = [values([zero_output(1)] * 2, [faces]) for faces in targets[1:]]
-    counts = [int((match_priors(FaceTargets.join([faces]), PRIORS, 0.35) >= 0).sum()) for faces in targets[1:]]
+    counts = [int((match_priors(FaceTargets.join([faces]), PRIORS, StageConfig()) >= 0).sum()) for faces in targets[1:]]
     expected = sum(n * terms["stage1/box"] for n, terms in zip(counts, alone, strict=True)) / sum(counts)
     assert together["stage1/box"] == pytest.approx(expected, rel=1e-5)

@@ -8,13 +8,14 @@ import torch
 from config import PostprocessConfig
 from layers.postprocess import fuse_scores, postprocess
 from layers.prior_box import prior_boxes
+from models.architecture import usual_config
 from utils.boxes import encode_boxes
 from utils.nms import pixel_nms
 from utils.structures import StageOutput
 
 SIZE = (40, 64)
 MODEL = usual_config("mobilenet0.25", num_anchor=2, model_version="retina")
-PRIORS = prior_boxes(SIZE, MODEL.anchor_sizes, MODEL.strides)
+PRIORS = prior_boxes(SIZE, MODEL.levels)
 EVERYTHING = PostprocessConfig(confidence_threshold=0.1, nms_threshold=0.3)
 
 
@@ -27,7 +28,8 @@ def output_of(faces: dict[int, tuple[float, list[float]]], device: torch.device 
         logits[0, index] = torch.tensor([1 - score, score]).log()
         normalised = torch.tensor(box) / torch.tensor([SIZE[1], SIZE[0]] * 2)
         deltas[0, index] = encode_boxes(normalised, PRIORS[index], MODEL.variances)
-    return StageOutput(logits.to(device), deltas.to(device), torch.zeros(1, len(PRIORS), 10, device=device), None)
+    points = torch.zeros(1, len(PRIORS), 10, device=device)
+    return StageOutput(logits.to(device), deltas.to(device), points, None, PRIORS.to(device))
 
 
 def test_nothing_above_the_threshold_is_an_ordinary_result(device: torch.device) -> None:
@@ -88,6 +90,7 @@ def test_images_of_a_batch_are_independent() -> None:
         torch.cat([none.box_deltas, one.box_deltas]),
         None,
         None,
+        PRIORS,
     )
     found = postprocess(batch, SIZE, MODEL, EVERYTHING)
     assert [len(image) for image in found] == [0, 1]
@@ -141,7 +144,7 @@ def test_filter_in_logits_keeps_what_the_scores_keep(threshold: float, exponent:
     logits = torch.randn(2, len(PRIORS), 2, generator=generator) * 4
     logits[0, :, 0] = 50
     iou_logits = torch.randn(2, len(PRIORS), generator=generator) * 3
-    output = StageOutput(logits, torch.zeros(2, len(PRIORS), 4), None, iou_logits)
+    output = StageOutput(logits, torch.zeros(2, len(PRIORS), 4), None, iou_logits, PRIORS)
     detection = PostprocessConfig(confidence_threshold=threshold, nms_threshold=1, clip_boxes=False)
     for image, found in enumerate(postprocess(output, SIZE, model, detection)):
         scores = fuse_scores(logits[image], iou_logits[image], exponent)

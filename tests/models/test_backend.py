@@ -1,4 +1,4 @@
-"""Every way to compute the network finds the same faces."""
+"""Every backend finds the same faces, and so does a model with its batch normalisation folded in."""
 
 from __future__ import annotations
 
@@ -9,23 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
-import models.backend
-from config import ROOT, ComputeOptions, ConfigError, ModelConfig, PostprocessConfig
-from models.backend import (
-    CudaBackend,
-    OnnxBackend,
-    TorchBackend,
-    build_backend,
-    detector_graph,
-    detector_output_names,
-    output_names,
-    raw_graph,
-)
+import models.onnx_graph
+from config import ROOT, ComputeOptions, ImagePyramidConfig, ModelConfig, PostprocessConfig
+from models.architecture import usual_config
+from models.backend import OnnxBackend, TorchBackend, build_backend, fuse_batch_norm
 from models.detector import FaceDetector
+from models.image_pyramid import build_model
+from models.onnx_graph import detector_graph, detector_output_names, output_names, raw_graph
 from models.retinaface import RetinaFace
+from utils.errors import ConfigError
 from utils.runtime.images import read_image
-from utils.structures import Detections, StageOutput
+from utils.structures import Detections
 
 PICTURES = sorted((ROOT / "data/sample_widerface/images").iterdir())
 needs_onnx = pytest.mark.skipif(
@@ -36,7 +32,10 @@ needs_onnx = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def plain() -> FaceDetector:
-    return FaceDetector(FaceDetector.from_experiment().network, FaceDetector.from_experiment().detection)
+    """The shipped detector, computed by the model itself."""
+    detector = FaceDetector.from_experiment()
+    detector.backend = TorchBackend(detector.model)
+    return detector
 
 
 def assert_same_faces(found: Detections, expected: Detections) -> None:
@@ -48,67 +47,68 @@ def assert_same_faces(found: Detections, expected: Detections) -> None:
     torch.testing.assert_close(found.landmarks, expected.landmarks, atol=0.05, rtol=0)
 
 
-def with_speed(plain: FaceDetector, **options: Any) -> FaceDetector:
-    return FaceDetector(plain.network, plain.detection, ComputeOptions(**options))
+def with_options(plain: FaceDetector, **options: Any) -> FaceDetector:
+    return FaceDetector(plain.model, plain.config, ComputeOptions(**options))
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("onnx", marks=needs_onnx)])
-def test_fused_network_finds_the_same_faces_in_the_samples(plain: FaceDetector, backend: str) -> None:
-    fused = with_speed(plain, backend=backend)
-    assert fused.backend.name == backend
+def test_every_backend_finds_the_same_faces_in_the_samples(plain: FaceDetector, backend: str) -> None:
+    detector = with_options(plain, backend=backend)
+    assert detector.backend.name == backend
     for path in PICTURES:
         image = read_image(path)
-        assert_same_faces(fused.detect(image), plain.detect(image))
+        assert_same_faces(detector.detect(image), plain.detect(image))
 
 
-MODELS = {
+CONFIGS = {
     "rematch": usual_config("mobilenet0.25", refinement="rematch", fpn_channels=16),
     "rematch with four levels": usual_config(
-        "mobilenet0.25", refinement="rematch", fine_levels=2, coarse_share=0.3, fpn_channels=16
+        "mobilenet0.25", refinement="rematch", fpn_channels=16, image_pyramid=ImagePyramidConfig(2, 0.3, 0.3)
     ),
     "single without branches": usual_config(
         "resnet18", cascade=False, model_version="retina", landmarks=False, num_anchor=2, fpn_channels=16
     ),
-    "sum with four levels": usual_config("resnet18", fine_levels=1, fpn_channels=16),
+    "sum with four levels": usual_config("resnet18", fpn_channels=16, image_pyramid=ImagePyramidConfig(1, 0.3)),
+    "sum with the image at half its size": usual_config(
+        "mobilenet0.25", fpn_channels=16, image_pyramid=ImagePyramidConfig(half_scale_weight=0.3)
+    ),
 }
 
 
 @needs_onnx
 @torch.inference_mode()
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
-def test_graph_takes_any_number_and_size_of_images(model: ModelConfig) -> None:
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_graph_takes_any_number_and_size_of_images(config: ModelConfig) -> None:
     """Also one so small that the coarsest level is a single cell, and sizes that no stride divides."""
     torch.manual_seed(0)
-    network = RetinaFace(model).eval()
-    backend, plain = OnnxBackend(raw_graph(network)), TorchBackend(network)
+    model = build_model(config).eval()
+    backend, plain = OnnxBackend(raw_graph(model), model.priors), TorchBackend(model)
     for shape in ((1, 64, 64, 3), (3, 45, 133, 3), (1, 20, 17, 3)):
         images = torch.randint(0, 256, shape, dtype=torch.uint8)
         found, expected = backend(images), plain(images)
-        for name in output_names(model):
+        for name in {*output_names(config), "priors"}:
             torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-4, rtol=1e-3)
-        assert (found.priors is None) == (expected.priors is None)
         assert (found.landmark_deltas is None) == (expected.landmark_deltas is None)
+        assert (found.iou_logits is None) == (expected.iou_logits is None)
 
 
 @needs_onnx
-@pytest.mark.parametrize(
-    "detection", [PostprocessConfig(0.02, 0.4), PostprocessConfig(0.1, 0.3, top_k=20, keep_top_k=5)]
-)
+@pytest.mark.parametrize("config", [PostprocessConfig(0.02, 0.4), PostprocessConfig(0.1, 0.3, top_k=20, keep_top_k=5)])
 @pytest.mark.parametrize("name", [None, "rematch with four levels", "single without branches"])
 def test_graph_with_suppression_finds_what_the_detector_finds(
-    name: str | None, detection: PostprocessConfig, plain: FaceDetector
+    name: str | None, config: PostprocessConfig, plain: FaceDetector
 ) -> None:
     """Also nothing, in a picture of a single pixel's height, and with a network that finds faces everywhere."""
     import onnxruntime
 
     torch.manual_seed(0)
-    network = RetinaFace(MODELS[name]).eval() if name else plain.network
-    session = onnxruntime.InferenceSession(detector_graph(network, detection), providers=["CPUExecutionProvider"])
+    model = build_model(CONFIGS[name]).eval() if name else plain.model
+    session = onnxruntime.InferenceSession(detector_graph(model, config), providers=["CPUExecutionProvider"])
     image = read_image(ROOT / "data/sample_widerface/images/astronaut.jpg")
     for shown in (image[:300], image[::3, 100:200], np.zeros((1, 40, 3), np.uint8)):
-        expected = FaceDetector(network, detection).detect(shown)
+        expected = FaceDetector(model, config).detect(shown)
         values = session.run(None, {"images": np.ascontiguousarray(shown)[None]})
-        found = dict(zip(detector_output_names(network.config), map(torch.from_numpy, values), strict=True))
+        found = dict(zip(detector_output_names(model.model_config), map(torch.from_numpy, values), strict=True))
         if name is None:
             assert_same_faces(Detections(found["boxes"], found["scores"], found["landmarks"]), expected)
         else:  # an untrained network's scores lie so close together that rounding changes their order
@@ -118,59 +118,42 @@ def test_graph_with_suppression_finds_what_the_detector_finds(
 
 def test_no_faces_in_a_blank_image_that_is_not_square(plain: FaceDetector) -> None:
     blank = np.zeros((70, 120, 3), np.uint8)
-    for fuse in (True, False):
-        assert len(with_speed(plain, backend="torch", fuse=fuse).detect(blank)) == 0
+    for detector in (plain, with_options(plain, backend="torch")):
+        assert len(detector.detect(blank)) == 0
 
 
 @needs_onnx
 def test_automatic_choice_is_the_fastest_that_is_installed(
     plain: FaceDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert with_speed(plain).backend.name == "onnx"
-    monkeypatch.setattr(models.backend, "_ONNX_PACKAGES", ("no_such_package",))
-    assert with_speed(plain).backend.name == "torch"
+    assert with_options(plain).backend.name == "onnx"
+    monkeypatch.setattr(models.onnx_graph, "_ONNX_PACKAGES", ("no_such_package",))
+    assert with_options(plain).backend.name == "torch"
 
 
 def test_backend_that_cannot_be_had_is_refused(plain: FaceDetector, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.backend, "_ONNX_PACKAGES", ("no_such_package",))
+    monkeypatch.setattr(models.onnx_graph, "_ONNX_PACKAGES", ("no_such_package",))
     with pytest.raises(ConfigError, match=r"--backend=onnx needs no_such_package; pip install"):
-        with_speed(plain, backend="onnx")
-    monkeypatch.setattr(models.backend, "_ONNX_PACKAGES", ())
-    elsewhere = RetinaFace(plain.network.config).to("meta")
+        with_options(plain, backend="onnx")
+    monkeypatch.setattr(models.onnx_graph, "_ONNX_PACKAGES", ())
+    elsewhere = build_model(plain.model.model_config).to("meta")
     with pytest.raises(ConfigError, match=r"--backend=onnx computes on the CPU, not on meta; add --gpu_num=-1"):
-        build_backend(elsewhere, ComputeOptions(backend="onnx", fuse=False))
+        build_backend(elsewhere, ComputeOptions(backend="onnx"))
     with pytest.raises(ConfigError, match="--backend is one of auto, torch, compile, onnx, got 'tensorrt'"):
         ComputeOptions(backend="tensorrt")
 
 
-@pytest.mark.parametrize("options", [{"amp": True}, {"cudnn_benchmark": True}])
-def test_what_only_cuda_has_is_refused_elsewhere(plain: FaceDetector, options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"--(amp|cudnn_benchmark) needs a CUDA device; drop it"):
-        with_speed(plain, **options)
-
-
-@pytest.mark.parametrize("asked", [False, True])
-def test_algorithms_are_tried_for_sizes_that_repeat_and_the_users_setting_stays(asked: bool) -> None:
-    tried: list[bool] = []
-    output = StageOutput(torch.zeros(1, 1, 2), torch.zeros(1, 1, 4), None, None)
-
-    def network(_images: torch.Tensor) -> list[StageOutput]:
-        tried.append(torch.backends.cudnn.benchmark)
-        return [output]
-
-    backend = CudaBackend(network, "torch", ComputeOptions(cudnn_benchmark=asked))
-    for width in [*[9] * 22, 8, 9]:
-        backend(torch.zeros(1, 4, width, 3))
-    assert tried == [False] * 20 + [asked] * 2 + [False] + [asked]
-    assert not torch.backends.cudnn.benchmark
+def test_what_only_cuda_has_is_refused_elsewhere(plain: FaceDetector) -> None:
+    with pytest.raises(ConfigError, match="--amp needs a CUDA device; drop it"):
+        with_options(plain, amp=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_half_precision_finds_the_same_faces_on_cuda(plain: FaceDetector) -> None:
-    network = copy.deepcopy(plain.network).to("cuda")
+    model = copy.deepcopy(plain.model).to("cuda")
     image = read_image(ROOT / "data/sample_widerface/images/astronaut.jpg")
     expected, found = (
-        FaceDetector(network, plain.detection, ComputeOptions(amp=amp)).detect(image) for amp in (False, True)
+        FaceDetector(model, plain.config, ComputeOptions(amp=amp)).detect(image) for amp in (False, True)
     )
     assert len(found) == len(expected) > 0
     torch.testing.assert_close(found.boxes, expected.boxes, atol=0.5, rtol=0)
@@ -183,16 +166,91 @@ def test_without_a_compiler_one_line_says_so(
     def fail(_images: torch.Tensor) -> None:
         raise RuntimeError("no C++ compiler\nand much more")
 
-    monkeypatch.setattr(torch, "compile", lambda network, dynamic: fail)
-    backend = build_backend(plain.network, ComputeOptions(backend="compile"))
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: fail)
+    backend = build_backend(plain.model, ComputeOptions(backend="compile"))
     assert backend.name == "torch"
     assert capfd.readouterr().err == (
         "warning: --backend=compile: cannot compile here (no C++ compiler); using torch\n"
     )
 
 
-def test_validation_computes_the_network_that_is_being_trained() -> None:
-    network = RetinaFace(usual_config("mobilenet0.25"))
-    backend = FaceDetector(network, FaceDetector.from_experiment().detection).backend
-    assert isinstance(backend, TorchBackend)
-    assert backend.network is network
+# ---------------------------------------------------------------------------------------- batch normalisation
+
+CASCADES = {"single": (False, "sum"), "sum": (True, "sum"), "rematch": (True, "rematch")}
+PYRAMIDS = {
+    "mobilenet0.25": ImagePyramidConfig(2, 0.3),
+    "resnet18": ImagePyramidConfig(),
+    "resnet50": ImagePyramidConfig(),
+}
+
+
+def trained_like(backbone: str, cascade: bool = True, refinement: str = "sum") -> RetinaFace:
+    """A model whose batch normalisations all do something."""
+    generator = torch.Generator().manual_seed(5)
+    config = usual_config(
+        backbone, cascade=cascade, refinement=refinement, fpn_channels=32, image_pyramid=PYRAMIDS[backbone]
+    )
+    model = build_model(config).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.weight, 0.5, 1.0),
+                (module.bias, -0.2, 0.2),
+                (module.running_mean, -0.5, 0.5),
+                (module.running_var, 0.5, 1.5),
+            ):
+                assert tensor is not None
+                tensor.data.uniform_(low, high, generator=generator)
+    return model
+
+
+def images() -> Tensor:
+    """Two, not square, of an odd height."""
+    return torch.rand(2, 3, 67, 96, generator=torch.Generator().manual_seed(1)) * 255
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("cascade", "refinement"), CASCADES.values(), ids=CASCADES.keys())
+@pytest.mark.parametrize("backbone", ["mobilenet0.25", "resnet18", "resnet50"])
+def test_fused_outputs_equal_those_of_the_model(
+    backbone: str, cascade: bool, refinement: str, device: torch.device
+) -> None:
+    model = trained_like(backbone, cascade, refinement).to(device)
+    fused = fuse_batch_norm(model)
+    assert not [name for name, module in fused.named_modules() if "BatchNorm" in type(module).__name__]
+    for found, expected in zip(fused(images().to(device)), model(images().to(device)), strict=True):
+        for name, value in vars(expected).items():
+            torch.testing.assert_close(getattr(found, name), value, atol=1e-4, rtol=1e-4)
+
+
+def test_the_model_itself_is_left_as_it_is() -> None:
+    model = trained_like("mobilenet0.25").train()
+    before = copy.deepcopy(model.state_dict())
+    learning = [parameter.requires_grad for parameter in model.parameters()]
+    fused = fuse_batch_norm(model)
+    assert model.training
+    assert not fused.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert any(learning)
+    assert [parameter.requires_grad for parameter in model.parameters()] == learning
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("backbone", ["mobilenet0.25", "resnet18"])
+def test_nothing_changes_its_memory_layout(backbone: str) -> None:
+    """Every convolution reads and writes channels_last, so the heads' predictions are in the priors' order already."""
+    fused = fuse_batch_norm(trained_like(backbone))
+    laid_out_otherwise: list[torch.Size] = []
+
+    def check(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        laid_out_otherwise.extend(
+            tensor.shape for tensor in (*inputs, output) if not tensor.is_contiguous(memory_format=torch.channels_last)
+        )
+
+    for module in fused.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(check)
+    pictures = torch.zeros(2, 67, 96, 3, dtype=torch.uint8)
+    fused(pictures.permute(0, 3, 1, 2))
+    assert not laid_out_otherwise

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from config import ConfigError, ExperimentConfig, Flags
-from models.checkpoint import CheckpointError, load_backbone, load_checkpoint, locate_checkpoint, save_checkpoint
-from models.detector import FaceDetector, load_model
+from config import (
+    USUAL_LEVELS,
+    ExperimentConfig,
+    ImagePyramidConfig,
+    LevelConfig,
+    ModelOverrides,
+)
+from models.architecture import usual_config
+from models.checkpoint import load_backbone, load_checkpoint, locate_checkpoint, save_checkpoint
+from models.detector import FaceDetector
+from models.foreign_checkpoint import CheckpointError, describe_anchors
+from models.image_pyramid import build_model
+from models.initialise import load_model
 from models.retinaface import RetinaFace
+from utils.errors import ConfigError
+from utils.options import to_dict
+from utils.runtime.experiment import save_config
 
 SMALL = usual_config("mobilenet0.25", num_anchor=2)
 
@@ -25,7 +41,7 @@ def own(tmp_path: Path) -> Path:
     config = ExperimentConfig(model=SMALL)
     path = tmp_path / "experiments/mine/ckpt/mobilenet0.25_ckpt-best.pth"
     save_checkpoint(path, config, RetinaFace(SMALL).state_dict(), epoch=3)
-    config.save(path.parent.parent / "config.json")
+    save_config(config, path.parent.parent / "config.json")
     return path
 
 
@@ -61,11 +77,11 @@ def test_published_file_is_known_by_its_content_not_its_name(shared: Path, tmp_p
     checkpoint = load_checkpoint(copy)
     assert checkpoint.kind == "biubug6"
     assert checkpoint.note is None
-    assert checkpoint.model == usual_config(
+    assert checkpoint.model_config == usual_config(
         "mobilenet0.25", num_anchor=2, cascade=False, model_version="retina", score_exponent=1.0
     )
-    with pytest.raises(CheckpointError, match=r"activation_slope 0\.1"):
-        load_checkpoint(copy, Flags({"activation_slope": 0.0}))
+    with pytest.raises(CheckpointError, match=r"--activation_slope=0\.1"):
+        load_checkpoint(copy, ModelOverrides(activation_slope=0.0))
 
 
 def test_other_family_takes_slope_and_anchors_from_flags(shared: Path, tmp_path: Path) -> None:
@@ -76,16 +92,21 @@ def test_other_family_takes_slope_and_anchors_from_flags(shared: Path, tmp_path:
     torch.save({f"module.{name}": tensor for name, tensor in state.items()}, path)
     assumed = load_checkpoint(path)
     assert assumed.note is not None
-    assert "--activation_slope 0.1" in assumed.note
+    assert "--activation_slope=0.1" in assumed.note
     sizes = ((10, 20), (32, 64), (128, 256))
-    told = load_checkpoint(path, Flags({"activation_slope": 0.0, "anchor_sizes": sizes}))
-    assert (told.note, told.model.activation_slope, told.model.anchor_sizes) == (None, 0.0, sizes)
+    told = load_checkpoint(path, ModelOverrides(activation_slope=0.0, anchor_sizes=sizes))
+    assert (told.note, told.model_config.activation_slope, describe_anchors(told.model_config.levels)) == (
+        None,
+        0.0,
+        "10,20/32,64/128,256",
+    )
     slopes = {m.negative_slope for m in load_model(told).modules() if isinstance(m, torch.nn.LeakyReLU)}
     assert slopes == {0.0}
 
 
 def test_imagenet_backbone_loads_whole(shared: Path) -> None:
-    state = load_backbone(shared / "weights/mobilenetV1X0.25_pretrain.tar", "mobilenet0.25")
+    state, is_imagenet = load_backbone(shared / "weights/mobilenetV1X0.25_pretrain.tar", "mobilenet0.25")
+    assert is_imagenet
     assert state.keys() == RetinaFace(SMALL).backbone.state_dict().keys()
     with pytest.raises(CheckpointError, match="backbone is resnet18"):
         load_backbone(shared / "weights/mobilenetV1X0.25_pretrain.tar", "resnet18")
@@ -96,19 +117,19 @@ def test_imagenet_backbone_loads_whole(shared: Path) -> None:
 
 def test_own_checkpoint_returns_what_was_saved(own: Path) -> None:
     checkpoint = load_checkpoint(own)
-    assert (checkpoint.kind, checkpoint.model, checkpoint.training["epoch"]) == ("own", SMALL, 3)
+    assert (checkpoint.kind, checkpoint.model_config, checkpoint.training["epoch"]) == ("own", SMALL, 3)
     load_model(checkpoint)
 
 
 def test_configuration_beside_must_agree(own: Path) -> None:
     other = usual_config("mobilenet0.25", num_anchor=3)
-    ExperimentConfig(model=other).save(own.parent.parent / "config.json")
+    save_config(ExperimentConfig(model=other), own.parent.parent / "config.json")
     with pytest.raises(CheckpointError, match=r"not that of .*config\.json"):
         load_checkpoint(own)
 
 
 def test_first_stage_of_a_cascade_runs_alone(own: Path) -> None:
-    whole, first = load_model(load_checkpoint(own)), load_model(load_checkpoint(own, Flags({"cascade": False})))
+    whole, first = load_model(load_checkpoint(own)), load_model(load_checkpoint(own, ModelOverrides(cascade=False)))
     images = torch.zeros(1, 3, 40, 64)
     with torch.inference_mode():
         torch.testing.assert_close(first.eval()(images)[-1].box_deltas, whole.eval()(images)[0].box_deltas)
@@ -116,13 +137,13 @@ def test_first_stage_of_a_cascade_runs_alone(own: Path) -> None:
 
 
 def test_landmarks_can_be_left_out_but_not_invented(own: Path) -> None:
-    without = load_checkpoint(own, Flags({"landmark_loss": False}))
+    without = load_checkpoint(own, ModelOverrides(landmark_loss=False))
     detector = FaceDetector(load_model(without), ExperimentConfig().inference)
     assert detector.detect(np.zeros((40, 64, 3), np.uint8)).landmarks is None
-    save_checkpoint(own.with_name("bare.pth"), ExperimentConfig(model=without.model), without.state)
+    save_checkpoint(own.with_name("bare.pth"), ExperimentConfig(model=without.model_config), without.state)
     (own.parent.parent / "config.json").unlink()
     with pytest.raises(CheckpointError, match="without landmarks"):
-        load_checkpoint(own.with_name("bare.pth"), Flags({"landmark_loss": True}))
+        load_checkpoint(own.with_name("bare.pth"), ModelOverrides(landmark_loss=True))
 
 
 @pytest.mark.parametrize(
@@ -134,42 +155,103 @@ def test_landmarks_can_be_left_out_but_not_invented(own: Path) -> None:
         ("fpn_channels", 32, "64"),
     ],
 )
-def test_contradicting_flag_is_refused_with_both_values(own: Path, flag: str, value: object, saved: str) -> None:
+def test_contradicting_flag_is_refused_with_both_values(own: Path, flag: str, value: Any, saved: str) -> None:
     with pytest.raises(CheckpointError) as refusal:
-        load_checkpoint(own, Flags({flag: value}))
+        load_checkpoint(own, ModelOverrides(**{flag: value}))
     assert saved in str(refusal.value)
     assert f"--{flag}={value}" in str(refusal.value)
 
 
 def test_fine_levels_can_be_added_where_a_detector_runs(own: Path) -> None:
-    checkpoint = load_checkpoint(own, Flags({"fine_levels": 2}))
-    assert checkpoint.model.anchor_sizes == ((8, 16), (32, 64), (64, 128), (256, 512))
-    network, usual = load_model(checkpoint), load_model(load_checkpoint(own))
-    heads = {name: value for name, value in usual.state_dict().items() if ".class_logits.weight" in name}
-    for name, value in network.state_dict().items():
-        if ".class_logits.weight" in name:  # levels of strides 8 and 16 enlarged, 16 and 32
-            stage, level = name.split(".")[1], (0, 1, 1, 2)[int(name.split(".")[3])]
-            assert torch.equal(value, heads[f"stages.{stage}.heads.{level}.class_logits.weight"])
+    checkpoint = load_checkpoint(own, ModelOverrides(fine_levels=2, coarse_share=0.3))
+    pyramid = ImagePyramidConfig(2, native_scale_weight=0.3, half_scale_weight=0.3)
+    assert checkpoint.model_config == dataclasses.replace(SMALL, image_pyramid=pyramid)
+    model, usual = load_model(checkpoint), load_model(load_checkpoint(own))
+    assert [level.anchor_sizes for level in model.levels] == [(8, 16), (32, 64), (64, 128), (256, 512)]
+    state, former = model.state_dict(), usual.state_dict()
+    for name, value in former.items():
+        assert torch.equal(state.pop(name), value)
+    # What is left are the finest two levels once more, for the image at twice its size.
+    assert {name.split(".")[3] for name in state} == {"0", "1"}
+    for name, value in state.items():
+        assert torch.equal(value, former[name.removeprefix("upsampled_")])
 
 
-def test_fine_levels_cannot_be_had_otherwise(tmp_path: Path) -> None:
-    for fine_levels, sizes, message in (
-        (2, None, "fine_levels 2, but --fine_levels=1"),
-        (0, 9, "for the usual anchors"),
-    ):
-        model = usual_config("mobilenet0.25", num_anchor=2, fine_levels=fine_levels)
-        if sizes:
-            model = dataclasses.replace(model, anchor_sizes=((9, 18), (64, 128), (256, 512)))
-        save_checkpoint(tmp_path / "some.pth", ExperimentConfig(model=model), RetinaFace(model).state_dict())
-        with pytest.raises(CheckpointError, match=message):
-            load_checkpoint(tmp_path / "some.pth", Flags({"fine_levels": 1}))
+def test_fine_levels_halve_anchors_that_are_not_the_usual_ones(tmp_path: Path) -> None:
+    model = dataclasses.replace(SMALL, levels=(LevelConfig(8, (9, 18)), *USUAL_LEVELS[2][1:]))
+    save_checkpoint(tmp_path / "some.pth", ExperimentConfig(model=model), RetinaFace(model).state_dict())
+    fine = load_model(load_checkpoint(tmp_path / "some.pth", ModelOverrides(fine_levels=1)))
+    assert fine.levels == (LevelConfig(4, (4.5, 9)), *model.levels)
+
+
+@pytest.mark.parametrize("asked", [0, 1, 3])
+def test_another_number_of_fine_levels_is_refused(asked: int, tmp_path: Path) -> None:
+    model = dataclasses.replace(SMALL, image_pyramid=ImagePyramidConfig(2))
+    save_checkpoint(tmp_path / "some.pth", ExperimentConfig(model=model), build_model(model).state_dict())
+    with pytest.raises(CheckpointError, match=f"fine_levels 2, but --fine_levels={asked}"):
+        load_checkpoint(tmp_path / "some.pth", ModelOverrides(fine_levels=asked))
 
 
 def test_two_stages_of_a_single_stage_checkpoint_are_refused(tmp_path: Path) -> None:
     model = dataclasses.replace(SMALL, stages=SMALL.stages[:1])
     save_checkpoint(tmp_path / "a.pth", ExperimentConfig(model=model), RetinaFace(model).state_dict())
     with pytest.raises(CheckpointError, match="one stage"):
-        load_checkpoint(tmp_path / "a.pth", Flags({"cascade": True}))
+        load_checkpoint(tmp_path / "a.pth", ModelOverrides(cascade=True))
+
+
+# ------------------------------------------------------------------------------------ the first format of ours
+
+
+def save_former(path: Path, refinement: str = "sum") -> dict[str, Tensor]:
+    """A checkpoint of the format `retinaface-1` with two levels of the image at twice its size; returns its tensors.
+
+    There were four levels: 0 and 1 of strides 4 and 8 in the enlarged image, and 2 and 3 of strides 16 and 32.
+    """
+    usual = usual_config("mobilenet0.25", num_anchor=2, refinement=refinement)
+    state: dict[str, Tensor] = {}
+    for name, tensor in RetinaFace(usual).state_dict().items():
+        part = re.fullmatch(r"(stages\.\d\.\w+)\.0\.(.+)", name)
+        if part:  # tensors of all levels have the same shapes
+            state |= {f"{part[1]}.{level}.{part[2]}": torch.rand(tensor.shape).to(tensor.dtype) for level in range(4)}
+        elif not name.startswith("stages."):
+            state[name] = tensor
+    values = to_dict(ExperimentConfig(model=usual))
+    del values["model"]["levels"], values["model"]["image_pyramid"]
+    values["model"] |= {"anchor_sizes": [[8, 16], [32, 64], [64, 128], [256, 512]], "strides": [4, 8, 16, 32]}
+    values["model"] |= {"fine_levels": 2, "context_share": 0.3, "coarse_share": 0.0}
+    values["data"]["cache_side"] = 0
+    torch.save({"format": "retinaface-1", "config": values, "model": state, "epoch": 3}, path)
+    return state
+
+
+def test_levels_of_the_first_format_find_their_place(tmp_path: Path) -> None:
+    """Heads of level 0 served stride 4 of the enlarged image and stride 8 of the image; each has its own now."""
+    former = save_former(tmp_path / "former.pth")
+    checkpoint = load_checkpoint(tmp_path / "former.pth")
+    expected = usual_config("mobilenet0.25", num_anchor=2, image_pyramid=ImagePyramidConfig(2, 0.3))
+    assert (checkpoint.model_config, checkpoint.training) == (expected, {"epoch": 3})
+    state = load_model(checkpoint).state_dict()
+    names = {"upsampled_stages": {0: 0, 1: 1}, "stages": {0: 0, 1: 2, 2: 3}}
+    for name, value in state.items():
+        part = re.fullmatch(r"(\w*stages)\.(\d\.\w+)\.(\d)\.(.+)", name)
+        source = f"stages.{part[2]}.{names[part[1]][int(part[3])]}.{part[4]}" if part else name
+        assert torch.equal(value, former[source]), name
+
+
+def test_later_stages_of_the_first_format_take_the_landmarks_of_the_first_stage(tmp_path: Path) -> None:
+    save_former(tmp_path / "former.pth", "rematch")
+    checkpoint = load_checkpoint(tmp_path / "former.pth")
+    state = load_model(checkpoint).state_dict()
+    for prefix, levels in (("stages", 3), ("upsampled_stages", 2)):
+        for level in range(levels):
+            first, second = (f"{prefix}.{stage}.heads.{level}.landmark_deltas.weight" for stage in (0, 1))
+            assert torch.equal(state[first], state[second])
+            assert not torch.equal(state[first.replace("landmark", "box")], state[second.replace("landmark", "box")])
+    # Landmarks that the second stage has learnt since then are its own.
+    state["stages.1.heads.0.landmark_deltas.weight"] += 1
+    save_checkpoint(tmp_path / "new.pth", ExperimentConfig(model=checkpoint.model_config), state)
+    again = load_checkpoint(tmp_path / "new.pth").state
+    assert all(torch.equal(again[name], value) for name, value in state.items())
 
 
 # ----------------------------------------------------------------------------------------------- refusals

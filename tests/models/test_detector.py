@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from config import ROOT, ComputeOptions, ConfigError
-from models.backend import Backend, missing_onnx_packages
+from config import ROOT, ComputeOptions
+from models.backend import Backend
 from models.detector import FaceDetector
+from models.onnx_graph import missing_onnx_packages
+from utils.errors import ConfigError
 from utils.runtime.images import read_image, resize_to_limit
 from utils.structures import StageOutput
 
@@ -23,13 +25,13 @@ class Watched:
     """A backend that notes the shapes of what it sees."""
 
     name = "watched"
-    lanes = 1
+    num_workers = 1
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.shapes: list[tuple[int, ...]] = []
 
-    def for_lane(self) -> Backend:
+    def for_worker(self) -> Backend:
         return self
 
     def __call__(self, images: Tensor) -> StageOutput:
@@ -42,7 +44,7 @@ def test_large_image_is_seen_smaller_and_its_boxes_are_in_its_own_pixels() -> No
     detector = FaceDetector.from_experiment()
     quarter = 400 * 512 // 4
     expected = detector.detect(resize_to_limit(image, quarter)).scaled(2, 2)
-    limited = FaceDetector(detector.network, detector.detection, max_pixels=quarter)
+    limited = FaceDetector(detector.model, detector.config, ComputeOptions("torch", max_pixels=quarter))
     limited.backend = watched = Watched(limited.backend)
     found = limited.detect(image)
     assert watched.shapes == [(1, 200, 256, 3)]
@@ -60,7 +62,7 @@ def test_limit_that_means_nothing_is_refused() -> None:
 @pytest.mark.skipif(bool(missing_onnx_packages()), reason="PyTorch keeps kernels for the newest thousand shapes")
 def test_memory_stays_flat_over_images_of_many_sizes() -> None:
     """Images that were kept would be 30 MB, and the pyramids that they give rise to more."""
-    detector = FaceDetector.from_experiment(speed=ComputeOptions(backend="onnx"))
+    detector = FaceDetector.from_experiment(compute=ComputeOptions(backend="onnx"))
     generator = np.random.default_rng(0)
 
     def detect(count: int) -> None:

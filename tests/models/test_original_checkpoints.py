@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from config import Flags
+from config import USUAL_LEVELS, ModelOverrides
 from layers.prior_box import prior_boxes
 from models.checkpoint import load_checkpoint
-from models.detector import FaceDetector, load_model
+from models.detector import FaceDetector
+from models.initialise import load_model
 from utils.nms import pixel_nms
 
 
@@ -47,7 +48,7 @@ def checkpoint(
 
 def test_architecture_is_recognised_from_the_tensors(checkpoint: tuple[Path, dict[str, Tensor]]) -> None:
     path, _ = checkpoint
-    model = load_checkpoint(path).model
+    model = load_checkpoint(path).model_config
     tina = "tina" in path.parent.name
     assert (model.backbone, model.num_anchor, model.model_version) == (
         "resnet50",
@@ -75,7 +76,7 @@ def test_outputs_equal_the_restatement(
     checkpoint: tuple[Path, dict[str, Tensor]], cascade: bool, device: torch.device
 ) -> None:
     path, state = checkpoint
-    network = load_model(load_checkpoint(path, Flags({"cascade": cascade}))).eval().to(device)
+    network = load_model(load_checkpoint(path, ModelOverrides(cascade=cascade))).eval().to(device)
     images = torch.rand(2, 3, 96, 129, generator=torch.Generator().manual_seed(1)) * 255
     mean = torch.tensor([104.0, 117.0, 123.0]).view(1, 3, 1, 1)
     with torch.inference_mode():
@@ -95,8 +96,7 @@ def test_detections_equal_the_restatement(checkpoint: tuple[Path, dict[str, Tens
     with torch.inference_mode():
         raw = oracle.original_forward(state, pixels, cascade)
     scores, deltas = raw["scores"][0, :, 1], raw["boxes"][0]
-    sizes = {2: ((16, 32), (64, 128), (256, 512)), 3: ((8, 16, 32), (32, 64, 128), (128, 256, 512))}
-    priors = prior_boxes((130, 170), sizes[3 if "tina" in path.parent.name else 2], (8, 16, 32))
+    priors = prior_boxes((130, 170), USUAL_LEVELS[3 if "tina" in path.parent.name else 2])
     centres = priors[:, :2] + deltas[:, :2] * 0.1 * priors[:, 2:]
     halves = priors[:, 2:] * torch.exp(deltas[:, 2:] * 0.2) / 2
     boxes = torch.cat([centres - halves, centres + halves], dim=1) * torch.tensor([170, 130, 170, 130])
@@ -104,8 +104,8 @@ def test_detections_equal_the_restatement(checkpoint: tuple[Path, dict[str, Tens
     chosen = chosen[pixel_nms(boxes[chosen], scores[chosen], 0.3)]
     assert len(chosen) > 3
 
-    checkpointed = load_checkpoint(path, Flags({"cascade": cascade}))
-    settings = FaceDetector.from_checkpoint(path, clip_boxes=False).detection
+    checkpointed = load_checkpoint(path, ModelOverrides(cascade=cascade))
+    settings = FaceDetector.from_checkpoint(path, clip_boxes=False).config
     found = FaceDetector(load_model(checkpointed), settings).detect(image)
     assert len(found) == len(chosen)
     torch.testing.assert_close(found.boxes, boxes[chosen], atol=0.05, rtol=1e-4)
@@ -123,7 +123,7 @@ def test_biubug6_resnet50_is_the_originals_first_stage_under_other_names(
     path = tmp_path / "Resnet50_Final.pth"
     torch.save({f"module.{name}": tensor for name, tensor in renamed.items()}, path)
     loaded = load_checkpoint(path)
-    assert (loaded.kind, loaded.note, loaded.model.cascade) == ("biubug6", None, False)
+    assert (loaded.kind, loaded.note, loaded.model_config.cascade) == ("biubug6", None, False)
     images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(2)) * 255
     with torch.inference_mode():
         (output,) = load_model(loaded).eval()(images)

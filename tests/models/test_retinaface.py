@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import BACKBONES, FINE_LEVELS, LossConfig, ModelConfig, PostprocessConfig
+from config import BACKBONES, ImagePyramidConfig, LossConfig, ModelConfig, PostprocessConfig
 from layers.multibox_loss import MultiBoxLoss
 from layers.postprocess import postprocess
 from layers.prior_box import prior_boxes
+from models.architecture import usual_config
 from models.checkpoint import Checkpoint
+from models.heads import LevelOutput, join_levels
+from models.image_pyramid import ImagePyramid, add_upsampled_stages, build_model, pyramid_levels
 from models.initialise import initialise_for_focal_loss, initialise_from_detector
 from models.retinaface import RetinaFace
 from utils.boxes import decode_boxes, decode_landmarks
@@ -38,8 +42,16 @@ CONFIGURATIONS = [
     for cascade, refinement in CASCADES.values()
 ]
 CONFIGURATIONS += [
-    usual_config("mobilenet0.25", num_anchor=2, cascade=False, fine_levels=fine_levels, fpn_channels=32)
-    for fine_levels in FINE_LEVELS[1:]
+    usual_config("mobilenet0.25", num_anchor=2, cascade=False, fpn_channels=32, image_pyramid=pyramid)
+    for pyramid in (
+        ImagePyramidConfig(1, 0.3),
+        ImagePyramidConfig(2, 0.3),
+        ImagePyramidConfig(3, 0.3),
+        ImagePyramidConfig(2, 0.3, 0.3),
+        ImagePyramidConfig(3),
+        ImagePyramidConfig(2, half_scale_weight=0.3),
+        ImagePyramidConfig(half_scale_weight=0.3),
+    )
 ]
 LOSSES = {
     "default": LossConfig(),
@@ -50,33 +62,53 @@ LOSSES = {
 def two_images_with_faces() -> FaceTargets:
     """Of 64 x 96 pixels. Among their faces every level of the pyramid finds one of its size."""
     boxes = torch.tensor([[0.1, 0.1, 0.3, 0.4], [0.3, 0.1, 0.9, 0.9], [-1.0, -1.0, 2.0, 2.5]])
-    faces = FaceTargets(boxes, torch.rand(3, 5, 2), torch.ones(3, dtype=torch.bool))
+    faces = FaceTargets(boxes, torch.rand(3, 5, 2), torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool), (3,))
     return FaceTargets.join([faces, faces])
 
 
+def describe(config: ModelConfig) -> str:
+    pyramid = config.image_pyramid
+    scales = (pyramid.upsampled_levels, pyramid.native_scale_weight, pyramid.half_scale_weight)
+    return f"{config.name}-{config.landmarks}-{scales}"
+
+
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
-@pytest.mark.parametrize("config", CONFIGURATIONS, ids=lambda config: f"{config.name}-{config.landmarks}")
+@pytest.mark.parametrize("config", CONFIGURATIONS, ids=describe)
 def test_every_parameter_gets_a_gradient(config: ModelConfig, loss: LossConfig, device: torch.device) -> None:
+    """A parameter that learns but has no gradient stops training in several processes."""
     torch.manual_seed(0)
-    network = RetinaFace(config).to(device)
+    model = build_model(config).to(device)
     images = torch.rand(2, 3, 64, 96, device=device) * 255
-    terms = MultiBoxLoss(loss, config)(network(images), two_images_with_faces().to(device), (64, 96))
+    terms = MultiBoxLoss(loss, config)(model(images), two_images_with_faces().to(device), (64, 96))
     torch.stack(list(terms.values())).sum().backward()
-    without = [
-        name for name, parameter in network.named_parameters() if parameter.grad is None or not parameter.grad.any()
-    ]
-    assert not without
+    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not [name for name, parameter in learning.items() if parameter.grad is None or not parameter.grad.any()]
+    if config.image_pyramid.upsampled_levels < 2:
+        assert len(learning) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("fine_levels", FINE_LEVELS)
+def test_native_levels_that_are_replaced_learn_scores_at_most() -> None:
+    """Of three native levels two are replaced; with no weight of the native scale nothing of them takes part."""
+    for weight, expected in ((0.3, {"context", "class_logits"}), (0.0, set())):
+        config = usual_config("mobilenet0.25", cascade=False, image_pyramid=ImagePyramidConfig(3, weight))
+        parts = [
+            name.split(".") for name, value in build_model(config).stages.named_parameters() if value.requires_grad
+        ]
+        learning = {part[1] if part[1] == "context" else part[3] for part in parts if part[2] in ("0", "1")}
+        assert learning == expected
+        assert "box_deltas" in {part[3] for part in parts if part[2] == "2"}
+
+
+@pytest.mark.parametrize("pyramid", [ImagePyramidConfig(count, 0.3) for count in range(4)])
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_outputs_pair_with_the_priors(backbone: str, fine_levels: int) -> None:
+def test_outputs_pair_with_the_priors(backbone: str, pyramid: ImagePyramidConfig) -> None:
     """An odd size: every level rounds up as `feature_sizes` does."""
-    config = usual_config(backbone, fpn_channels=16, fine_levels=fine_levels)
-    network = RetinaFace(config).eval()
+    config = usual_config(backbone, fpn_channels=16, image_pyramid=pyramid)
+    model = build_model(config).eval()
     with torch.inference_mode():
-        outputs = network(torch.zeros(1, 3, 33, 70, dtype=torch.uint8))
-    count = len(prior_boxes((33, 70), config.anchor_sizes, config.strides))
+        outputs = model(torch.zeros(1, 3, 33, 70, dtype=torch.uint8))
+    priors = prior_boxes((33, 70), pyramid_levels(config))
+    count = len(priors)
     assert len(outputs) == 2
     for output in outputs:
         assert output.class_logits.shape == (1, count, 2)
@@ -85,6 +117,30 @@ def test_outputs_pair_with_the_priors(backbone: str, fine_levels: int) -> None:
         assert output.landmark_deltas.shape == (1, count, 10)
         assert output.iou_logits is not None
         assert output.iou_logits.shape == (1, count)
+        assert torch.equal(output.priors, priors)
+
+
+def test_levels_are_joined_in_the_order_of_the_priors() -> None:
+    """Every prediction says where it is: level, row, column and anchor, as four box deltas."""
+    config = usual_config("mobilenet0.25", num_anchor=2)
+    priors = prior_boxes((40, 56), config.levels)
+    levels = []
+    for number, (rows, columns) in enumerate([(5, 7), (3, 4), (2, 2)]):
+        row = torch.arange(rows).view(1, rows, 1).expand(2, rows, columns)
+        column = torch.arange(columns).view(1, 1, columns).expand(2, rows, columns)
+        anchor = torch.arange(2).view(2, 1, 1).expand(2, rows, columns)
+        place = torch.stack([torch.full_like(row, number), row, column, anchor], dim=1).flatten(0, 1)[None].float()
+        levels.append(LevelOutput(place[:, :4], place, None, place[:, :2]))
+    joined = join_levels(levels, priors)
+    assert joined.class_logits.shape == (1, len(priors), 2)
+    assert joined.iou_logits is not None
+    assert joined.iou_logits.shape == (1, len(priors))
+    level, row, column, anchor = joined.box_deltas[0].long().unbind(1)
+    stride = torch.tensor([8, 16, 32])[level]
+    centres = torch.stack([(column + 0.5) * stride / 56, (row + 0.5) * stride / 40], dim=1)
+    torch.testing.assert_close(priors[:, :2], centres)
+    sizes = torch.tensor([[16.0, 32], [64, 128], [256, 512]])[level, anchor]
+    torch.testing.assert_close(priors[:, 2:], sizes[:, None] / torch.tensor([56, 40]))
 
 
 def test_a_branch_and_its_parameters_come_and_go_together() -> None:
@@ -97,22 +153,23 @@ def test_a_branch_and_its_parameters_come_and_go_together() -> None:
 
 
 def test_second_stage_corrects_the_boxes_of_the_first() -> None:
-    network = RetinaFace(usual_config("mobilenet0.25")).eval()
-    for name, parameter in network.stages[1].named_parameters():
+    model = RetinaFace(usual_config("mobilenet0.25")).eval()
+    for name, parameter in model.stages[1].named_parameters():
         if ".box_deltas." in name:
             torch.nn.init.constant_(parameter, 0.5 if name.endswith("bias") else 0.0)
     with torch.inference_mode():
-        first, second = network(torch.rand(1, 3, 40, 56) * 255)
+        first, second = model(torch.rand(1, 3, 40, 56) * 255)
     torch.testing.assert_close(second.box_deltas, first.box_deltas + 0.5)
 
 
-def cascade_of(refinement: str, *, context_share: float = 0.0, **changes: Any) -> RetinaFace:
-    config = usual_config("mobilenet0.25", refinement=refinement, context_share=context_share, **changes)
-    return RetinaFace(config).eval()
+def model_of(refinement: str = "sum", pyramid: ImagePyramidConfig | None = None, **changes: Any) -> RetinaFace:
+    """A cascade, or with cascade=False a single stage."""
+    pyramid = pyramid or ImagePyramidConfig()
+    return build_model(usual_config("mobilenet0.25", refinement=refinement, image_pyramid=pyramid, **changes)).eval()
 
 
-def fixed_priors(network: RetinaFace) -> Tensor:
-    return prior_boxes((40, 56), network.config.anchor_sizes, network.config.strides)
+def checkpoint_of(model: RetinaFace) -> Checkpoint:
+    return Checkpoint(Path("detector.pth"), model.model_config, model.state_dict(), "own")
 
 
 def noise() -> Tensor:
@@ -121,93 +178,129 @@ def noise() -> Tensor:
 
 @torch.inference_mode()
 def test_rematched_stage_without_corrections_keeps_the_boxes_of_the_first() -> None:
-    network = cascade_of("rematch")
-    set_parameters(network, lambda name: name.startswith("stages.1.") and ".box_deltas." in name, torch.zeros_like)
-    first, second = network(noise())
-    assert first.priors is None
-    assert second.priors is not None
+    model = model_of("rematch")
+    set_parameters(model, lambda name: name.startswith("stages.1.") and ".box_deltas." in name, torch.zeros_like)
+    first, second = model(noise())
+    assert torch.equal(first.priors, prior_boxes((40, 56), model.levels))
+    assert second.priors.shape == (1, *first.priors.shape)
     assert not second.box_deltas.any()
-    variances = network.config.variances
-    kept = decode_boxes(first.box_deltas, fixed_priors(network), variances)
+    variances = model.model_config.variances
+    kept = decode_boxes(first.box_deltas, first.priors, variances)
     assert torch.equal(decode_boxes(second.box_deltas, second.priors, variances), kept)
     everything = PostprocessConfig(confidence_threshold=0, nms_threshold=1, clip_boxes=False)
-    (found,) = postprocess(second, (40, 56), network.config, everything)
+    (found,) = postprocess(second, (40, 56), model.model_config, everything)
     order = found.boxes[:, 0].argsort()
     boxes = kept[0] * torch.tensor([56, 40, 56, 40])
     torch.testing.assert_close(found.boxes[order][:, 0], boxes[:, 0].sort().values, atol=1e-3, rtol=0)
 
 
 def test_rematched_stage_does_not_teach_the_first_its_anchors() -> None:
-    network = cascade_of("rematch")
-    terms = MultiBoxLoss(LossConfig(), network.config)(
-        network(torch.rand(2, 3, 64, 96) * 255), two_images_with_faces(), (64, 96)
+    model = model_of("rematch")
+    terms = MultiBoxLoss(LossConfig(), model.model_config)(
+        model(torch.rand(2, 3, 64, 96) * 255), two_images_with_faces(), (64, 96)
     )
     torch.stack([term for name, term in terms.items() if name.startswith("stage2/")]).sum().backward()
-    assert all(parameter.grad is None for parameter in network.stages[0].parameters())
-    assert all(parameter.grad is not None for parameter in network.fpn.parameters())
+    assert all(parameter.grad is None for parameter in model.stages[0].parameters())
+    assert all(parameter.grad is not None for parameter in model.fpn.parameters())
 
 
-def test_anchors_of_a_network_gone_astray_are_finite_and_have_area() -> None:
-    network = cascade_of("rematch")
+def test_anchors_of_a_model_gone_astray_are_finite_and_have_area() -> None:
+    model = model_of("rematch")
     for size_delta in (1e4, -1e4):
         value = torch.tensor(size_delta)
-        set_parameters(network, lambda name: "0.heads." in name and ".box_deltas.bias" in name, value.expand_as)
-        _, second = network(noise())
-        assert second.priors is not None
+        set_parameters(model, lambda name: "0.heads." in name and ".box_deltas.bias" in name, value.expand_as)
+        _, second = model(noise())
         assert second.priors.isfinite().all()
         assert (second.priors[..., 2:] > 1e-4).all()
 
 
 def test_anchors_are_decoded_in_32_bits() -> None:
-    network = cascade_of("rematch")
+    model = model_of("rematch")
     with torch.autocast("cpu", torch.bfloat16):
-        first, second = network(noise())
+        first, second = model(noise())
     assert first.box_deltas.dtype == torch.bfloat16
-    assert second.priors is not None
     assert second.priors.dtype == torch.float32
 
 
-def set_parameters(network: RetinaFace, chosen: Callable[[str], bool], change: Callable[[Tensor], Tensor]) -> None:
+def set_parameters(model: RetinaFace, chosen: Callable[[str], bool], change: Callable[[Tensor], Tensor]) -> None:
     with torch.no_grad():
-        for name, parameter in network.named_parameters():
+        for name, parameter in model.named_parameters():
             if chosen(name):
                 parameter.copy_(change(parameter))
 
 
 @torch.inference_mode()
+def test_landmarks_of_every_stage_are_predicted_relative_to_the_first_priors() -> None:
+    """The boxes of the first stage move by half a prior and become twice as large; the landmarks stay."""
+    model = model_of("rematch")
+    set_parameters(model, lambda name: ".box_deltas.weight" in name, torch.zeros_like)
+    variances = model.model_config.variances
+    change = torch.tensor([0.5 / variances[0], 0.5 / variances[0], *[math.log(2) / variances[1]] * 2])
+    set_parameters(model, lambda name: "stages.0." in name and ".box_deltas.bias" in name, lambda _: change.repeat(3))
+    set_parameters(model, lambda name: ".landmark_deltas.weight" in name, torch.zeros_like)
+    set_parameters(model, lambda name: ".landmark_deltas.bias" in name, torch.ones_like)
+    first, second = model(noise())
+    centres, sizes = first.priors[None].split(2, dim=2)
+    torch.testing.assert_close(second.priors, torch.cat([centres + sizes / 2, sizes * 2], dim=2))
+    assert second.landmark_deltas is not None
+    points = decode_landmarks(second.landmark_deltas, second.priors, variances)
+    # A delta of 1 is a tenth of the first prior's side, from the first prior's centre.
+    torch.testing.assert_close(points, (centres + 0.1 * sizes).unsqueeze(2).expand_as(points))
+
+
+PYRAMIDS = [ImagePyramidConfig(), ImagePyramidConfig(2, 0.3), ImagePyramidConfig(1, half_scale_weight=0.2)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("pyramid", PYRAMIDS)
 @pytest.mark.parametrize("refinement", ["sum", "rematch"])
-def test_a_cascade_starts_by_finding_what_one_stage_found(refinement: str) -> None:
-    single = cascade_of("sum", cascade=False)
+def test_a_cascade_starts_by_finding_what_one_stage_found(refinement: str, pyramid: ImagePyramidConfig) -> None:
+    single = model_of("sum", pyramid, cascade=False)
     set_parameters(single, lambda name: "box_deltas" in name, lambda values: values * 0.1)
-    network = cascade_of(refinement)
-    checkpoint = Checkpoint(Path("single.pth"), single.config, single.state_dict(), "own")
-    assert initialise_from_detector(network, checkpoint) == []
-    assert_starts_from(single(noise())[0], network)
+    model = model_of(refinement, pyramid)
+    assert initialise_from_detector(model, checkpoint_of(single)) == []
+    assert_starts_from(single(noise())[0], model)
 
 
 @torch.inference_mode()
-def test_a_cascade_that_refines_in_another_way_starts_from_the_first_stage() -> None:
-    old, network = cascade_of("sum"), cascade_of("rematch")
-    checkpoint = Checkpoint(Path("sum.pth"), old.config, old.state_dict(), "own")
-    assert initialise_from_detector(network, checkpoint) == []
-    assert_starts_from(old(noise())[0], network)
-    again = cascade_of("sum")
-    initialise_from_detector(again, checkpoint)
-    torch.testing.assert_close(again(noise())[1].box_deltas, old(noise())[1].box_deltas)
+@pytest.mark.parametrize("pyramid", PYRAMIDS)
+@pytest.mark.parametrize("refinement", ["sum", "rematch"])
+def test_a_cascade_that_refines_in_another_way_starts_from_the_first_stage(
+    refinement: str, pyramid: ImagePyramidConfig
+) -> None:
+    old, model = model_of("rematch" if refinement == "sum" else "sum", pyramid), model_of(refinement, pyramid)
+    assert initialise_from_detector(model, checkpoint_of(old)) == []
+    assert_starts_from(old(noise())[0], model)
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("fine_levels", FINE_LEVELS[1:])
-def test_fine_levels_start_by_finding_what_the_detector_found_in_the_enlarged_picture(fine_levels: int) -> None:
-    usual = cascade_of("sum", cascade=False)
-    fine = cascade_of("sum", cascade=False, fine_levels=fine_levels)
-    assert initialise_from_detector(fine, Checkpoint(Path("usual.pth"), usual.config, usual.state_dict(), "own")) == []
-    found = fine(noise())[0]
+@pytest.mark.parametrize("refinement", ["sum", "rematch"])
+def test_a_cascade_that_refines_in_the_same_way_starts_as_it_is(refinement: str) -> None:
+    old, again = model_of(refinement), model_of(refinement)
+    initialise_from_detector(again, checkpoint_of(old))
+    for name, value in vars(old(noise())[1]).items():
+        torch.testing.assert_close(getattr(again(noise())[1], name), value)
+
+
+# 40 x 56 pixels, three anchors a cell: the levels of the enlarged image have 10 x 14 cells and so on.
+ENLARGED_PRIORS = [rows * columns * 3 for rows, columns in [(10, 14), (5, 7), (3, 4)]]
+NATIVE_PRIORS = [rows * columns * 3 for rows, columns in [(5, 7), (3, 4), (2, 2)]]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_fine_levels_start_by_finding_what_the_detector_found_in_the_enlarged_picture(count: int) -> None:
+    usual = model_of(cascade=False)
+    fine = model_of("sum", ImagePyramidConfig(count), cascade=False)
+    assert initialise_from_detector(fine, checkpoint_of(usual)) == []
+    assert_shows_both_sizes(fine(noise())[0], usual, count)
+
+
+def assert_shows_both_sizes(found: StageOutput, usual: RetinaFace, count: int) -> None:
+    """The finest levels are those of the image at twice its size, and the others those of the image itself."""
     enlarged = usual(F.interpolate(noise(), scale_factor=2, mode="bilinear"))[0]
     plain = usual(noise())[0]
-    # 40 x 56 pixels, three anchors a cell: the enlarged picture's levels have 10 x 14 cells and so on.
-    finest = sum(rows * columns * 3 for rows, columns in [(10, 14), (5, 7), (3, 4)][:fine_levels])
-    coarsest = sum(rows * columns * 3 for rows, columns in [(5, 7), (3, 4), (2, 2)][fine_levels - 1 :])
+    finest, coarsest = sum(ENLARGED_PRIORS[:count]), sum(NATIVE_PRIORS[count - 1 :])
     for name in ("class_logits", "box_deltas", "landmark_deltas", "iou_logits"):
         value = getattr(found, name)
         torch.testing.assert_close(value[:, :finest], getattr(enlarged, name)[:, :finest])
@@ -215,12 +308,54 @@ def test_fine_levels_start_by_finding_what_the_detector_found_in_the_enlarged_pi
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_another_number_of_fine_levels_starts_from_the_levels_that_have_learnt(after: int) -> None:
+    """Of two fine levels, the first replaces the native level of the same weights, whose boxes are not learnt."""
+    usual = model_of(cascade=False)
+    source = model_of("sum", ImagePyramidConfig(2), cascade=False)
+    initialise_from_detector(source, checkpoint_of(usual))
+    set_parameters(source, lambda name: name.startswith("stages.0.heads.0."), torch.zeros_like)
+    target = model_of("sum", ImagePyramidConfig(after), cascade=False)
+    assert initialise_from_detector(target, checkpoint_of(source)) == []
+    if after:
+        assert_shows_both_sizes(target(noise())[0], usual, after)
+    else:
+        torch.testing.assert_close(target(noise())[0].box_deltas, usual(noise())[0].box_deltas)
+
+
+def test_upsampled_stages_are_copies_of_the_finest_native_levels() -> None:
+    """With two upsampled levels, of levels 0, 1 and 2 the first two are copied, in both stages."""
+    state = model_of().state_dict()
+    extended = add_upsampled_stages(state, 2)
+    assert all(torch.equal(extended.pop(name), value) for name, value in state.items())
+    assert {tuple(name.split(".")[:4:3]) for name in extended} == {("upsampled_stages", "0"), ("upsampled_stages", "1")}
+    assert {name.split(".")[1] for name in extended} == {"0", "1"}
+    assert all(torch.equal(value, state[name.removeprefix("upsampled_")]) for name, value in extended.items())
+    pyramid = ImagePyramid(usual_config("mobilenet0.25", image_pyramid=ImagePyramidConfig(2)))
+    assert pyramid.state_dict().keys() == state.keys() | extended.keys()
+    assert add_upsampled_stages(state, 0) == state
+
+
+@pytest.mark.parametrize(("count", "strides"), [(0, [8, 16, 32]), (1, [4, 8, 16, 32]), (3, [4, 8, 16, 32])])
+def test_levels_of_the_pyramid(count: int, strides: list[int]) -> None:
+    """Upsampled levels have half the stride and anchors; the last of them is beside the native level of its stride."""
+    levels = pyramid_levels(usual_config("mobilenet0.25", num_anchor=2, image_pyramid=ImagePyramidConfig(count)))
+    assert [level.stride for level in levels] == strides
+    anchors = {
+        0: [(16, 32), (64, 128), (256, 512)],
+        1: [(8, 16), (16, 32), (64, 128), (256, 512)],
+        3: [(8, 16), (32, 64), (128, 256), (256, 512)],
+    }
+    assert [level.anchor_sizes for level in levels] == anchors[count]
+
+
+@torch.inference_mode()
 def test_fine_scores_take_their_share_from_the_picture_at_its_own_size() -> None:
     """Fine levels have anchors of 4, 8, 16 pixels (stride 4) and 16, 32, 64 (stride 8)."""
-    single = cascade_of("sum", cascade=False)
-    alone, fused = (cascade_of("sum", cascade=False, fine_levels=2, context_share=share) for share in (0.0, 0.25))
-    for network in (alone, fused):
-        initialise_from_detector(network, Checkpoint(Path("usual.pth"), single.config, single.state_dict(), "own"))
+    single = model_of(cascade=False)
+    alone, fused = (model_of("sum", ImagePyramidConfig(2, weight), cascade=False) for weight in (0.0, 0.25))
+    for model in (alone, fused):
+        initialise_from_detector(model, checkpoint_of(single))
     plain, before, after = single(noise())[0], alone(noise())[0], fused(noise())[0]
     assert torch.equal(before.box_deltas, after.box_deltas)
     fine_cells, coarse_cells = (10 * 14, 5 * 7)
@@ -235,14 +370,14 @@ def test_fine_scores_take_their_share_from_the_picture_at_its_own_size() -> None
     of_8 = plain.class_logits[:, : coarse_cells * 3].unflatten(1, (5, 7, 3))[:, :, :, 0].permute(0, 3, 1, 2)
     around = F.interpolate(of_8, size=(10, 14), mode="bilinear").permute(0, 2, 3, 1).flatten(1, 2)
     expected = 0.75 * fine[0].unflatten(1, (-1, 3))[:, :, 1] + 0.25 * around
-    assert alone.config.anchor_sizes[0] == (4, 8, 16)
+    assert alone.levels[0].anchor_sizes == (4, 8, 16)
     torch.testing.assert_close(mixed[0].unflatten(1, (-1, 3))[:, :, 1], expected)
 
 
 @torch.inference_mode()
 def test_scores_take_their_share_from_the_picture_at_half_its_size() -> None:
     """There the levels have anchors of 16, 32, 64 pixels of the picture (stride 16), of 64, 128, 256, and so on."""
-    plain, fused = (cascade_of("sum", coarse_share=share) for share in (0.0, 0.25))
+    plain, fused = (model_of("sum", ImagePyramidConfig(half_scale_weight=weight)) for weight in (0.0, 0.25))
     fused.load_state_dict(plain.state_dict())
     halved = F.interpolate(noise(), size=(20, 28), mode="bilinear")
     for before, after, coarse in zip(plain(noise()), fused(noise()), plain(halved), strict=True):
@@ -262,67 +397,61 @@ def test_scores_take_their_share_from_the_picture_at_half_its_size() -> None:
 
 
 @torch.inference_mode()
-def test_other_anchors_start_by_finding_the_same_boxes() -> None:
-    two, three = (
-        RetinaFace(usual_config("mobilenet0.25", num_anchor=anchors, cascade=False)).eval() for anchors in (2, 3)
-    )
+@pytest.mark.parametrize("pyramid", PYRAMIDS)
+def test_other_anchors_start_by_finding_the_same_boxes(pyramid: ImagePyramidConfig) -> None:
+    two, three = (model_of("sum", pyramid, num_anchor=anchors, cascade=False) for anchors in (2, 3))
     set_parameters(two, lambda name: "box_deltas" in name, lambda values: values * 0.1)
-    assert initialise_from_detector(three, Checkpoint(Path("two.pth"), two.config, two.state_dict(), "own")) == []
-    variances = two.config.variances
+    assert initialise_from_detector(three, checkpoint_of(two)) == []
+    variances = two.model_config.variances
     old, new = two(noise())[0], three(noise())[0]
-    old_boxes = decode_boxes(old.box_deltas, fixed_priors(two), variances).unflatten(1, (-1, 2))
-    new_boxes = decode_boxes(new.box_deltas, fixed_priors(three), variances).unflatten(1, (-1, 3))
+    old_boxes = decode_boxes(old.box_deltas, old.priors, variances).unflatten(1, (-1, 2))
+    new_boxes = decode_boxes(new.box_deltas, new.priors, variances).unflatten(1, (-1, 3))
     assert old.landmark_deltas is not None
     assert new.landmark_deltas is not None
-    old_points = decode_landmarks(old.landmark_deltas, fixed_priors(two), variances).unflatten(1, (-1, 2))
-    new_points = decode_landmarks(new.landmark_deltas, fixed_priors(three), variances).unflatten(1, (-1, 3))
+    old_points = decode_landmarks(old.landmark_deltas, old.priors, variances).unflatten(1, (-1, 2))
+    new_points = decode_landmarks(new.landmark_deltas, new.priors, variances).unflatten(1, (-1, 3))
     old_scores, new_scores = old.class_logits.unflatten(1, (-1, 2)), new.class_logits.unflatten(1, (-1, 3))
     for anchor, source in enumerate((0, 0, 1)):  # of 8, 16 and 32 pixels; the first two say what that of 16 said
         torch.testing.assert_close(new_boxes[:, :, anchor], old_boxes[:, :, source])
         torch.testing.assert_close(new_points[:, :, anchor], old_points[:, :, source])
-        torch.testing.assert_close(new_scores[:, :, anchor], old_scores[:, :, source])
+        if pyramid == ImagePyramidConfig():  # at other scales, scores are averaged with those of other anchors
+            torch.testing.assert_close(new_scores[:, :, anchor], old_scores[:, :, source])
 
 
-def assert_starts_from(single: StageOutput, network: RetinaFace) -> None:
-    """The last stage's scores and boxes are those of `single`, and its landmarks but for the size of its boxes."""
-    variances, priors = network.config.variances, fixed_priors(network)
-    last = network(noise())[-1]
+def assert_starts_from(single: StageOutput, model: RetinaFace) -> None:
+    """The scores, boxes and landmarks of the last stage are those of `single`."""
+    variances = model.model_config.variances
+    last = model(noise())[-1]
     torch.testing.assert_close(last.class_logits, single.class_logits)
-    own = priors if last.priors is None else last.priors
-    boxes = decode_boxes(single.box_deltas, priors, variances)
-    torch.testing.assert_close(decode_boxes(last.box_deltas, own, variances), boxes)
+    boxes = decode_boxes(single.box_deltas, single.priors, variances)
+    torch.testing.assert_close(decode_boxes(last.box_deltas, last.priors, variances), boxes, atol=1e-6, rtol=1e-5)
     assert last.landmark_deltas is not None
     assert single.landmark_deltas is not None
-    expected = decode_landmarks(single.landmark_deltas, priors, variances)
-    found = decode_landmarks(last.landmark_deltas, own, variances)
-    if last.priors is None:
-        torch.testing.assert_close(found, expected)
-    else:  # offsets from the box's centre, stretched as the box is
-        stretch = (last.priors[..., 2:] / priors[:, 2:]).unsqueeze(-2)
-        centres = last.priors[..., :2].unsqueeze(-2)
-        torch.testing.assert_close(found, centres + (expected - centres) * stretch, atol=1e-5, rtol=1e-4)
+    points = decode_landmarks(single.landmark_deltas, single.priors, variances)
+    found = decode_landmarks(last.landmark_deltas, last.priors, variances)
+    torch.testing.assert_close(found, points, atol=1e-6, rtol=1e-5)
 
 
-def test_mean_is_subtracted_by_the_network() -> None:
+def test_mean_is_subtracted_by_the_model() -> None:
     config = usual_config("mobilenet0.25")
-    network = RetinaFace(config).eval()
+    model = RetinaFace(config).eval()
     centred = RetinaFace(dataclasses.replace(config, pixel_mean=(0.0, 0.0, 0.0))).eval()
-    centred.load_state_dict(network.state_dict())
+    centred.load_state_dict(model.state_dict())
     images = torch.rand(1, 3, 32, 32) * 255
     with torch.inference_mode():
         mean = torch.tensor(config.pixel_mean).view(1, 3, 1, 1)
-        torch.testing.assert_close(network(images)[0].class_logits, centred(images - mean)[0].class_logits)
+        torch.testing.assert_close(model(images)[0].class_logits, centred(images - mean)[0].class_logits)
 
 
 def test_untrained_network_expects_few_faces() -> None:
     torch.manual_seed(0)
-    network = RetinaFace(usual_config("mobilenet0.25"))
-    for name, parameter in network.named_parameters():
+    model = RetinaFace(usual_config("mobilenet0.25"))
+    for name, parameter in model.named_parameters():
         if name.endswith("class_logits.weight"):
             torch.nn.init.zeros_(parameter)
-    initialise_for_focal_loss(network, probability=0.02)
+    initialise_for_focal_loss(model, probability=0.02)
     with torch.inference_mode():
-        output = network.eval()(torch.zeros(1, 3, 32, 32))[-1]
+        output = model.eval()(torch.zeros(1, 3, 32, 32))[-1]
     scores = output.class_logits.softmax(dim=-1)[..., 1]
     assert scores.min() == pytest.approx(0.02)
     assert scores.max() == pytest.approx(0.02)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from config import UserError
+from config import ImagePyramidConfig
+from models.architecture import usual_config
+from models.image_pyramid import build_model
 from models.retinaface import RetinaFace
 from models.teacher import Teacher
+from utils.errors import UserError
 
 
 def untrained() -> RetinaFace:
@@ -34,6 +37,18 @@ def test_scores_of_a_symmetric_picture_are_symmetric() -> None:
     scores = Teacher(untrained())(torch.cat([half, half.flip(3)], dim=3))
     finest = scores[:, : 4 * 8 * 2].view(4, 8, 2)
     torch.testing.assert_close(finest, finest.flip(1))
+
+
+def test_levels_of_the_image_at_twice_its_size_are_mirrored_too() -> None:
+    """They come first: here 16 x 16 cells of stride 4 with two anchors, and 8 x 8 of stride 8."""
+    torch.manual_seed(2)
+    config = usual_config("mobilenet0.25", num_anchor=2, fpn_channels=16, image_pyramid=ImagePyramidConfig(2, 0.3))
+    half = torch.rand(1, 3, 64, 32) * 255
+    scores = Teacher(build_model(config))(torch.cat([half, half.flip(3)], dim=3))
+    finest, second, _ = scores.split([16 * 16 * 2, 8 * 8 * 2, (4 * 4 + 2 * 2) * 2], dim=1)
+    for level, side in ((finest, 16), (second, 8)):
+        grid = level.view(side, side, 2)
+        torch.testing.assert_close(grid, grid.flip(1))
 
 
 def test_a_width_that_has_no_mirror_image_of_its_cells_is_refused() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from config import ROOT, ExperimentConfig, ModelConfig, PostprocessConfig, ProtocolConfig
+from models.architecture import usual_config
 from models.detector import FaceDetector
 from models.retinaface import RetinaFace
 from models.tta import TestTimeAugmentation, resized_size
@@ -41,8 +42,8 @@ class RedSpot:
     """Stands for a detector: one face around the red pixels of what it is shown, with its left eye at their left."""
 
     def __init__(self, clip_boxes: bool = True) -> None:
-        self.detection = PostprocessConfig(confidence_threshold=0.02, nms_threshold=0.4, clip_boxes=clip_boxes)
-        self.network = type("Network", (), {"config": ModelConfig()})()
+        self.config = PostprocessConfig(confidence_threshold=0.02, nms_threshold=0.4, clip_boxes=clip_boxes)
+        self.model = type("Model", (), {"model_config": ModelConfig()})()
         self.shown: list[np.ndarray] = []
 
     def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class ImageReader(Protocol):
-    """Reads an image file as (H, W, 3) uint8 BGR, which must not be written to.
+    """Reads an image file as (H, W, 3) uint8 BGR, read-only.
 
     Raises `UnreadableImageError` as `read_image` does.
     """
@@ -58,7 +58,7 @@ class Uncached:
     """Decodes an image whenever it is asked for."""
 
     def read(self, path: Path) -> np.ndarray:
-        return read_image(path)
+        return _read_only(path)
 
 
 class MemoryCache:
@@ -75,14 +75,21 @@ class MemoryCache:
 
     def read(self, path: Path) -> np.ndarray:
         image = self.images.get(path)
-        return read_image(path) if image is None else image
+        return _read_only(path) if image is None else image
 
 
 def _try_to_read(path: Path) -> np.ndarray | None:
     try:
-        return read_image(path)
+        return _read_only(path)
     except UnreadableImageError:
         return None
+
+
+def _read_only(path: Path) -> np.ndarray:
+    """Read an image that cannot be written to by mistake, because it may be kept."""
+    image = read_image(path)
+    image.flags.writeable = False
+    return image
 
 
 class DiskCache:
@@ -99,9 +106,9 @@ class DiskCache:
         try:
             image: np.ndarray = np.load(cached, mmap_mode="r")
             return image
-        except (OSError, ValueError):  # there is no such file, or it is damaged
+        except Exception:  # there is no such file, or NumPy raises whatever a damaged one leads it to
             pass
-        image = read_image(path)
+        image = _read_only(path)
         # A full disk makes training slower, which is no reason to end it.
         with suppress(OSError), atomic_write(cached) as temporary, temporary.open("wb") as file:
             np.save(file, image)

@@ -139,6 +139,12 @@ class RecordStore:
         return read_object(self.folder / "run.json")
 
     @property
+    def complete_others(self) -> list[RecordStore]:
+        """The complete runs of other experiments with results in the same folder."""
+        others = [RecordStore(folder) for folder in sorted(self.folder.parent.glob("*")) if folder != self.folder]
+        return [other for other in others if other.run.get("complete")]
+
+    @property
     def in_use(self) -> bool:
         """Whether a process is appending records, such as one that outlived the launcher that started it."""
         for path in self.folder.glob("*.jsonl"):
@@ -149,11 +155,14 @@ class RecordStore:
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """Replace the records by those of a new run, of which there are none yet."""
+        self.remove()
+        self.folder.mkdir(parents=True)
+        self._write_run(run)
+
+    def remove(self) -> None:
         # run.json goes first: without it, what is left is no run that could be continued by mistake.
         (self.folder / "run.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        self._write_run(run)
 
     def mark_complete(self) -> None:
         """Note that the final files were made, and that nothing is left of earlier runs."""

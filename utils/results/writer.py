@@ -125,8 +125,10 @@ class ResultWriter:
                 raise UserError(f"{self.folder}: another run is still writing there; end it, or wait for it")
             run, index = self._store.run, self._store.index()
             is_complete = bool(self._count) and len(index) == self._count
+            if resume:
+                for saved in [run] if run else [other.run for other in self._store.complete_others]:
+                    require_same_settings(saved.get("settings", {}), self._settings, self.folder)
             if resume and run:
-                require_same_settings(run.get("settings", {}), self._settings, self.folder)
                 for name in OUTPUT_FOLDERS:
                     remove_temporary_files(self.folder / name)
                 done = "all images" if is_complete else f"{len(index)} images"
@@ -199,7 +201,8 @@ class ResultWriter:
         with suppress(UserError):  # the exception that propagates is the cause of this one
             self._close_shard()
             if self.context.world_size == 1:
-                self._finish(is_complete=False)
+                # The frames of a video cannot be continued, so nothing more is to come.
+                self._finish(is_complete=self.output.frames_per_second is not None)
 
     def __enter__(self) -> ResultWriter:
         return self
@@ -231,8 +234,15 @@ class ResultWriter:
                 )
             self.summary = self._files.write(self._settings, records, self.start.done)
             if is_complete:
-                remaining = {name for record in records for name in record.files}
-                remove_output(self.folder, set(self._store.run.get("former_files", [])) - remaining)
+                stale = set(self._store.run.get("former_files", []))
+                # results.json was that of another experiment, if one has a complete run here.
+                others = self._store.complete_others
+                stale.update(name for other in others for record in other.index() for name in record.files)
+                for record in records if stale else ():
+                    stale.difference_update(record.files)
+                remove_output(self.folder, stale)
+                for other in others:
+                    other.remove()
                 self._store.mark_complete()
 
     def _place(self, position: int | None) -> int:

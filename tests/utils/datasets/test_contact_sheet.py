@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from utils.datasets.contact_sheet import draw_contact_sheet, write_contact_sheet
+from utils.datasets.contact_sheet import draw_crops, write_contact_sheet
 from utils.datasets.face_dataset import Batch
+from utils.drawing import arrange_tiles
 from utils.structures import FaceTargets
 
 GREEN = [60, 220, 60]
-NOBODY = FaceTargets(torch.zeros(0, 4), torch.zeros(0, 5, 2), torch.zeros(0, dtype=torch.bool))
+NOBODY = FaceTargets(torch.zeros(0, 4), torch.zeros(0, 5, 2), torch.zeros(0, dtype=torch.bool), counts=(0,))
 
 
 def face(has_landmarks: bool) -> FaceTargets:
     """A face in the middle, from 1/4 to 3/4, with all landmarks at its centre."""
     return FaceTargets(
-        torch.tensor([[0.25, 0.25, 0.75, 0.75]]), torch.full((1, 5, 2), 0.5), torch.tensor([has_landmarks])
+        torch.tensor([[0.25, 0.25, 0.75, 0.75]]), torch.full((1, 5, 2), 0.5), torch.tensor([has_landmarks]), counts=(1,)
     )
 
 
@@ -31,7 +32,7 @@ def batch_of(*faces: FaceTargets, side: int = 40) -> Batch:
 
 def test_each_tile_has_its_own_faces() -> None:
     """Three tiles of 40 pixels in two columns: nobody, a face with landmarks, and one without below."""
-    sheet = draw_contact_sheet(batch_of(NOBODY, face(True), face(False)), columns=2)
+    sheet = arrange_tiles(draw_crops(batch_of(NOBODY, face(True), face(False))), columns=2)
     assert sheet.shape == (80, 80, 3)
     assert sheet.dtype == np.uint8
     assert not sheet[:40, :40].any()
@@ -44,12 +45,14 @@ def test_each_tile_has_its_own_faces() -> None:
 
 @pytest.mark.parametrize(("side", "tile"), [(640, 320), (320, 320), (33, 33)])
 def test_tiles_have_320_pixels_at_most(side: int, tile: int) -> None:
-    assert draw_contact_sheet(batch_of(face(True), NOBODY, side=side), columns=2).shape == (tile, 2 * tile, 3)
+    crops = draw_crops(batch_of(face(True), NOBODY, side=side))
+    assert [crop.shape for crop in crops] == [(tile, tile, 3)] * 2
+    assert arrange_tiles(crops, columns=2).shape == (tile, 2 * tile, 3)
 
 
 def test_batch_is_left_as_it_was() -> None:
     batch = batch_of(face(True))
-    draw_contact_sheet(batch, columns=1)
+    draw_crops(batch)
     assert not batch.images.any()
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config import ROOT, UserError
+from config import ROOT
 from utils.datasets.convert_labels import main, match_faces
 from utils.datasets.folders import read_split
 from utils.datasets.labels import read_labels
+from utils.errors import UserError
 
 TRAIN = """\
 0--Parade/one.jpg
@@ -54,7 +55,7 @@ def convert(*words: object) -> None:
 
 def test_download_becomes_a_dataset_as_a_user_makes_it(download: Path, tmp_path: Path) -> None:
     to = tmp_path / "data/widerface"
-    command = [sys.executable, "-m", "utils.datasets.face_dataset.convert_labels", str(download), f"--to={to}"]
+    command = [sys.executable, "-m", "utils.datasets.convert_labels", str(download), f"--to={to}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines() == [
@@ -69,8 +70,8 @@ def test_download_becomes_a_dataset_as_a_user_makes_it(download: Path, tmp_path:
     )
     assert (to / "val/gt/wider_easy_val.mat").read_bytes() == b"easy"
     (train,), (val,) = read_split([to], "train"), read_split([to], "val")
-    assert [len(image.boxes) for image in train] == [1, 2, 0]  # every image is found
-    assert val[0].boxes.tolist() == [[5, 6, 12, 14]]
+    assert [len(image.faces) for image in train] == [1, 2, 0]  # every image is found
+    assert val[0].faces.boxes.tolist() == [[5, 6, 12, 14]]
 
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (again.returncode, again.stdout, again.stderr.count("\n")) == (1, "", 1)
@@ -219,7 +220,7 @@ def test_single_file_is_written_in_retinaface_form(
     convert(tmp_path / "labels.txt", "--to", to)
     assert to.read_text() == expected
     images = read_labels(to, tmp_path)
-    known = sum(image.has_landmarks.sum() for image in images)
+    known = sum(image.faces.has_landmarks.sum() for image in images)
     assert capsys.readouterr().out == f"{to}: {len(images)} images, 1 faces, {known} with landmarks\n"
     with pytest.raises(UserError, match=r"new/label\.txt: exists already; add --overwrite"):
         convert(tmp_path / "labels.txt", "--to", to)

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from config import DataConfig
-from utils.datasets.face_dataset import Batch, FaceDataset, TrainingItem, collate
+from utils.datasets.face_dataset import Batch, FaceDataset, collate
 from utils.datasets.folders import read_split
 from utils.datasets.labels import DatasetError
 from utils.datasets.sampler import EpochSampler
@@ -45,8 +45,8 @@ def open_dataset(folder: Path, config: DataConfig = PLAIN, fill: tuple[int, int,
 def test_item_is_the_image_and_its_faces_as_parts_of_it(tmp_path: Path) -> None:
     make_split(tmp_path / "train", {"a.png": "16 0 32 16 " + "32 8 0 " * 5})
     item = open_dataset(tmp_path)[0, 0]
-    assert item.pixels.shape == (3, 64, 64)
-    assert item.pixels.dtype == torch.uint8
+    assert item.images.shape == (1, 3, 64, 64)
+    assert item.images.dtype == torch.uint8
     assert item.targets.boxes.tolist() == [[0.25, 0, 0.75, 0.25]]
     assert item.targets.landmarks.tolist() == [[[0.5, 0.125]] * 5]
     assert item.targets.has_landmarks.tolist() == [True]
@@ -62,8 +62,7 @@ def test_batch_of_images_without_faces_with_one_and_not_square(tmp_path: Path) -
     assert batch.images.shape == (2, 3, 64, 64)
     assert (batch.images == 100).all()
     assert batch.indices == (0, 1)
-    assert batch.targets.batch_size == 2
-    assert batch.targets.image_indices.tolist() == [1]
+    assert batch.targets.counts == (0, 1)
     assert (batch.targets.boxes[:, 3] - batch.targets.boxes[:, 1]).tolist() == pytest.approx([20 / 48])
     assert batch.targets.landmarks.tolist() == [[[0, 0]] * 5]
 
@@ -71,13 +70,13 @@ def test_batch_of_images_without_faces_with_one_and_not_square(tmp_path: Path) -
 def test_batch_without_any_face(tmp_path: Path) -> None:
     make_split(tmp_path / "train", {"a.png": ""})
     targets = collate([open_dataset(tmp_path)[0, 0]]).targets
-    assert (targets.boxes.shape, targets.landmarks.shape, targets.batch_size) == ((0, 4), (0, 5, 2), 1)
+    assert (targets.boxes.shape, targets.landmarks.shape, targets.counts) == ((0, 4), (0, 5, 2), (0,))
 
 
 def test_fill_surrounds_an_image_that_is_smaller_than_the_crop(tmp_path: Path) -> None:
     make_split(tmp_path / "train", {"a.png": ""}, size_hw=(32, 32))
     config = replace(PLAIN, min_crop_scale=2, max_crop_scale=2)
-    pixels = open_dataset(tmp_path, config, fill=(10, 20, 30))[0, 0].pixels
+    (pixels,) = open_dataset(tmp_path, config, fill=(10, 20, 30))[0, 0].images
     outside = pixels[:, (pixels == torch.tensor([10, 20, 30])[:, None, None]).all(dim=0)]
     assert outside.shape[1] / 64**2 == pytest.approx(0.75, abs=0.05)
 
@@ -91,8 +90,8 @@ def write_noise(folder: Path, count: int, size_hw: tuple[int, int] = (50, 70)) -
     (folder / "train" / "label.txt").write_text("".join(lines))
 
 
-def assert_equal(item: TrainingItem, other: TrainingItem) -> None:
-    assert torch.equal(item.pixels, other.pixels)
+def assert_equal(item: Batch, other: Batch) -> None:
+    assert torch.equal(item.images, other.images)
     assert torch.equal(item.targets.boxes, other.targets.boxes)
     assert torch.equal(item.targets.landmarks, other.targets.landmarks)
 
@@ -115,7 +114,7 @@ def test_key_alone_decides_the_item(tmp_path: Path) -> None:
     np.random.seed(9)
     assert dataset[2, 5] is not None
     assert_equal(dataset[1, 5], first)
-    assert not torch.equal(dataset[1, 6].pixels, first.pixels)
+    assert not torch.equal(dataset[1, 6].images, first.images)
 
 
 @pytest.mark.parametrize("start", [0, 4])
@@ -179,24 +178,6 @@ def test_cache_changes_no_item(tmp_path: Path, kind: str) -> None:
     plain, cached = (open_dataset(tmp_path, DataConfig(im_size=32, cache=each)) for each in ("none", kind))
     for key in ((0, 1), (1, 2), (0, 1)):
         assert_equal(cached[key], plain[key])
-
-
-@pytest.mark.usefixtures("cache")
-@pytest.mark.parametrize("kind", ["ram", "disk"])
-def test_faces_follow_an_image_that_is_reduced(tmp_path: Path, kind: str) -> None:
-    """A red face on black from (32, 16) to (64, 48) in 128 x 64 pixels, which become 32 x 16, then a crop of 64."""
-    image = np.zeros((64, 128, 3), np.uint8)
-    image[16:48, 32:64] = (0, 0, 255)
-    write_image(tmp_path / "train" / "images" / "a.png", image)
-    (tmp_path / "train" / "label.txt").write_text(f"# a.png\n32 16 32 32 {'48 32 0 ' * 5}\n")
-    dataset = open_dataset(tmp_path, replace(PLAIN, cache=kind, cache_side=32))
-    for seed in range(5):
-        item = dataset[0, seed]
-        x1, y1, x2, y2 = (item.targets.boxes[0] * 64).int().tolist()
-        assert (y1, y2) == (16, 48)
-        assert (item.pixels[2, y1 + 4 : y2 - 4, x1 + 4 : x2 - 4] > 200).all()
-        assert (item.pixels[2, :, x2 + 4 :] < 50).all()
-        assert item.targets.landmarks[0, 0, 1] == 0.5
 
 
 @pytest.mark.usefixtures("cache")

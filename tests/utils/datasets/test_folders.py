@@ -41,7 +41,7 @@ def test_split_is_read_from_every_folder_that_has_it(tmp_path: Path) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
     train = read_split(folders, "train")
     assert [[image.path.name for image in part] for part in train] == [["1.png", "2.png"], ["ü 3.png"]]
-    assert [[len(image.boxes) for image in part] for part in train] == [[1, 0], [1]]
+    assert [[len(image.faces) for image in part] for part in train] == [[1, 0], [1]]
     nothing, (image,) = read_split(folders, "val")
     assert nothing == []
     assert image.path == tmp_path / "b" / "val" / "images" / "4.png"

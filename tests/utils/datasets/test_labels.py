@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from utils.datasets.labels import DatasetError, LabelledImage, read_labels, write_labels
+from utils.structures import Faces
 
 FACE = "10 20 30 40 11 21 0 12 22 0 13 23 0 14 24 0 15 25 0"
 
@@ -21,7 +22,7 @@ def read(tmp_path: Path, text: str) -> list[LabelledImage]:
 def same(images: list[LabelledImage], others: list[LabelledImage]) -> bool:
     """Whether both are the same images with the same faces, to the last bit."""
     return [image.path for image in images] == [other.path for other in others] and all(
-        np.array_equal(getattr(image, name), getattr(other, name))
+        np.array_equal(getattr(image.faces, name), getattr(other.faces, name))
         for image, other in zip(images, others, strict=True)
         for name in ("boxes", "landmarks", "has_landmarks")
     )
@@ -30,15 +31,15 @@ def same(images: list[LabelledImage], others: list[LabelledImage]) -> bool:
 def test_box_becomes_corners_and_landmarks_are_points(tmp_path: Path) -> None:
     (image,) = read(tmp_path, f"# a/b c.jpg\n{FACE}\n")
     assert image.path == tmp_path / "images" / "a" / "b c.jpg"
-    assert image.boxes.tolist() == [[10, 20, 40, 60]]
-    assert image.landmarks.tolist() == [[[11, 21], [12, 22], [13, 23], [14, 24], [15, 25]]]
-    assert image.has_landmarks.tolist() == [True]
+    assert image.faces.boxes.tolist() == [[10, 20, 40, 60]]
+    assert image.faces.landmarks.tolist() == [[[11, 21], [12, 22], [13, 23], [14, 24], [15, 25]]]
+    assert image.faces.has_landmarks.tolist() == [True]
 
 
 def test_image_without_faces(tmp_path: Path) -> None:
     empty, other = read(tmp_path, f"# a.jpg\n# b.jpg\n{FACE}\n")
-    assert (empty.boxes.shape, empty.landmarks.shape, empty.has_landmarks.shape) == ((0, 4), (0, 5, 2), (0,))
-    assert len(other.boxes) == 1
+    assert [value.shape for value in vars(empty.faces).values()] == [(0, 4), (0, 5, 2), (0,)]
+    assert len(other.faces) == 1
 
 
 @pytest.mark.parametrize(
@@ -52,32 +53,32 @@ def test_image_without_faces(tmp_path: Path) -> None:
 )
 def test_unknown_landmarks_are_zeros(tmp_path: Path, line: str) -> None:
     (image,) = read(tmp_path, f"# a.jpg\n{line}\n")
-    assert image.boxes.tolist() == [[10, 20, 40, 60]]
-    assert image.landmarks.tolist() == [[[0, 0]] * 5]
-    assert image.has_landmarks.tolist() == [False]
+    assert image.faces.boxes.tolist() == [[10, 20, 40, 60]]
+    assert image.faces.landmarks.tolist() == [[[0, 0]] * 5]
+    assert image.faces.has_landmarks.tolist() == [False]
 
 
 def test_one_unknown_landmark_makes_all_of_the_face_unknown(tmp_path: Path) -> None:
     (image,) = read(tmp_path, f"# a.jpg\n{FACE.replace('15 25 0', '-1 -1 -1')}\n{FACE}\n")
-    assert image.has_landmarks.tolist() == [False, True]
-    assert image.landmarks[0].max() == 0
+    assert image.faces.has_landmarks.tolist() == [False, True]
+    assert image.faces.landmarks[0].max() == 0
 
 
 def test_faces_without_area_are_left_out(tmp_path: Path) -> None:
     (image,) = read(tmp_path, "# a.jpg\n10 20 0 5\n10 20 5 0\n10 20 -3 5\n1 2 1 1\n0 0 0 0\n")
-    assert image.boxes.tolist() == [[1, 2, 2, 3]]
+    assert image.faces.boxes.tolist() == [[1, 2, 2, 3]]
 
 
 def test_image_named_twice_has_the_faces_of_both(tmp_path: Path) -> None:
     (image,) = read(tmp_path, "# a.jpg\n0 0 1 1\n# a.jpg\n2 2 1 1\n")
-    assert image.boxes.tolist() == [[0, 0, 1, 1], [2, 2, 3, 3]]
+    assert image.faces.boxes.tolist() == [[0, 0, 1, 1], [2, 2, 3, 3]]
 
 
 @pytest.mark.parametrize("text", ["# ü.jpg\r\n1 2 3 4\r\n", "\ufeff# ü.jpg\n1 2 3 4", "\n#ü.jpg \n\n \t1  2\t3 4 \n\n"])
 def test_line_ends_byte_order_mark_and_blanks_do_not_matter(tmp_path: Path, text: str) -> None:
     (image,) = read(tmp_path, text)
     assert image.path.name == "ü.jpg"
-    assert image.boxes.tolist() == [[1, 2, 4, 6]]
+    assert image.faces.boxes.tolist() == [[1, 2, 4, 6]]
 
 
 @pytest.mark.parametrize(
@@ -125,8 +126,8 @@ def test_score_and_difficulty_are_read_past(tmp_path: Path) -> None:
 def test_labelv2_has_corners(tmp_path: Path) -> None:
     (image,) = read(tmp_path, "# 0--Parade/a b.jpg 1024 1385\n10 20 40 60\n")
     assert image.path == tmp_path / "images" / "0--Parade" / "a b.jpg"
-    assert image.boxes.tolist() == [[10, 20, 40, 60]]
-    assert image.has_landmarks.tolist() == [False]
+    assert image.faces.boxes.tolist() == [[10, 20, 40, 60]]
+    assert image.faces.has_landmarks.tolist() == [False]
 
 
 def test_labelv2_means_the_same_as_retinaface(tmp_path: Path) -> None:
@@ -135,26 +136,26 @@ def test_labelv2_means_the_same_as_retinaface(tmp_path: Path) -> None:
     sizes = "".join(face.format(box="10 20 30 40") + "\n" for face in faces)
     corners = "".join(face.format(box="10 20 40 60") + "\n" for face in faces)
     images = read(tmp_path, f"# a.JPG\n{sizes}# b.png\n# c.jpg\n5 6 7 8\n")
-    assert images[0].has_landmarks.tolist() == [False, True, True, False, False]
+    assert images[0].faces.has_landmarks.tolist() == [False, True, True, False, False]
     assert same(images, read(tmp_path, f"# a.JPG 64 48\n{corners}#b.png  1 1\n# c.jpg 64\t48\n5 6 12 14\n"))
 
 
 def test_labelv2_faces_to_be_ignored_are_left_out(tmp_path: Path) -> None:
     (image,) = read(tmp_path, "# a.jpg 1024 1385\n10 20 40 60 0\n11 21 41 61 1\n")
-    assert image.boxes.tolist() == [[10, 20, 40, 60]]
-    assert image.has_landmarks.tolist() == [False]
+    assert image.faces.boxes.tolist() == [[10, 20, 40, 60]]
+    assert image.faces.has_landmarks.tolist() == [False]
 
 
 def test_labelv2_faces_without_area_are_left_out(tmp_path: Path) -> None:
     (image,) = read(tmp_path, "# a.jpg 64 64\n10 20 10 25\n10 20 15 20\n10 20 5 25\n1 2 2 3\n")
-    assert image.boxes.tolist() == [[1, 2, 2, 3]]
+    assert image.faces.boxes.tolist() == [[1, 2, 2, 3]]
 
 
 @pytest.mark.parametrize("name", ["day 1 2.jpg", "1024 1385.jpg", "a.jpg 1024", "a.jpg.bak 10 20", "10 20", "a 1 2"])
 def test_spaces_and_digits_in_a_path_do_not_make_it_labelv2(tmp_path: Path, name: str) -> None:
     (image,) = read(tmp_path, f"# {name}\n10 20 30 40\n")
     assert image.path.name == name
-    assert image.boxes.tolist() == [[10, 20, 40, 60]]
+    assert image.faces.boxes.tolist() == [[10, 20, 40, 60]]
 
 
 @pytest.mark.parametrize(
@@ -182,28 +183,28 @@ def test_wider_faces_have_sizes_and_invalid_ones_are_left_out(tmp_path: Path) ->
         "0--Parade/b.jpg\n1\n0 0 1 2 0 1 1 0 1 1\n",
     )
     assert two.path == tmp_path / "images" / "0--Parade" / "a 1.jpg"
-    assert two.boxes.tolist() == [[10, 20, 40, 60], [5, 6, 12, 14]]
-    assert two.landmarks.tolist() == [[[0, 0]] * 5] * 2
-    assert two.has_landmarks.tolist() == [False, False]
-    assert one.boxes.tolist() == [[0, 0, 1, 2]]
+    assert two.faces.boxes.tolist() == [[10, 20, 40, 60], [5, 6, 12, 14]]
+    assert two.faces.landmarks.tolist() == [[[0, 0]] * 5] * 2
+    assert two.faces.has_landmarks.tolist() == [False, False]
+    assert one.faces.boxes.tolist() == [[0, 0, 1, 2]]
 
 
 @pytest.mark.parametrize("zeros", ["0 0 0 0 0 0 0 0 0 0 \n", ""])
 def test_wider_image_without_faces(tmp_path: Path, zeros: str) -> None:
     first, other, last = read(tmp_path, f"a.jpg\n0\n{zeros}b.jpg\n1\n1 2 3 4 0 0 0 0 0 0\nc.jpg\n0\n{zeros}")
-    assert [len(image.boxes) for image in (first, other, last)] == [0, 1, 0]
-    assert first.landmarks.shape == (0, 5, 2)
+    assert [len(image.faces) for image in (first, other, last)] == [0, 1, 0]
+    assert first.faces.landmarks.shape == (0, 5, 2)
 
 
 def test_wider_faces_without_area_are_left_out(tmp_path: Path) -> None:
     (image,) = read(tmp_path, "a.jpg\n3\n5 5 0 3 0 0 0 0 0 0\n5 5 3 0 0 0 0 0 0 0\n1 2 1 1 0 0 0 0 0 0\n")
-    assert image.boxes.tolist() == [[1, 2, 2, 3]]
+    assert image.faces.boxes.tolist() == [[1, 2, 2, 3]]
 
 
 def test_wider_line_ends_byte_order_mark_and_blanks_do_not_matter(tmp_path: Path) -> None:
     (image,) = read(tmp_path, "\ufeff\r\nü.JPG \r\n\r\n 1\r\n1 2\t3 4 0 0 0 0 0 0 \r\n\r\n")
     assert image.path.name == "ü.JPG"
-    assert image.boxes.tolist() == [[1, 2, 4, 6]]
+    assert image.faces.boxes.tolist() == [[1, 2, 4, 6]]
 
 
 @pytest.mark.parametrize(
@@ -245,11 +246,12 @@ def test_reading_inverts_writing(tmp_path: Path) -> None:
     boxes = np.concatenate([corners, corners + random.exponential(30, (500, 2)).astype(np.float32)], axis=1)
     known = random.random(500) < 0.5
     landmarks = np.where(known[:, None, None], random.exponential(300, (500, 5, 2)), 0).astype(np.float32)
+    faces = Faces(boxes, landmarks, known)
     images = [
-        LabelledImage(tmp_path / "images" / "ü 1/many.jpg", boxes, landmarks, known),
-        LabelledImage(tmp_path / "images" / "one.png", boxes[:1], landmarks[:1], known[:1]),
-        LabelledImage(tmp_path / "images" / "none.jpg", boxes[:0], landmarks[:0], known[:0]),
-        LabelledImage(tmp_path / "elsewhere.jpg", boxes[1:2], landmarks[1:2], known[1:2]),
+        LabelledImage(tmp_path / "images" / "ü 1/many.jpg", faces),
+        LabelledImage(tmp_path / "images" / "one.png", faces.select(np.arange(1))),
+        LabelledImage(tmp_path / "images" / "none.jpg", faces.select(np.arange(0))),
+        LabelledImage(tmp_path / "elsewhere.jpg", faces.select(np.arange(1, 2))),
     ]
     write_labels(tmp_path / "label.txt", images, tmp_path / "images")
     assert same(images, read_labels(tmp_path / "label.txt", tmp_path / "images"))

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from config import ConfigError
 from utils.datasets.sampler import EpochSampler, SampleKey, image_weights
+from utils.errors import ConfigError
 
 
 def keys_of(sampler: EpochSampler, epoch: int = 0, start: int = 0) -> list[SampleKey]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 
-from config import DataConfig, Flags
+from config import DataConfig
 from utils.datasets.transforms import (
     Sample,
     augment,
@@ -22,6 +23,8 @@ from utils.datasets.transforms import (
     mosaic,
     resize_square,
 )
+from utils.options import Flags
+from utils.structures import Faces
 
 LANDMARKS = [[12, 14], [18, 14], [15, 18], [13, 22], [17, 22]]  # left eye, right eye, nose, left and right corner
 
@@ -32,7 +35,8 @@ def sample_of(boxes: list[list[float]], height: int = 40, width: int = 60) -> Sa
     image[:, :, 0] = np.arange(width)
     image[:, :, 1] = np.arange(height)[:, None]
     landmarks = np.array([LANDMARKS] * len(boxes), np.float32).reshape(-1, 5, 2)
-    return Sample(image, np.array(boxes, np.float32).reshape(-1, 4), landmarks, np.ones(len(boxes), bool))
+    faces = Faces(np.array(boxes, np.float32).reshape(-1, 4), landmarks, np.ones(len(boxes), bool))
+    return Sample(image, faces)
 
 
 ONE_FACE = sample_of([[10, 10, 20, 26]])
@@ -44,20 +48,20 @@ def test_crop_moves_boxes_and_landmarks_with_the_pixels() -> None:
     assert cut.image.shape == (30, 20, 3)
     assert cut.image[0, 0].tolist() == [5, 8, 0]
     assert cut.image[-1, -1].tolist() == [24, 37, 0]
-    assert cut.boxes.tolist() == [[5, 2, 15, 18]]
-    assert cut.landmarks[0, 0].tolist() == [7, 6]
+    assert cut.faces.boxes.tolist() == [[5, 2, 15, 18]]
+    assert cut.faces.landmarks[0, 0].tolist() == [7, 6]
 
 
 def test_crop_clips_boxes_but_not_landmarks() -> None:
     cut = crop(ONE_FACE, (14, 16, 10, 10))
-    assert cut.boxes.tolist() == [[0, 0, 6, 10]]
-    assert cut.landmarks[0, 0].tolist() == [-2, -2]
+    assert cut.faces.boxes.tolist() == [[0, 0, 6, 10]]
+    assert cut.faces.landmarks[0, 0].tolist() == [-2, -2]
 
 
 @pytest.mark.parametrize(("left", "kept"), [(15, 1), (16, 0), (5, 1), (4, 0)])
 def test_crop_keeps_the_faces_whose_centre_is_inside(left: int, kept: int) -> None:
     cut = crop(ONE_FACE, (left, 10, 11 if left < 10 else 20, 20))  # the centre is (15, 18), and 4 + 11 = 15
-    assert [len(value) for value in (cut.boxes, cut.landmarks, cut.has_landmarks)] == [kept] * 3
+    assert [len(value) for value in vars(cut.faces).values()] == [kept] * 3
 
 
 def test_crop_beyond_the_image_is_filled() -> None:
@@ -66,45 +70,46 @@ def test_crop_beyond_the_image_is_filled() -> None:
     assert {tuple(cut.image[y, x]) for y, x in ((0, 0), (49, 69), (2, 30), (20, 1), (43, 30), (20, 62))} == {
         (104, 117, 123)
     }
-    assert cut.boxes.tolist() == [[12, 13, 22, 29]]
+    assert cut.faces.boxes.tolist() == [[12, 13, 22, 29]]
 
 
 @pytest.mark.parametrize("corner", [(200, 0), (-200, 0), (0, 200), (0, -200), (60, 40)])
 def test_crop_that_misses_the_image_is_all_fill(corner: tuple[int, int]) -> None:
     cut = crop(ONE_FACE, (*corner, 150, 170), fill=(1, 2, 3))
     assert cut.image.tolist() == [[[1, 2, 3]] * 150] * 170
-    assert len(cut.boxes) == 0
+    assert len(cut.faces) == 0
 
 
 def test_mirror_exchanges_left_and_right() -> None:
     turned = mirror(ONE_FACE)
-    assert turned.boxes.tolist() == [[40, 10, 50, 26]]
-    assert turned.landmarks.tolist() == [[[42, 14], [48, 14], [45, 18], [43, 22], [47, 22]]]
+    assert turned.faces.boxes.tolist() == [[40, 10, 50, 26]]
+    assert turned.faces.landmarks.tolist() == [[[42, 14], [48, 14], [45, 18], [43, 22], [47, 22]]]
     assert turned.image[0, 0].tolist() == [59, 0, 0]
-    assert ONE_FACE.boxes.tolist() == [[10, 10, 20, 26]]
+    assert ONE_FACE.faces.boxes.tolist() == [[10, 10, 20, 26]]
 
 
 @pytest.mark.parametrize("sample", [ONE_FACE, NO_FACE, sample_of([[0, 0, 60, 40], [59, 0, 60, 1], [-5, 1, 3, 2]])])
 def test_mirror_inverts_itself(sample: Sample) -> None:
     twice = mirror(mirror(sample))
-    for name in ("image", "boxes", "landmarks", "has_landmarks"):
-        assert np.array_equal(getattr(twice, name), getattr(sample, name)), name
+    assert np.array_equal(twice.image, sample.image)
+    for name in ("boxes", "landmarks", "has_landmarks"):
+        assert np.array_equal(getattr(twice.faces, name), getattr(sample.faces, name)), name
 
 
 def test_resize_scales_everything_and_drops_what_gets_thinner_than_a_pixel() -> None:
     square = sample_of([[4, 8, 16, 32], [0, 0, 4, 40], [0, 0, 3.9, 40], [0, 0, 40, 3]], height=40, width=40)
     small = resize_square(square, 10)
     assert small.image.shape == (10, 10, 3)
-    assert small.boxes.tolist() == [[1, 2, 4, 8], [0, 0, 1, 10]]
-    assert small.landmarks[:, 0].tolist() == [[3, 3.5], [3, 3.5]]
-    assert small.boxes.dtype == small.landmarks.dtype == np.float32
+    assert small.faces.boxes.tolist() == [[1, 2, 4, 8], [0, 0, 1, 10]]
+    assert small.faces.landmarks[:, 0].tolist() == [[3, 3.5], [3, 3.5]]
+    assert small.faces.boxes.dtype == small.faces.landmarks.dtype == np.float32
 
 
 def test_inputs_are_left_as_they_were() -> None:
-    before = replace(ONE_FACE, image=ONE_FACE.image.copy(), boxes=ONE_FACE.boxes.copy())
+    before = copy.deepcopy(ONE_FACE)
     augment(ONE_FACE, 32, DataConfig(flip_probability=1, colour_probability=1), (0, 0, 0), rng(0))
     assert np.array_equal(before.image, ONE_FACE.image)
-    assert np.array_equal(before.boxes, ONE_FACE.boxes)
+    assert np.array_equal(before.faces.boxes, ONE_FACE.faces.boxes)
 
 
 def rng(seed: int) -> np.random.Generator:
@@ -122,7 +127,7 @@ def test_augmented_boxes_lie_around_their_faces(max_scale: float) -> None:
     for seed in range(40):
         sample = augment(red, 128, config, (0, 0, 0), rng(seed))
         assert sample.image.shape == (128, 128, 3)
-        for x1, y1, x2, y2 in np.rint(sample.boxes).astype(int):
+        for x1, y1, x2, y2 in np.rint(sample.faces.boxes).astype(int):
             kept += 1
             assert 0 <= x1 < x2 <= 128
             assert 0 <= y1 < y2 <= 128
@@ -140,8 +145,8 @@ def test_any_image_and_any_box_give_a_crop(size_hw: tuple[int, int], boxes: list
         config = DataConfig(rotation_degrees=degrees, blur_probability=0.5, jpeg_probability=0.5)
         sample = augment(sample_of(boxes, *size_hw), 32, config, (104, 117, 123), rng(seed))
         assert sample.image.shape == (32, 32, 3)
-        assert sample.boxes.shape == (len(sample.has_landmarks), 4)
-        assert ((sample.boxes >= 0) & (sample.boxes <= 32)).all()
+        assert sample.faces.boxes.shape == (len(sample.faces.has_landmarks), 4)
+        assert ((sample.faces.boxes >= 0) & (sample.faces.boxes <= 32)).all()
 
 
 def test_equal_seeds_give_equal_samples_and_others_differ() -> None:
@@ -176,8 +181,8 @@ def test_mosaic_puts_four_samples_side_by_side() -> None:
     none = replace(sample_of([]), image=np.zeros((10, 10, 3), np.uint8))
     whole = mosaic([face, none, none, face])
     assert whole.image.shape == (20, 20, 3)
-    assert whole.boxes.tolist() == [[1, 2, 4, 8], [11, 12, 14, 18]]
-    assert (whole.landmarks[1] - whole.landmarks[0]).tolist() == [[10, 10]] * 5
+    assert whole.faces.boxes.tolist() == [[1, 2, 4, 8], [11, 12, 14, 18]]
+    assert (whole.faces.landmarks[1] - whole.faces.landmarks[0]).tolist() == [[10, 10]] * 5
     assert np.array_equal(whole.image[:10, :10], face.image)
     assert np.array_equal(whole.image[10:, 10:], face.image)
     assert not whole.image[10:, :10].any()
@@ -195,43 +200,43 @@ def test_crops_lose_their_colour_when_asked(probability: float, grey: bool) -> N
 def test_crop_that_is_not_turned_is_a_plain_crop(region: tuple[int, int, int, int], fill: tuple[int, int, int]) -> None:
     turned, plain = crop_rotated(ONE_FACE, region, 0, fill), crop(ONE_FACE, region, fill)
     assert np.array_equal(turned.image, plain.image)
-    assert np.array_equal(turned.boxes, plain.boxes)
-    assert np.array_equal(turned.landmarks, plain.landmarks)
+    assert np.array_equal(turned.faces.boxes, plain.faces.boxes)
+    assert np.array_equal(turned.faces.landmarks, plain.faces.landmarks)
 
 
 def test_quarter_turn_moves_boxes_and_landmarks_with_the_pixels() -> None:
     """About (20, 20), counter-clockwise: what was 5 to the left is 5 below, and the box of 10 x 16 lies down."""
     turned = crop_rotated(ONE_FACE, (0, 0, 40, 40), 90)
     assert np.array_equal(turned.image, np.rot90(ONE_FACE.image[:, :40]))
-    assert turned.boxes[0].tolist() == pytest.approx([10, 20, 26, 30], abs=1e-4)  # from 10, 10, 20, 26
-    assert turned.landmarks[0].tolist() == [pytest.approx([y, 40 - x], abs=1e-4) for x, y in LANDMARKS]
+    assert turned.faces.boxes[0].tolist() == pytest.approx([10, 20, 26, 30], abs=1e-4)  # from 10, 10, 20, 26
+    assert turned.faces.landmarks[0].tolist() == [pytest.approx([y, 40 - x], abs=1e-4) for x, y in LANDMARKS]
 
 
 def test_quarter_turn_of_a_region_that_is_not_square() -> None:
     """30 x 20 about (20, 20) sees the columns from 10 to 30 and the rows from 5 to 35."""
     turned = crop_rotated(ONE_FACE, (5, 10, 30, 20), 90)
     assert np.array_equal(turned.image, np.rot90(ONE_FACE.image[5:35, 10:30]))
-    assert turned.boxes[0].tolist() == pytest.approx([5, 10, 21, 20], abs=1e-4)
+    assert turned.faces.boxes[0].tolist() == pytest.approx([5, 10, 21, 20], abs=1e-4)
 
 
 @pytest.mark.parametrize("degrees", [17, 45, 90, -133, 180])
 def test_round_box_keeps_its_size_whatever_the_angle(degrees: float) -> None:
     """A square box holds a circle: its bounds do not grow, and its centre turns exactly."""
     turned = crop_rotated(sample_of([[24, 14, 36, 26]]), (10, 0, 40, 40), degrees)
-    assert turned.boxes[0].tolist() == pytest.approx([14, 14, 26, 26], abs=1e-4)
+    assert turned.faces.boxes[0].tolist() == pytest.approx([14, 14, 26, 26], abs=1e-4)
 
 
 def test_box_of_an_oval_face_is_that_of_the_ellipse() -> None:
     """Half sides 3 and 4, turned by 45 degrees: both become the root of (9 + 16) / 2."""
     turned = crop_rotated(sample_of([[27, 16, 33, 24]]), (10, 0, 40, 40), 45)
-    assert (turned.boxes[0, 2:] - 20).tolist() == pytest.approx([12.5**0.5] * 2, abs=1e-4)
+    assert (turned.faces.boxes[0, 2:] - 20).tolist() == pytest.approx([12.5**0.5] * 2, abs=1e-4)
 
 
 def test_faces_that_turn_out_of_the_region_are_dropped_and_others_clipped() -> None:
     """About (20, 20) of 40 x 40 by 45 degrees: (1, 1) leaves it, (20, 1) goes to (6.6, 6.6)."""
     turned = crop_rotated(sample_of([[0, 0, 2, 2], [10, -9, 30, 11]]), (0, 0, 40, 40), 45)
-    assert turned.boxes.tolist() == [pytest.approx([0, 0, 16.56, 16.56], abs=0.01)]
-    assert len(turned.landmarks) == len(turned.has_landmarks) == 1
+    assert turned.faces.boxes.tolist() == [pytest.approx([0, 0, 16.56, 16.56], abs=0.01)]
+    assert len(turned.faces.landmarks) == len(turned.faces.has_landmarks) == 1
 
 
 def test_what_turns_in_from_outside_the_region_is_the_image_and_from_beyond_that_the_fill() -> None:
@@ -241,7 +246,7 @@ def test_what_turns_in_from_outside_the_region_is_the_image_and_from_beyond_that
     # where it has 30.
     corners = crop_rotated(white, (10, 0, 40, 40), 45, (1, 2, 3)).image[[0, 0, -1, -1], [0, -1, 0, -1]]
     assert corners.tolist() == [[1, 2, 3], [255] * 3, [255] * 3, [1, 2, 3]]
-    assert len(crop_rotated(NO_FACE, (10, 0, 40, 40), 45).boxes) == 0
+    assert len(crop_rotated(NO_FACE, (10, 0, 40, 40), 45).faces) == 0
 
 
 def test_motion_spreads_a_point_along_its_line() -> None:
@@ -275,4 +280,4 @@ def test_pixels_change_only_by_what_is_on(name: str) -> None:
     after = augment(noise, 40, Flags({name: 1.0}).apply(still), (0, 0, 0), rng(0))
     assert after.image.shape == before.image.shape
     assert not np.array_equal(after.image, before.image)
-    assert np.array_equal(after.boxes, before.boxes) is (name != "rotation_degrees")
+    assert np.array_equal(after.faces.boxes, before.faces.boxes) is (name != "rotation_degrees")

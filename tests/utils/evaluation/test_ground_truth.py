@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config import UserError
+from utils.errors import UserError
 from utils.evaluation.ground_truth import open_evaluation_set, open_validation_set
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config import UserError
+from utils.errors import UserError
 from utils.evaluation.predictions import read_predictions, write_predictions
 
 NAME = "0--Parade/0_Parade_1"

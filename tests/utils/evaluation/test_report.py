@@ -9,11 +9,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from utils.evaluation.run import PredictionSet, describe_protocol
 
 from config import PostprocessConfig, ProtocolConfig
 from utils.evaluation.error_gallery import draw_error_gallery, false_positives, missed_faces
 from utils.evaluation.ground_truth import EvaluationSet
+from utils.evaluation.prediction_set import PredictionSet, describe_protocol
 from utils.evaluation.report import (
     DetectionStats,
     Measurement,
@@ -68,7 +68,7 @@ def test_lines_end_with_the_official_figures(tmp_path: Path) -> None:
     """Of three faces two are found: the first at precision 1, the other at 2/3."""
     lines = describe(measurement(tmp_path))
     assert lines[0].startswith("4 images in 2.0 s (2.0 images/s)")
-    assert "skipped b/2: broken; nothing is found in it" in lines
+    assert "skipped b/2: broken; no faces are detected in it" in lines
     assert lines[-1] == "Easy AP : 0.0000   Medium AP : 0.5556   Hard AP : 0.5556"
 
 

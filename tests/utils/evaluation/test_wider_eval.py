@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config import UserError
 from tests.ground_truth import save_ground_truth
+from utils.errors import UserError
 from utils.evaluation.predictions import read_predictions
 from utils.evaluation.wider_eval import SUBSETS, GroundTruth, bootstrap, evaluate, load_ground_truth
 

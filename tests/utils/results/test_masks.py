@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from config import UserError
-from utils.results.masks import Box, HeadMask, HeadSegmenter, cut, head_region
+from config import ROOT
+from utils.errors import UserError
+from utils.results.masks import Box, HeadMask, HeadSegmenter, crop, head_region
 from utils.runtime.images import read_image
 
-ROOT = Path(__file__).parents[2]
 SIZE_HW = (100, 200)
 ASTRONAUT = np.array([180, 70, 265, 180], np.float32)  # the face in astronaut.jpg
 
@@ -53,7 +53,7 @@ def test_face_in_its_head_is_the_same_pixels_as_in_the_image(
     head, face = region(x1, y1, x2, y2)
     direct = image[max(y1, 0) : y2, max(x1, 0) : x2]
     assert direct.size > 0
-    assert np.array_equal(cut(cut(image, head), face), direct)
+    assert np.array_equal(crop(crop(image, head), face), direct)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_face_in_its_head_is_the_same_pixels_as_in_the_image(
 def test_face_outside_the_image_is_empty(face: Box) -> None:
     head, face_in_head = region(*face)
     image = np.zeros(SIZE_HW)
-    assert cut(cut(image, head), face_in_head).size == 0
+    assert crop(crop(image, head), face_in_head).size == 0
     assert min(head + face_in_head) >= 0
 
 

@@ -1,7 +1,8 @@
-"""Records of pictures, whole and torn, and the order in which they come back."""
+"""Records of images, whole and cut off, the order in which they are read, and what sorting them leaves."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,76 +14,119 @@ def record(position: int, name: str = "") -> Record:
     return Record(position, name or f"{position}.png", {"name": name}, ["1 2 3 4 0.500000"], ["masks/a.png"])
 
 
+def add(store: RecordStore, rank: int, *positions: int) -> None:
+    """Let one process append the records of these images."""
+    shard = store.open_shard(rank)
+    for position in positions:
+        shard.add(record(position))
+    shard.close()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_no_record(tmp_path: Path) -> None:
-    parts = RecordStore(tmp_path / "parts")
-    assert (parts.run, list(parts.index())) == ({}, [])
-    parts.begin({"about": 1})
-    assert (parts.run, list(parts.index())) == ({"about": 1}, [])
+    store = RecordStore(tmp_path / "records")
+    assert (store.run, list(store.index()), store.in_use) == ({}, [], False)
+    store.begin({"settings": 1})
+    assert (store.run, list(store.index())) == ({"settings": 1}, [])
 
 
 def test_records_come_back_in_the_order_of_their_positions(tmp_path: Path) -> None:
-    parts = RecordStore(tmp_path / "parts")
+    store = RecordStore(tmp_path / "records")
     for rank, positions in ((0, [0, 1, 4]), (1, [2, 3]), (2, [])):
-        file = parts.open(rank)
-        for position in positions:
-            file.add(record(position))
-        file.close()
-    index = parts.index()
+        add(store, rank, *positions)
+    index = store.index()
     assert index.positions.tolist() == [0, 1, 2, 3, 4]
     assert [(each.position, each.name) for each in index] == [(number, f"{number}.png") for number in range(5)]
     assert next(iter(index)) == record(0)
 
 
-def test_later_record_of_a_picture_counts(tmp_path: Path) -> None:
-    parts = RecordStore(tmp_path)
-    file = parts.open(0)
+def test_later_record_of_an_image_counts(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    shard = store.open_shard(0)
     for name in ("former", "later"):
-        file.add(record(3, name))
-    file.close()
-    assert [each.name for each in parts.index()] == ["later"]
+        shard.add(record(3, name))
+    shard.close()
+    assert [each.name for each in store.index()] == ["later"]
 
 
 def test_record_is_on_disk_before_the_next_one(tmp_path: Path) -> None:
-    file = RecordStore(tmp_path).open(0)
-    file.add(record(0))
+    shard = RecordStore(tmp_path).open_shard(0)
+    shard.add(record(0))
     assert [each.position for each in RecordStore(tmp_path).index()] == [0]
-    file.close()
+    shard.close()
 
 
 @pytest.mark.parametrize("kept_bytes", [1, 20, -1])
-def test_torn_last_line_counts_as_absent_and_harms_no_other(tmp_path: Path, kept_bytes: int) -> None:
+def test_last_line_that_is_cut_off_counts_as_absent_and_harms_no_other(tmp_path: Path, kept_bytes: int) -> None:
     """-1 lacks nothing but the end of the line, so that record is whole."""
-    parts = RecordStore(tmp_path)
+    store = RecordStore(tmp_path)
     path = tmp_path / "0.jsonl"
     path.write_bytes(record(0).line + record(1).line[:kept_bytes])
     whole = [0, 1] if kept_bytes == -1 else [0]
-    assert parts.index().positions.tolist() == whole
-    file = parts.open(0)
-    file.add(record(2))
-    file.close()
-    assert [each.position for each in parts.index()] == [*whole, 2]
+    assert store.index().positions.tolist() == whole
+    add(store, 0, 2)
+    assert [each.position for each in store.index()] == [*whole, 2]
 
 
 def test_names_that_are_no_text_come_back(tmp_path: Path) -> None:
-    file = RecordStore(tmp_path).open(0)
-    file.add(Record(0, "caf\udce9\n.png", problem="empty"))
-    file.close()
+    shard = RecordStore(tmp_path).open_shard(0)
+    shard.add(Record(0, "caf\udce9\n.png", problem="empty"))
+    shard.close()
     assert [each.name for each in RecordStore(tmp_path).index()] == ["caf\udce9\n.png"]
 
 
-def test_removed_parts_are_gone(tmp_path: Path) -> None:
-    parts = RecordStore(tmp_path / "parts")
-    parts.begin({"about": 1})
-    parts.open(0).close()
-    parts.remove()
-    assert list(tmp_path.iterdir()) == []
+def test_new_run_begins_without_records(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path / "records")
+    store.begin({"settings": 1})
+    add(store, 0, 0, 1)
+    add(store, 1, 2)
+    store.begin({"settings": 2})
+    assert [path.name for path in store.folder.iterdir()] == ["run.json"]
+    assert (store.run, len(store.index())) == ({"settings": 2}, 0)
 
 
-def test_parts_are_in_use_until_they_are_closed(tmp_path: Path) -> None:
+def test_complete_run_says_so_and_has_no_former_files(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    store.begin({"settings": 1, "former_files": ["masks/a.png"]})
+    store.mark_complete()
+    assert store.run == {"settings": 1, "former_files": [], "complete": True}
+
+
+@pytest.mark.parametrize(
+    "shards", [[[0, 1, 2, 3, 4]], [[0, 1, 4], [2, 3]], [[3, 4], [], [2], [0, 1]], [[4], [0], [1], [2], [3]]]
+)
+def test_sorted_records_do_not_depend_on_the_number_of_processes(tmp_path: Path, shards: Sequence[list[int]]) -> None:
+    store = RecordStore(tmp_path)
+    for rank, positions in enumerate(shards):
+        add(store, rank, *positions)
+    store.compact()
+    assert contents(tmp_path) == {"0.jsonl": b"".join(record(position).line for position in range(5))}
+    store.compact()
+    assert contents(tmp_path) == {"0.jsonl": b"".join(record(position).line for position in range(5))}
+
+
+def test_sorting_drops_earlier_records_and_lines_that_are_cut_off(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    former, later = record(1, "former"), record(1, "later")
+    (tmp_path / "0.jsonl").write_bytes(former.line + b"\n" + later.line + record(2).line[:9])
+    (tmp_path / "1.jsonl").write_bytes(record(0).line)
+    store.compact()
+    assert contents(tmp_path) == {"0.jsonl": record(0).line + later.line}
+
+
+def test_sorting_no_records_leaves_an_empty_file(tmp_path: Path) -> None:
+    RecordStore(tmp_path).compact()
+    assert contents(tmp_path) == {"0.jsonl": b""}
+
+
+def test_records_are_in_use_until_they_are_closed(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
-    parts = RecordStore(tmp_path)
-    assert not parts.in_use
-    file = parts.open(0)
-    assert parts.in_use
-    file.close()
-    assert not parts.in_use
+    store = RecordStore(tmp_path)
+    assert not store.in_use
+    shard = store.open_shard(0)
+    assert store.in_use
+    shard.close()
+    assert not store.in_use

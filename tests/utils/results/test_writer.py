@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from config import UserError
+from utils.errors import UserError
 from utils.results.masks import HeadMask
-from utils.results.writer import ResultWriter
+from utils.results.records import Record, RecordStore
+from utils.results.writer import OutputOptions, ResultWriter
 from utils.runtime.images import read_image
 from utils.structures import Detections
 
 FACE = [10.25, 5.5, 20.75, 17.0]
 HEAD = HeadMask((0, 0, 30, 20), (10, 5, 20, 17), np.full((20, 30), 255, np.uint8))
+
+DRAWINGS, CROPS = OutputOptions(drawings=True), OutputOptions(crops=True)
 
 
 def picture(level: int = 100) -> np.ndarray:
@@ -48,7 +51,9 @@ def results(folder: Path) -> Any:
 
 
 def files_below(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    """All files but the records, which stay in a hidden folder."""
+    paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {path for path in paths if not path.startswith(".records/")}
 
 
 TABLES = {"results.json", "results.jsonl", "exp_inference_results.txt"}
@@ -91,7 +96,7 @@ def test_table_is_the_originals_and_json_has_everything(tmp_path: Path) -> None:
 
 
 def test_masks_and_crops_lie_in_four_folders(tmp_path: Path) -> None:
-    write(tmp_path, ["sub/a.jpg"], save_masks=True)
+    write(tmp_path, ["sub/a.jpg"], output=CROPS)
     (image,) = results(tmp_path)["images"]
     assert image["faces"][0]["head_box"] == [0, 0, 30, 20]
     assert image["faces"][0]["face_box_in_head"] == [10, 5, 20, 17]
@@ -102,7 +107,7 @@ def test_masks_and_crops_lie_in_four_folders(tmp_path: Path) -> None:
 
 
 def test_face_outside_the_picture_has_no_crops(tmp_path: Path) -> None:
-    writer = ResultWriter(tmp_path, "exp", {}, save_masks=True)
+    writer = ResultWriter(tmp_path, "exp", {}, output=CROPS)
     writer.add("a.jpg", picture(), faces(), [HeadMask((30, 0, 30, 0), (0, 0, 0, 0), np.zeros((0, 0), np.uint8))])
     writer.close()
     assert results(tmp_path)["images"][0]["faces"][0]["files"] == {}
@@ -120,7 +125,7 @@ def test_face_outside_the_picture_has_no_crops(tmp_path: Path) -> None:
     ],
 )
 def test_no_picture_overwrites_the_crops_of_another(tmp_path: Path, names: list[str]) -> None:
-    write(tmp_path, names, save_masks=True)
+    write(tmp_path, names, output=CROPS)
     for level, image in enumerate(results(tmp_path)["images"]):
         assert read_image(tmp_path / image["faces"][0]["files"]["heads"]).max() == level
     crops = [file.lower() for file in files_below(tmp_path / "heads")]
@@ -131,31 +136,43 @@ def test_no_picture_overwrites_the_crops_of_another(tmp_path: Path, names: list[
     ("name", "drawn"), [("a b.JPG", "a b.JPG"), ("ü/b.webp", "ü/b.webp"), ("c.gif", "c.gif.png"), ("d", "d.png")]
 )
 def test_drawings_keep_the_name_where_its_kind_can_be_written(tmp_path: Path, name: str, drawn: str) -> None:
-    write(tmp_path, [name], save_images=True)
+    write(tmp_path, [name], output=DRAWINGS)
     assert files_below(tmp_path / "result_images") == {drawn}
     assert read_image(tmp_path / "result_images" / drawn).shape == (20, 30, 3)
 
 
 def test_second_run_replaces_its_own_files_only(tmp_path: Path) -> None:
-    assert not write(tmp_path, ["a.png", "b.png"], save_images=True, save_masks=True).start.note
+    assert not write(tmp_path, ["a.png", "b.png"], output=OutputOptions(drawings=True, crops=True)).start.note
     users = {"notes.txt", "result_images/mine.png", "masks/b_1.png"}
     for name in users:
         (tmp_path / name).write_text("mine")
-    assert write(tmp_path, ["b.png"], save_images=True).start.note == "replacing the results of an earlier run"
+    assert write(tmp_path, ["b.png"], output=DRAWINGS).start.note == "replacing the results of an earlier run"
     assert files_below(tmp_path) == TABLES | users | {"result_images/b.png"}
     assert [image["name"] for image in results(tmp_path)["images"]] == ["b.png"]
 
 
-@pytest.mark.parametrize(
-    "files", ['["notes.txt", "result_images/../notes.txt", "/notes.txt", "."]', "[1]", "3", '["masks", ["x"]]']
-)
-def test_results_json_of_someone_else_removes_nothing(tmp_path: Path, files: str) -> None:
+@pytest.mark.parametrize("name", ["notes.txt", "result_images/../notes.txt", "{folder}/notes.txt", ".", "masks"])
+def test_nothing_outside_the_output_folders_is_removed(tmp_path: Path, name: str) -> None:
+    """Whatever the records of the former run say that it wrote."""
     (tmp_path / "notes.txt").write_text("mine")
     for folder in ("masks", "result_images"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "results.json").write_text(f'{{\n"images": [\n],\n"files": {files}\n}}\n')
+    store = RecordStore(tmp_path / ".records" / "exp")
+    store.begin({"settings": {}, "former_files": [name.format(folder=tmp_path), "masks/gone.png"]})
+    shard = store.open_shard(0)
+    shard.add(Record(0, "a.png", {"name": "a.png"}, files=[name.format(folder=tmp_path)]))
+    shard.close()
     write(tmp_path, [])
     assert files_below(tmp_path) == TABLES | {"notes.txt"}
+    assert (tmp_path / "masks").is_dir()
+
+
+def test_results_json_of_someone_else_removes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks/mine.png").write_text("mine")
+    (tmp_path / "results.json").write_text('{\n"images": [\n],\n"files": ["masks/mine.png"]\n}\n')
+    write(tmp_path, [])
+    assert files_below(tmp_path) == TABLES | {"masks/mine.png"}
 
 
 def test_former_results_stand_until_the_new_ones_are_complete(tmp_path: Path) -> None:
@@ -169,7 +186,7 @@ def test_former_results_stand_until_the_new_ones_are_complete(tmp_path: Path) ->
 
 def test_names_that_are_no_text_are_kept(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.png")  # Latin-1
-    write(tmp_path, [name], save_images=True)
+    write(tmp_path, [name], output=DRAWINGS)
     assert results(tmp_path)["images"][0]["name"] == name
     assert (tmp_path / "exp_inference_results.txt").read_bytes().startswith(b"caf\xe9.png\n")
     assert (tmp_path / "result_images" / name).is_file()
@@ -188,7 +205,7 @@ def test_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
 def test_file_that_cannot_be_written_is_named_and_the_rest_is_kept(tmp_path: Path) -> None:
     (tmp_path / "result_images").mkdir()
     (tmp_path / "result_images" / "sub").touch()
-    writer = ResultWriter(tmp_path, "exp", {}, save_images=True)
+    writer = ResultWriter(tmp_path, "exp", {}, output=DRAWINGS)
     writer.add("a.png", picture(), faces())
     with pytest.raises(UserError, match=r"result_images/sub.*: cannot be written"):
         writer.add("sub/b.png", picture(), faces())
@@ -197,15 +214,16 @@ def test_file_that_cannot_be_written_is_named_and_the_rest_is_kept(tmp_path: Pat
 
 
 def test_drawings_of_a_video_become_a_video(tmp_path: Path) -> None:
-    write(tmp_path, ["my_clip_000001.jpg", "my_clip_000002.jpg"], save_images=True, frames_per_second=10.0)
+    video = OutputOptions(drawings=True, frames_per_second=10.0)
+    write(tmp_path, ["my_clip_000001.jpg", "my_clip_000002.jpg"], output=video)
     assert results(tmp_path)["files"] == ["result_images/my_clip.mp4"]
-    video = cv2.VideoCapture(str(tmp_path / "result_images" / "my_clip.mp4"))
-    assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
-    assert [video.read()[0] for _ in range(3)] == [True, True, False]
+    written = cv2.VideoCapture(str(tmp_path / "result_images" / "my_clip.mp4"))
+    assert written.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+    assert [written.read()[0] for _ in range(3)] == [True, True, False]
 
 
 def test_video_that_cannot_be_encoded_is_an_error(tmp_path: Path) -> None:
-    writer = ResultWriter(tmp_path, "exp", {}, save_images=True, frames_per_second=1e9)
+    writer = ResultWriter(tmp_path, "exp", {}, output=OutputOptions(drawings=True, frames_per_second=1e9))
     with pytest.raises(UserError, match="cannot encode it at"):
         writer.add("clip_000001.jpg", picture(), faces())
     writer.close()
@@ -215,7 +233,7 @@ def test_video_that_cannot_be_encoded_is_an_error(tmp_path: Path) -> None:
 def test_positions_give_the_order_and_suffixes_the_names(tmp_path: Path) -> None:
     writer = ResultWriter(tmp_path, "exp", {}, names=["a.jpg", "b.jpg"])
     writer.add("b.jpg", picture(), faces(0), position=1)
-    with pytest.raises(UserError, match=r"exp\.parts: holds results of 1 of 2 images; --resume does the rest"):
+    with pytest.raises(UserError, match="holds results of 1 of 2 images; --resume does the rest"):
         writer.close()
     resumed = ResultWriter(tmp_path, "exp", {}, names=["a.jpg", "b.jpg"], resume=True)
     assert resumed.start.done.tolist() == [1]
@@ -239,10 +257,10 @@ def test_interrupted_run_leaves_final_files_and_can_be_resumed(tmp_path: Path) -
 
 
 def test_new_run_removes_what_an_interrupted_one_wrote(tmp_path: Path) -> None:
-    writer = ResultWriter(tmp_path, "exp", {}, save_images=True)
+    writer = ResultWriter(tmp_path, "exp", {}, output=DRAWINGS)
     writer.add("a.png", picture(), faces())
     del writer  # killed
-    anew = write(tmp_path, ["b.png"], save_images=True)
+    anew = write(tmp_path, ["b.png"], output=DRAWINGS)
     assert anew.start.note == "replacing 1 results of a run that was interrupted (--resume keeps them)"
     assert files_below(tmp_path) == TABLES | {"result_images/b.png"}
 
@@ -254,9 +272,92 @@ def test_resumed_run_must_be_made_in_the_same_way(tmp_path: Path) -> None:
 
 
 def test_complete_results_need_nothing_more(tmp_path: Path) -> None:
-    write(tmp_path, ["a.png"], save_images=True)
+    write(tmp_path, ["a.png"], output=DRAWINGS)
     before = files_below(tmp_path)
     again = ResultWriter(tmp_path, "exp", {}, names=["a.png"], resume=True)
     again.close()
-    assert again.start.is_finished
+    assert again.start.is_complete
     assert files_below(tmp_path) == before
+
+
+def test_files_of_former_runs_stay_until_a_run_is_complete(tmp_path: Path) -> None:
+    """Two runs are interrupted after one that was not; the fourth removes what is left of all three."""
+    write(tmp_path, ["a.png"], output=DRAWINGS)
+    for name in ("b.png", "c.png"):
+        with pytest.raises(KeyboardInterrupt), ResultWriter(tmp_path, "exp", {}, output=DRAWINGS) as writer:
+            writer.add(name, picture(), faces())
+            raise KeyboardInterrupt
+    assert files_below(tmp_path / "result_images") == {"a.png", "b.png", "c.png"}
+    write(tmp_path, ["c.png", "d.png"], output=DRAWINGS)
+    assert files_below(tmp_path) == TABLES | {"result_images/c.png", "result_images/d.png"}
+    assert RecordStore(tmp_path / ".records/exp").run == {
+        "settings": {},
+        "threads": None,
+        "former_files": [],
+        "complete": True,
+    }
+
+
+def test_resumed_run_removes_what_runs_before_it_wrote(tmp_path: Path) -> None:
+    write(tmp_path, ["a.png"], output=DRAWINGS)
+    names = ["b.png", "c.png"]
+    killed = ResultWriter(tmp_path, "exp", {}, names=names, output=DRAWINGS)
+    killed.add("b.png", picture(), faces())
+    del killed
+    with ResultWriter(tmp_path, "exp", {}, names=names, output=DRAWINGS, resume=True) as resumed:
+        resumed.add("c.png", picture(), faces(), position=1)
+    assert files_below(tmp_path) == TABLES | {"result_images/b.png", "result_images/c.png"}
+
+
+def test_run_of_another_experiment_is_replaced(tmp_path: Path) -> None:
+    """There is one results.json in a folder, so results of both would be mixed up."""
+    write(tmp_path, ["a.png", "b.png"], output=DRAWINGS)
+    with pytest.raises(UserError, match='were made with experiment null, now it is "other"'):
+        ResultWriter(tmp_path, "other", {"experiment": "other"}, names=["b.png"], resume=True)
+    writer = ResultWriter(tmp_path, "other", {"experiment": "other"}, names=["b.png"], output=DRAWINGS)
+    assert writer.start.note == "replacing the results of an earlier run"
+    writer.add("b.png", picture(), faces())
+    assert files_below(tmp_path / "result_images") == {"a.png", "b.png"}
+    writer.close()
+    assert files_below(tmp_path / "result_images") == {"b.png"}
+    assert [path.name for path in (tmp_path / ".records").iterdir()] == ["other"]
+
+
+def test_run_of_another_experiment_that_was_interrupted_can_be_resumed(tmp_path: Path) -> None:
+    names = ["a.png", "b.png"]
+    with pytest.raises(KeyboardInterrupt), ResultWriter(tmp_path, "exp", {}, names=names) as writer:
+        writer.add("a.png", picture(), faces())
+        raise KeyboardInterrupt
+    with ResultWriter(tmp_path, "other", {"experiment": "other"}, names=["c.png"]) as other:
+        other.add("c.png", picture(), faces())
+    assert ResultWriter(tmp_path, "exp", {}, names=names, resume=True).start.done.tolist() == [0]
+
+
+def test_interrupted_video_needs_nothing_more(tmp_path: Path) -> None:
+    """Its frames cannot be continued."""
+    video = OutputOptions(drawings=True, frames_per_second=10.0)
+    with pytest.raises(KeyboardInterrupt), ResultWriter(tmp_path, "exp", {}, output=video) as writer:
+        writer.add("clip_000001.jpg", picture(), faces())
+        raise KeyboardInterrupt
+    assert files_below(tmp_path) == TABLES | {"result_images/clip.mp4"}
+    assert write(tmp_path, ["b.png"]).start.note == "replacing the results of an earlier run"
+    assert files_below(tmp_path) == TABLES
+
+
+def test_folder_depends_neither_on_an_interruption_nor_on_the_run_before(tmp_path: Path) -> None:
+    """All files are the same to the byte, the records among them."""
+    names = ["a.png", "b.png", "c.png"]
+    write(tmp_path / "undisturbed", names, output=DRAWINGS)
+    write(tmp_path / "resumed", ["d.png"], output=CROPS)
+    writer = ResultWriter(tmp_path / "resumed", "exp", {}, names=names, output=DRAWINGS)
+    writer.add("b.png", picture(1), faces(), [HEAD], position=1)
+    del writer  # killed
+    with ResultWriter(tmp_path / "resumed", "exp", {}, names=names, output=DRAWINGS, resume=True) as resumed:
+        resumed.add("c.png", picture(2), faces(), [HEAD], position=2)
+        resumed.add("a.png", picture(0), faces(), [HEAD], position=0)
+    undisturbed, interrupted = (
+        {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "undisturbed", tmp_path / "resumed")
+    )
+    assert interrupted == undisturbed
+    assert {".records/exp/run.json", ".records/exp/0.jsonl"} < undisturbed.keys()

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from config import ConfigError, UserError
+from config import ROOT
+from utils.errors import ConfigError, UserError
 from utils.runtime.cli import choose_device, run
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -78,7 +76,7 @@ def test_own_mistakes_keep_their_traceback_and_success_just_returns() -> None:
 
 
 def test_names_that_the_terminal_cannot_show_are_escaped() -> None:
-    code = "from utils.cli import run; run(lambda: print('caf\\u00e9 \\udce9.jpg'))"
+    code = "from utils.runtime.cli import run; run(lambda: print('caf\\u00e9 \\udce9.jpg'))"
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
     assert shown.stdout == b"caf\\xe9 \\udce9.jpg\n"

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from config import ROOT, UserError
+from config import ROOT
+from utils.errors import UserError
 from utils.runtime.distributed import (
     SINGLE_PROCESS,
     DistributedContext,
@@ -30,9 +31,9 @@ CPU = torch.device("cpu")
 
 
 def test_alone_nothing_changes() -> None:
-    with distributed_context(CPU) as processes:
-        assert processes == SINGLE_PROCESS
-        assert processes.is_main
+    with distributed_context(CPU) as context:
+        assert context == SINGLE_PROCESS
+        assert context.is_main
     assert reduce_mean(torch.tensor(3.0)).item() == 3
     assert share_of_count(torch.tensor(5)).item() == 5
     assert share_of_count(torch.tensor(0)).item() == 1
@@ -66,13 +67,13 @@ def test_blocks_go_around_the_processes() -> None:
 TWO = """
 import torch
 from torch import nn
-from config import UserError
-from utils.runtime.distributed import run_on_main, run_on_all
+from utils.errors import UserError
+from utils.runtime.distributed import run_on_all, run_on_main
 from utils.runtime.distributed import any_process, broadcast_buffers, distributed_context, reduce_mean
 from utils.runtime.distributed import gather_dicts, share_of_count, broadcast_from_main
-with distributed_context(torch.device("cpu")) as processes:
-    rank = processes.rank
-    assert processes.count == 2
+with distributed_context(torch.device("cpu")) as context:
+    rank = context.rank
+    assert context.world_size == 2
     assert reduce_mean(torch.tensor(float(rank))).item() == 0.5
     assert share_of_count(torch.tensor(3 - 3 * rank)).item() == 1.5
     assert share_of_count(torch.tensor(0)).item() == 0.5

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from config import ROOT
 from utils.runtime.images import UnreadableImageError, read_image, resize_to_limit, write_image
 
 HEIGHT, WIDTH = 40, 64
@@ -140,7 +141,7 @@ def test_sample_with_orientation_6_comes_upright(sample_folder: Path) -> None:
 
 @pytest.fixture
 def sample_folder() -> Path:
-    return Path(__file__).parents[2] / "data" / "sample_widerface" / "images"
+    return ROOT / "data" / "sample_widerface" / "images"
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_curves_and_pictures_go_to_tensorboard(tmp_path: Path) -> None:
 
     log = RunLog(tmp_path)
     log.curves({"hard": Curve(np.linspace(1, 0.5, 1000), np.linspace(0, 0.8, 1000), faces=10)}, epoch=3)
-    log.picture("validation/0", np.full((4, 6, 3), (255, 0, 0), np.uint8), epoch=3)
+    log.image("validation/0", np.full((4, 6, 3), (255, 0, 0), np.uint8), epoch=3)
     log.step(7, 2.5, 0.01)
     log.close()
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
@@ -109,7 +109,7 @@ def test_process_with_nothing_to_say_writes_nothing(tmp_path: Path, capsys: pyte
     log.step(1, 1.0, 0.1)
     log.epoch(1, {"loss": 1.0}, 5.0)
     log.curves({}, 1)
-    log.picture("a", np.zeros((1, 1, 3), np.uint8), 1)
+    log.image("a", np.zeros((1, 1, 3), np.uint8), 1)
     log.close()
     assert capsys.readouterr().out == ""
 

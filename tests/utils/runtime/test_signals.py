@@ -14,9 +14,9 @@ from utils.runtime.signals import StopRequest
 def test_signal_is_noted_and_the_second_interrupts(number: int) -> None:
     before = signal.getsignal(number)
     with StopRequest() as stop:
-        assert not stop.asked
+        assert not stop.requested
         os.kill(os.getpid(), number)
-        assert stop.asked
+        assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before

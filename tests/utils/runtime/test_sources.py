@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
+from utils.results.files import OUTPUT_FOLDERS
 from utils.runtime.images import write_image
 from utils.runtime.sources import ImageFiles, Source, SourceError, open_source, read_images
 
@@ -19,7 +20,7 @@ def save(path: Path, width: int = 3, height: int = 2) -> None:
 
 
 def open_path(path: Path, max_frames: int = 0) -> Source:
-    return open_source(str(path), path.parent / "no-data", exclude=path / "results", max_frames=max_frames)
+    return open_source(str(path), path.parent / "no-data", exclude={path / "results"}, max_frames=max_frames)
 
 
 def names_of(source: Source) -> list[str]:
@@ -47,7 +48,7 @@ def test_folder_gives_its_pictures_in_the_order_of_their_paths(tmp_path: Path) -
     expected = ["a b.PNG", "b.jpg", "sub.d/deep/c.webp", "sub.d/ü.v1.JPeG", "z.TIF"]
     assert names_of(source) == source.names == expected
     assert (source.total, source.ignored, source.frames_per_second) == (5, 1, None)
-    assert all(picture.image is not None and picture.image.shape == (2, 3, 3) for picture in source)
+    assert all(picture.pixels is not None and picture.pixels.shape == (2, 3, 3) for picture in source)
 
 
 def test_hidden_files_results_and_loops_are_left_alone(tmp_path: Path) -> None:
@@ -63,7 +64,8 @@ def test_hidden_files_results_and_loops_are_left_alone(tmp_path: Path) -> None:
 def test_results_that_lie_among_the_pictures_are_left_alone(tmp_path: Path) -> None:
     for name in ("a.png", "result_images/a.png", "head_masks/a_0.png", "sub/faces/b.png"):
         save(tmp_path / name)
-    source = open_source(str(tmp_path), tmp_path / "no-data", exclude=tmp_path, max_frames=0)
+    exclude = {tmp_path, *(tmp_path / name for name in OUTPUT_FOLDERS)}
+    source = open_source(str(tmp_path), tmp_path / "no-data", exclude, max_frames=0)
     assert names_of(source) == ["a.png", "sub/faces/b.png"]
 
 
@@ -79,7 +81,7 @@ def test_damaged_pictures_come_out_with_their_problem(tmp_path: Path) -> None:
         "good.png": None,
         "text.png": "not an image, or damaged",
     }
-    assert [picture.name for picture in open_path(tmp_path) if picture.image is None] == [
+    assert [picture.name for picture in open_path(tmp_path) if picture.pixels is None] == [
         "empty.jpg", "gone.jpg", "text.png"
     ]  # fmt: skip
 
@@ -96,8 +98,8 @@ def test_single_file_is_read_whatever_its_suffix(tmp_path: Path) -> None:
     source = open_path(tmp_path / ".photo")
     (picture,) = source
     assert (picture.name, source.names, source.total) == (".photo", [".photo"], 1)
-    assert picture.image is not None
-    assert picture.image.shape == (2, 5, 3)
+    assert picture.pixels is not None
+    assert picture.pixels.shape == (2, 5, 3)
 
 
 def test_names_below_the_data_folder_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,19 +107,19 @@ def test_names_below_the_data_folder_come_first(tmp_path: Path, monkeypatch: pyt
     save(tmp_path / "set" / "here.png")
     save(tmp_path / "only_here" / "here.png")
     monkeypatch.chdir(tmp_path)
-    opened = [open_source(name, tmp_path / "data", tmp_path / "out", 0).names for name in ("set/", "only_here")]
+    opened = [open_source(name, tmp_path / "data", set(), 0).names for name in ("set/", "only_here")]
     assert opened == [["in_data.png"], ["here.png"]]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.mp4", "-1", "²"])
 def test_what_does_not_exist_is_refused_with_both_places(tmp_path: Path, name: str) -> None:
     with pytest.raises(SourceError, match=f"--inference_dir {name}: neither .*data/{name} nor {name} exists"):
-        open_source(name, tmp_path / "data", tmp_path, 0)
+        open_source(name, tmp_path / "data", set(), 0)
 
 
 def test_camera_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="camera97: cannot be opened; no such camera"):
-        open_source("97", tmp_path, tmp_path, 0)
+        open_source("97", tmp_path, set(), 0)
 
 
 def test_video_gives_numbered_frames(video: Path) -> None:
@@ -126,10 +128,10 @@ def test_video_gives_numbered_frames(video: Path) -> None:
     assert source.frames_per_second == pytest.approx(10)
     pictures = list(source)
     assert [picture.name for picture in pictures] == [f"my clip_v1_00000{number}.jpg" for number in range(1, 6)]
-    levels = [float(picture.image.mean()) for picture in pictures if picture.image is not None]
+    levels = [float(picture.pixels.mean()) for picture in pictures if picture.pixels is not None]
     assert levels == pytest.approx([0, 50, 100, 150, 200], abs=8)
-    assert pictures[0].image is not None
-    assert pictures[0].image.shape == (32, 48, 3)
+    assert pictures[0].pixels is not None
+    assert pictures[0].pixels.shape == (32, 48, 3)
 
 
 @pytest.mark.parametrize(("max_frames", "expected"), [(2, 2), (5, 5), (9, 5)])
@@ -188,7 +190,7 @@ def test_pictures_are_read_a_few_ahead_and_in_order(tmp_path: Path) -> None:
     pictures = read_images(counted())
     assert next(pictures).name == "0.png"
     assert len(given) == 3  # it came out, and two are being read
-    widths = [picture.image.shape[1] for picture in pictures if picture.image is not None]
+    widths = [picture.pixels.shape[1] for picture in pictures if picture.pixels is not None]
     assert widths == list(range(2, 13))
     assert list(read_images([])) == []
 
@@ -210,7 +212,7 @@ def test_digest_depends_on_the_paths_and_their_order(tmp_path: Path) -> None:
     digests = set()
     for name, lines in lists.items():
         (tmp_path / f"{name}.txt").write_text(lines)
-        source = open_source(str(tmp_path / f"{name}.txt"), tmp_path / "no-data", tmp_path / "results", max_frames=0)
+        source = open_source(str(tmp_path / f"{name}.txt"), tmp_path / "no-data", set(), max_frames=0)
         assert isinstance(source, ImageFiles)
         digests.add(source.digest())
     assert len(digests) == 4

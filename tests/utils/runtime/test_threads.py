@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from config import UserError
+from utils.errors import UserError
 from utils.runtime.threads import BackgroundWorker, map_in_order
 
 
 def test_calls_are_made_in_order_and_in_another_thread() -> None:
     made: list[tuple[int, int]] = []
-    with BackgroundWorker() as background:
+    with BackgroundWorker() as worker:
         for number in range(20):
-            background.submit(lambda value: made.append((value, threading.get_ident())), number)
+            worker.submit(lambda value: made.append((value, threading.get_ident())), number)
     assert [number for number, _ in made] == list(range(20))
     assert {thread for _, thread in made}.isdisjoint({threading.get_ident()})
 
@@ -35,17 +35,17 @@ def test_no_more_than_a_few_calls_wait() -> None:
         may_go_on.wait(10)
         made.append(number)
 
-    with BackgroundWorker() as background:
+    with BackgroundWorker() as worker:
 
         def fill() -> None:
             for number in range(9):
-                background.submit(slow, number)
+                worker.submit(slow, number)
 
         filling = threading.Thread(target=fill)
         filling.start()
         filling.join(0.2)
         assert filling.is_alive()
-        assert background._calls.qsize() == 4
+        assert worker._calls.qsize() == 4
         may_go_on.set()
         filling.join()
     assert made == list(range(9))
@@ -59,9 +59,9 @@ def test_error_comes_out_and_is_the_end(tmp_path: Path) -> None:
         if number == 2:
             raise UserError("disk full")
 
-    with pytest.raises(UserError, match="disk full"), BackgroundWorker() as background:
+    with pytest.raises(UserError, match="disk full"), BackgroundWorker() as worker:
         for number in range(1000):
-            background.submit(fail, number)
+            worker.submit(fail, number)
     assert made == [0, 1, 2]
 
 
@@ -69,15 +69,15 @@ def test_error_of_the_last_call_comes_out_on_leaving() -> None:
     def fail() -> None:
         raise UserError("disk full")
 
-    with pytest.raises(UserError, match="disk full"), BackgroundWorker() as background:
-        background.submit(fail)
+    with pytest.raises(UserError, match="disk full"), BackgroundWorker() as worker:
+        worker.submit(fail)
 
 
 def test_interruption_loses_nothing_that_was_handed_over() -> None:
     made: list[int] = []
-    with pytest.raises(KeyboardInterrupt), BackgroundWorker() as background:
+    with pytest.raises(KeyboardInterrupt), BackgroundWorker() as worker:
         for number in range(3):
-            background.submit(made.append, number)
+            worker.submit(made.append, number)
         raise KeyboardInterrupt
     assert made == [0, 1, 2]
 

@@ -23,7 +23,13 @@ PRIORS = prior_boxes(SIZE, MODEL.levels)
 
 
 def no_faces() -> FaceTargets:
-    return FaceTargets(torch.zeros(0, 4), torch.zeros(0, 5, 2), torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool), (0,))
+    return FaceTargets(
+        torch.zeros(0, 4),
+        torch.zeros(0, 5, 2),
+        torch.zeros(0, dtype=torch.bool),
+        torch.zeros(0, dtype=torch.bool),
+        (0,),
+    )
 
 
 def one_face(has_landmarks: bool = True) -> FaceTargets:
@@ -153,7 +159,13 @@ LOSSES = [
         [one_face(), no_faces()],
         [one_face(has_landmarks=False), one_face()],
         [
-            FaceTargets(torch.tensor([[0.3, 0.4, 0.3, 0.9]]), torch.zeros(1, 5, 2), torch.tensor([True]), torch.tensor([False]), (1,)),
+            FaceTargets(
+                torch.tensor([[0.3, 0.4, 0.3, 0.9]]),
+                torch.zeros(1, 5, 2),
+                torch.tensor([True]),
+                torch.tensor([False]),
+                (1,),
+            ),
             no_faces(),
         ],
     ],
@@ -347,7 +359,9 @@ def test_iou_branch_does_not_teach_the_boxes() -> None:
 
 def test_faces_of_several_images_are_not_mixed_up() -> None:
     """The same faces in one batch or in two cost the same, weighted by their positives."""
-    left = FaceTargets(torch.tensor([[0.0, 0.0, 0.25, 0.5]]), torch.zeros(1, 5, 2), torch.tensor([False]), torch.tensor([False]), (1,))
+    left = FaceTargets(
+        torch.tensor([[0.0, 0.0, 0.25, 0.5]]), torch.zeros(1, 5, 2), torch.tensor([False]), torch.tensor([False]), (1,)
+    )
     targets = [no_faces(), left, one_face(has_landmarks=False)]
     together = values([zero_output(3)] * 2, targets)
     alone = [values([zero_output(1)] * 2, [faces]) for faces in targets[1:]]

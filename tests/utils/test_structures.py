@@ -51,6 +51,7 @@ LABELLED = Faces(
     np.array([[10, 20, 40, 60], [0, 0, 5, 10]], np.float32),
     np.array([[[15, 30], [35, 31], [25, 40], [18, 50], [32, 51]], [[0, 0]] * 5], np.float32),
     np.array([True, False]),
+    np.array([False, True]),
 )
 NOBODY = LABELLED.select(np.arange(0))
 
@@ -95,7 +96,7 @@ def test_joined_labels_keep_their_order() -> None:
 
 def test_targets_are_fractions_of_width_and_height() -> None:
     """Of an image of 80 x 40: x is divided by 80, y by 40; unknown landmarks become zeros."""
-    faces = Faces(LABELLED.boxes, LABELLED.landmarks + 1, LABELLED.has_landmarks)
+    faces = Faces(LABELLED.boxes, LABELLED.landmarks + 1, LABELLED.has_landmarks, LABELLED.ignored)
     targets = FaceTargets.from_faces(faces, (40, 80))
     assert targets.boxes.tolist() == [[0.125, 0.5, 0.5, 1.5], [0, 0, 0.0625, 0.25]]
     assert targets.landmarks[0, 0].tolist() == pytest.approx([0.2, 0.775])

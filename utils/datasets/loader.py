@@ -15,7 +15,6 @@ from utils.datasets.face_dataset import FaceDataset, collate
 from utils.datasets.labels import LabelledImage
 from utils.datasets.sampler import EpochSampler
 
-
 _MAX_WORKERS = 16  # more have no image to read in time
 
 

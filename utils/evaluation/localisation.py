@@ -6,6 +6,7 @@ import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,8 @@ def localisation_ap(predictions: Mapping[str, np.ndarray], truths: Sequence[Grou
     """
     from faster_coco_eval import COCO, COCOeval_faster  # takes a second
 
-    annotations, detections = [], []
+    annotations: list[dict[str, Any]] = []
+    detections: list[dict[str, Any]] = []
     for image_id, truth in enumerate(truths, start=1):
         counted = list(truth.subsets.values())[-1]
         for box, counts in zip(truth.boxes.tolist(), counted.tolist(), strict=True):
@@ -70,8 +72,9 @@ def landmark_error(
 ) -> np.ndarray:
     """Normalised mean error of the landmarks of the detected faces of one image.
 
-    A face is detected by the most confident detection with an IoU of at least 0.5. Its error is the mean distance of the
-    five landmarks divided by the root of the area of the labelled box, as in RetinaFace (arXiv:1905.00641, section 4.5).
+    A face is detected by the most confident detection with an IoU of at least 0.5. Its error is the mean distance of
+    the five landmarks divided by the root of the area of the labelled box, as in RetinaFace (arXiv:1905.00641, section
+    4.5).
 
     Args:
         boxes: (N, 4) xyxy of the detections.

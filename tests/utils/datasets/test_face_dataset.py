@@ -21,8 +21,7 @@ from utils.runtime.images import write_image
 
 PLAIN = DataConfig(
     im_size=64,
-    min_crop_scale=1,
-    max_crop_scale=1,
+    crop_scales=(1.0,),
     mosaic_probability=0,
     flip_probability=0,
     colour_probability=0,
@@ -75,7 +74,7 @@ def test_batch_without_any_face(tmp_path: Path) -> None:
 
 def test_fill_surrounds_an_image_that_is_smaller_than_the_crop(tmp_path: Path) -> None:
     make_split(tmp_path / "train", {"a.png": ""}, size_hw=(32, 32))
-    config = replace(PLAIN, min_crop_scale=2, max_crop_scale=2)
+    config = replace(PLAIN, crop_scales=(2.0,))
     (pixels,) = open_dataset(tmp_path, config, fill=(10, 20, 30))[0, 0].images
     outside = pixels[:, (pixels == torch.tensor([10, 20, 30])[:, None, None]).all(dim=0)]
     assert outside.shape[1] / 64**2 == pytest.approx(0.75, abs=0.05)

@@ -246,7 +246,7 @@ def test_reading_inverts_writing(tmp_path: Path) -> None:
     boxes = np.concatenate([corners, corners + random.exponential(30, (500, 2)).astype(np.float32)], axis=1)
     known = random.random(500) < 0.5
     landmarks = np.where(known[:, None, None], random.exponential(300, (500, 5, 2)), 0).astype(np.float32)
-    faces = Faces(boxes, landmarks, known)
+    faces = Faces(boxes, landmarks, known, np.zeros(500, bool))
     images = [
         LabelledImage(tmp_path / "images" / "ü 1/many.jpg", faces),
         LabelledImage(tmp_path / "images" / "one.png", faces.select(np.arange(1))),

@@ -35,7 +35,8 @@ def sample_of(boxes: list[list[float]], height: int = 40, width: int = 60) -> Sa
     image[:, :, 0] = np.arange(width)
     image[:, :, 1] = np.arange(height)[:, None]
     landmarks = np.array([LANDMARKS] * len(boxes), np.float32).reshape(-1, 5, 2)
-    faces = Faces(np.array(boxes, np.float32).reshape(-1, 4), landmarks, np.ones(len(boxes), bool))
+    known, ignored = np.ones(len(boxes), bool), np.zeros(len(boxes), bool)
+    faces = Faces(np.array(boxes, np.float32).reshape(-1, 4), landmarks, known, ignored)
     return Sample(image, faces)
 
 
@@ -122,7 +123,7 @@ def test_augmented_boxes_lie_around_their_faces(max_scale: float) -> None:
     image = np.zeros((60, 90, 3), np.uint8)
     image[20:44, 30:50] = (0, 0, 255)
     red = replace(sample_of([[30, 20, 50, 44]]), image=image)
-    config = DataConfig(max_crop_scale=max_scale, colour_probability=0, grey_probability=0)
+    config = DataConfig(crop_scales=(0.3, 0.6, max_scale), colour_probability=0, grey_probability=0)
     kept = 0
     for seed in range(40):
         sample = augment(red, 128, config, (0, 0, 0), rng(seed))

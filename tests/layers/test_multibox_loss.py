@@ -331,6 +331,22 @@ def test_ignored_priors_are_not_taught_a_class() -> None:
         assert not taught.all()
 
 
+def test_stages_that_differ_in_any_threshold_are_matched_separately() -> None:
+    """The face is out of reach of all priors without forced matches, and its surroundings are ignored or negative."""
+    outputs = [zero_output(1)]
+    kinds = (
+        StageConfig(0.9),
+        StageConfig(0.9, negative_iou=0.3),
+        StageConfig(0.9, negative_iou=0.3, force_match=False),
+        StageConfig(0.9, negative_iou=0.3, force_match=False, ignore_unreachable=False),
+    )
+    loss = LossConfig(negative_ratio=10_000)  # all negatives
+    alone = [values(outputs, [one_face()], loss, dataclasses.replace(MODEL, stages=(kind,))) for kind in kinds]
+    assert len({terms["stage1/class"] for terms in alone}) == 4
+    together = values(outputs * 4, [one_face()], loss, dataclasses.replace(MODEL, stages=kinds))
+    assert [together[f"stage{number}/class"] for number in range(1, 5)] == [terms["stage1/class"] for terms in alone]
+
+
 def test_a_later_stage_is_matched_with_the_boxes_it_starts_from() -> None:
     """Every prior has become the face itself, so all answer for it and zero deltas are right."""
     model = usual_config("mobilenet0.25", num_anchor=2, refinement="rematch")

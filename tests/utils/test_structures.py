@@ -92,6 +92,7 @@ def test_joined_labels_keep_their_order() -> None:
     found = join_faces([LABELLED.select(np.array([1])), NOBODY, LABELLED.select(np.array([True, False]))])
     assert found.boxes.tolist() == [[0, 0, 5, 10], [10, 20, 40, 60]]
     assert found.has_landmarks.tolist() == [False, True]
+    assert found.ignored.tolist() == [True, False]
 
 
 def test_targets_are_fractions_of_width_and_height() -> None:
@@ -102,6 +103,7 @@ def test_targets_are_fractions_of_width_and_height() -> None:
     assert targets.landmarks[0, 0].tolist() == pytest.approx([0.2, 0.775])
     assert not targets.landmarks[1].any()
     assert targets.has_landmarks.tolist() == [True, False]
+    assert targets.ignored.tolist() == [False, True]
     assert targets.counts == (2,)
     assert targets.boxes.dtype == targets.landmarks.dtype == torch.float32
 
@@ -113,6 +115,7 @@ def test_joined_targets_know_how_many_faces_each_image_has() -> None:
     assert len(joined) == 4
     assert torch.equal(joined.boxes, torch.cat([both.boxes, both.boxes]))
     assert joined.has_landmarks.tolist() == [True, False, True, False]
+    assert joined.ignored.tolist() == [False, True, False, True]
     assert FaceTargets.join([nobody]).boxes.shape == (0, 4)
 
 

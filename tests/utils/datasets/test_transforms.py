@@ -19,6 +19,7 @@ from utils.datasets.transforms import (
     compress,
     crop,
     crop_rotated,
+    ignore_small_faces,
     mirror,
     mosaic,
     resize_square,
@@ -61,8 +62,26 @@ def test_crop_clips_boxes_but_not_landmarks() -> None:
 
 @pytest.mark.parametrize(("left", "kept"), [(15, 1), (16, 0), (5, 1), (4, 0)])
 def test_crop_keeps_the_faces_whose_centre_is_inside(left: int, kept: int) -> None:
+    """The others are ignored, because a part of them is visible."""
     cut = crop(ONE_FACE, (left, 10, 11 if left < 10 else 20, 20))  # the centre is (15, 18), and 4 + 11 = 15
-    assert [len(value) for value in vars(cut.faces).values()] == [kept] * 3
+    assert [len(value) for value in vars(cut.faces).values()] == [1] * 4
+    assert cut.faces.ignored.tolist() == [not kept]
+
+
+def test_crop_drops_the_faces_that_are_not_visible() -> None:
+    cut = crop(ONE_FACE, (20, 10, 20, 20))  # the face ends at 20
+    assert [len(value) for value in vars(cut.faces).values()] == [0] * 4
+
+
+def test_crop_keeps_ignored_faces_ignored() -> None:
+    ignored = replace(ONE_FACE, faces=replace(ONE_FACE.faces, ignored=np.array([True])))
+    assert crop(ignored, (0, 0, 60, 40)).faces.ignored.tolist() == [True]
+
+
+def test_small_faces_are_ignored_by_the_root_of_their_area() -> None:
+    sample = sample_of([[0, 0, 4, 16], [0, 0, 4, 15]])  # roots 8 and 7.7
+    assert ignore_small_faces(sample, 8).faces.ignored.tolist() == [False, True]
+    assert ignore_small_faces(sample, 0).faces.ignored.tolist() == [False, False]
 
 
 def test_crop_beyond_the_image_is_filled() -> None:
@@ -93,7 +112,7 @@ def test_mirror_exchanges_left_and_right() -> None:
 def test_mirror_inverts_itself(sample: Sample) -> None:
     twice = mirror(mirror(sample))
     assert np.array_equal(twice.image, sample.image)
-    for name in ("boxes", "landmarks", "has_landmarks"):
+    for name in ("boxes", "landmarks", "has_landmarks", "ignored"):
         assert np.array_equal(getattr(twice.faces, name), getattr(sample.faces, name)), name
 
 

@@ -196,8 +196,9 @@ class ModelConfig(Options):
         require(len(self.extra_blocks) in (0, 4), f"extra_blocks needs 4 numbers, got {self.extra_blocks}")
         require(self.norm == "batch" or is_resnet, "norm group needs a ResNet")
         require(
-            self.norm == "batch" or all(channels % 128 == 0 for channels in self.level_channels),
-            f"fpn_channels must be a multiple of 128 with norm group, got {self.level_channels}",
+            # A quarter of them is normalised in 32 groups, which need more than one value even in a single cell.
+            self.norm == "batch" or all(channels % 256 == 0 for channels in self.level_channels),
+            f"fpn_channels must be a multiple of 256 with norm group, got {self.level_channels}",
         )
         has_bottlenecks = is_resnet and self.backbone not in ("resnet18", "resnet34")
         require(not self.deformable_backbone or has_bottlenecks, "deformable_backbone needs resnet50 or a deeper one")

@@ -242,7 +242,7 @@ def test_shipped_configurations_are_read() -> None:
         lambda: ModelConfig(pixel_std=(1.0, 0.0, 1.0)),
         lambda: ModelConfig(backbone="resnet18", deformable_backbone=True),
         lambda: ModelConfig(backbone="mobilenet0.25", norm="group"),
-        lambda: ModelConfig(norm="group", fpn_channels=64),
+        lambda: ModelConfig(norm="group", fpn_channels=128),
         lambda: ModelConfig(head="tower", levels=(LevelConfig(8, (16, 32)), LevelConfig(16, (64,)))),
         lambda: ModelConfig(image_pyramid=ImagePyramidConfig(upsampled_levels=4)),
         lambda: ImagePyramidConfig(upsampled_levels=-1),

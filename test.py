@@ -22,6 +22,7 @@ from config import (
 from utils.datasets.folders import find_dataset
 from utils.errors import ConfigError, UserError
 from utils.evaluation.ground_truth import EvaluationSet, open_evaluation_set
+from utils.evaluation.localisation import localisation_ap
 from utils.evaluation.prediction_set import PredictionSet
 from utils.evaluation.predictions import prediction_file, read_predictions
 from utils.evaluation.report import DetectionStats, Measurement, append_to_table, describe, write_report
@@ -99,7 +100,9 @@ def report(
         example = prediction_file(predicted.folder, faces.names[0])
         raise UserError(f"{predicted.folder}: holds no predictions of these images; expected files like {example}")
     errors = faces.standard_errors(predictions, options.bootstrap) if options.bootstrap else {}
-    measured = Measurement(predicted, faces, faces.evaluate(predictions), detected, frozenset(predictions), errors)
+    localisation = localisation_ap(predictions, faces.truths)
+    names = frozenset(predictions)
+    measured = Measurement(predicted, faces, faces.evaluate(predictions), detected, names, localisation, errors)
     results = make_folder(Experiment(EXPERIMENTS / predicted.experiment).results_folder)
     with disk_errors(results):
         write_report(results, measured)

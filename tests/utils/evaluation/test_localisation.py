@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from utils.evaluation.localisation import LocalisationAP, landmark_error, localisation_ap
+from utils.evaluation.localisation import LocalisationAP, landmark_errors, localisation_ap
 from utils.evaluation.wider_eval import GroundTruth
+from utils.structures import Detections, Faces
 
 Predictions = dict[str, np.ndarray]
 
@@ -106,19 +109,34 @@ def test_more_than_a_hundred_faces_of_an_image_count() -> None:
     assert localisation_ap({"a": rows}, [truth("a", faces)]).ap == pytest.approx(1.0)
 
 
+def labelled(boxes: list[list[float]], landmarks: np.ndarray) -> Faces:
+    count = len(boxes)
+    known, ignored = np.ones(count, bool), np.zeros(count, bool)
+    return Faces(np.array(boxes, np.float32).reshape(-1, 4), landmarks.astype(np.float32), known, ignored)
+
+
+def detected(boxes: list[list[float]], landmarks: np.ndarray) -> Detections:
+    scores = torch.linspace(0.9, 0.5, len(boxes))
+    return Detections(torch.tensor(boxes).reshape(-1, 4), scores, torch.from_numpy(landmarks).float())
+
+
 def test_landmark_error_is_the_mean_distance_by_the_root_of_the_area() -> None:
     """The face of 10 x 40 has a root of 20; the most confident of its two detections is off by (3, 4), so by 5."""
-    faces = np.array([[0, 0, 10, 40], [100, 100, 110, 110]], np.float64)
     points = np.arange(20, dtype=np.float64).reshape(2, 5, 2)
-    boxes = np.array([[0, 0, 10, 40], [0, 0, 10, 39], [200, 200, 210, 210]], np.float64)
-    found = np.stack([points[0] + 9, points[0] + (3, 4), points[1]])
-    scores = np.array([0.5, 0.9, 0.99])
-    assert landmark_error(boxes, found, scores, faces, points).tolist() == [0.25]  # nobody finds the second face
+    faces = labelled([[0, 0, 10, 40], [100, 100, 110, 110]], points)  # nobody finds the second one
+    boxes = [[200.0, 200, 210, 210], [0.0, 0, 10, 39], [0.0, 0, 10, 40]]
+    found = detected(boxes, np.stack([points[1], points[0] + (3, 4), points[0] + 9]))
+    assert landmark_errors(found, faces).tolist() == [0.25]
+
+
+@pytest.mark.parametrize("excluded", ["has_landmarks", "ignored"])
+def test_faces_without_landmarks_and_ignored_ones_have_no_landmark_error(excluded: str) -> None:
+    faces, points = labelled([[0, 0, 10, 10]], np.zeros((1, 5, 2))), np.zeros((1, 5, 2))
+    faces = dataclasses.replace(faces, **{excluded: np.array([excluded == "ignored"])})
+    assert len(landmark_errors(detected([[0.0, 0, 10, 10]], points), faces)) == 0
 
 
 @pytest.mark.parametrize(("detections", "faces"), [(0, 1), (1, 0), (0, 0)])
 def test_landmark_error_without_detections_or_faces_is_empty(detections: int, faces: int) -> None:
-    def some(count: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.tile([[0.0, 0.0, 1.0, 1.0]], (count, 1)), np.zeros((count, 5, 2))
-
-    assert len(landmark_error(*some(detections), np.ones(detections), *some(faces))) == 0
+    found = detected([[0.0, 0, 1, 1]] * detections, np.zeros((detections, 5, 2)))
+    assert len(landmark_errors(found, labelled([[0.0, 0, 1, 1]] * faces, np.zeros((faces, 5, 2))))) == 0

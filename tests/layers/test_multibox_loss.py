@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import LossConfig, ModelConfig, StageConfig
-from layers.matcher import match_priors
+from layers.matcher import IGNORED, match_priors
 from layers.multibox_loss import MultiBoxLoss, distillation_loss, focal_loss, ohem_cross_entropy, wing_loss
 from layers.prior_box import _cached_prior_boxes, prior_boxes
 from models.architecture import usual_config
@@ -329,6 +329,26 @@ def test_ignored_priors_are_not_taught_a_class() -> None:
         taught = output.class_logits.grad[0].abs().sum(dim=1) > 0
         assert torch.equal(taught, match_priors(targets, PRIORS, stage)[0] != -2)
         assert not taught.all()
+
+
+@pytest.mark.parametrize("classification", ["ohem_ce", "focal"])
+def test_an_ignored_face_teaches_nothing_and_is_not_mined(classification: str) -> None:
+    """The priors around it are the hardest negatives by far, and yet have no gradient; all others may be mined."""
+    face = dataclasses.replace(one_face(), ignored=torch.tensor([True]))
+    around = match_priors(face, PRIORS, StageConfig())[0] == IGNORED
+    assert 0 < around.sum() < len(PRIORS)
+    class_logits = torch.zeros(1, len(PRIORS), 2)
+    class_logits[0, around, 1] = 10.0
+    zeros = predictions(zero_output(1))[1:]
+    output = output_of([class_logits.requires_grad_(), *zeros])
+    model = dataclasses.replace(MODEL, stages=(StageConfig(),))
+    loss = MultiBoxLoss(LossConfig(classification=classification, negative_ratio=10_000), model)
+    terms = loss([output], face, SIZE)
+    torch.stack(list(terms.values())).sum().backward()
+    assert class_logits.grad is not None
+    assert torch.equal(class_logits.grad[0].abs().sum(dim=1) == 0, around)
+    for value in zeros:
+        assert value.grad is None or not value.grad.any()
 
 
 def test_stages_that_differ_in_any_threshold_are_matched_separately() -> None:

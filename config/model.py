@@ -109,7 +109,7 @@ class ModelConfig(Options):
 
     Attributes:
         backbone: feature extractor, one of `BACKBONES`.
-        extra_blocks: residual blocks behind the features of strides 4, 8, 16 and 32 of a MobileNet; empty adds none.
+        two_resolutions: whether a second MobileNet of half the strides runs beside the first one.
         norm: `batch` or `group` normalisation, with 32 groups.
         deformable_backbone: deformable 3x3 convolutions in C4 and C5 of a ResNet with bottlenecks (TinaFace).
         deformable_context: deformable 3x3 convolutions in context modules and between levels (RetinaFace).
@@ -137,7 +137,7 @@ class ModelConfig(Options):
     """
 
     backbone: str = "resnet50"
-    extra_blocks: tuple[int, ...] = ()
+    two_resolutions: bool = False
     norm: str = "batch"
     deformable_backbone: bool = False
     deformable_context: bool = False
@@ -192,8 +192,11 @@ class ModelConfig(Options):
 
     def _check_layers(self) -> None:
         is_resnet = self.backbone.startswith("resnet")
-        require(not self.extra_blocks or not is_resnet, "extra_blocks are for mobilenet0.25")
-        require(len(self.extra_blocks) in (0, 4), f"extra_blocks needs 4 numbers, got {self.extra_blocks}")
+        require(not self.two_resolutions or not is_resnet, "--two_resolutions needs --backbone=mobilenet0.25")
+        require(
+            not self.two_resolutions or self.levels[0].stride == 4,
+            "--two_resolutions needs a level of stride 4, as --strides=4,8,16,32 with --anchor_sizes",
+        )
         require(self.norm == "batch" or is_resnet, "norm group needs a ResNet")
         require(
             # A quarter of them is normalised in 32 groups, which need more than one value even in a single cell.
@@ -325,6 +328,9 @@ class ModelOverrides(Options):
     force_match: bool | None = option(None, "also match the best prior of every face below --match_iou")
     variances: tuple[float, ...] | None = option(
         None, "divisors of the centre and the size deltas of boxes, e.g. 0.1,0.2", parse=parse_numbers
+    )
+    two_resolutions: bool | None = option(
+        None, "a second MobileNet of half the strides beside the first one, for smaller faces, at three times the cost"
     )
     fine_levels: int | None = option(
         None, "pyramid levels computed on the image at twice its size, for smaller faces, at about five times the cost"

@@ -107,7 +107,7 @@ def apply_overrides(overrides: ModelOverrides, base: ModelConfig | None = None) 
     changes = {name: given[name] for name in ("model_version", "score_exponent", "refinement") if name in given}
     if given.get("backbone", base.backbone) != base.backbone:
         changes |= _backbone_defaults(given["backbone"])
-    changes |= {name: given[name] for name in ("activation_slope", "fpn_channels") if name in given}
+    changes |= {name: given[name] for name in ("activation_slope", "fpn_channels", "two_resolutions") if name in given}
     if "landmark_loss" in given:
         changes["landmarks"] = given["landmark_loss"]
     if not base.iou_aware and given.get("model_version") == "tina":

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import cast
 
+import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
@@ -14,21 +15,18 @@ from config import ModelConfig
 from models.net import DeformableConv, conv_norm_act, norm_layer
 
 
-class MobileNetV1(nn.Module):
-    """MobileNetV1 (arXiv:1704.04861) at a quarter of its width.
+class MobileNetV1Stages(nn.Module):
+    """The convolutions of MobileNetV1 (arXiv:1704.04861) at a quarter of its width.
 
-    Residual blocks can be added behind its features of every stride. They start as the identity, so that published
-    weights of the narrow network are a start for a deeper one.
+    The stages have 64, 128 and 256 channels and 8, 16 and 32 times the stride of the image where the first convolution
+    has a stride of 2, and half of that where it has a stride of 1.
     """
 
-    channels: Mapping[int, int] = {4: 32, 8: 64, 16: 128, 32: 256}
-
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, slope: float, first_stride: int) -> None:
         super().__init__()
-        slope = config.activation_slope
         separable = partial(_depthwise_separable, slope=slope)
         self.stage1 = nn.Sequential(
-            conv_norm_act(3, 8, 3, slope, stride=2),
+            conv_norm_act(3, 8, 3, slope, stride=first_stride),
             separable(8, 16),
             separable(16, 32, stride=2),
             separable(32, 32),
@@ -37,34 +35,40 @@ class MobileNetV1(nn.Module):
         )
         self.stage2 = nn.Sequential(separable(64, 128, stride=2), *(separable(128, 128) for _ in range(5)))
         self.stage3 = nn.Sequential(separable(128, 256, stride=2), separable(256, 256))
-        counts = config.extra_blocks or (0,) * len(self.channels)
-        self.extra = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(width, slope) for _ in range(count)))
-            for width, count in zip(self.channels.values(), counts, strict=True)
-        )
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) to the features of 32, 64, 128 and 256 channels."""
+        early = self.stage1[:4](images)
+        first = self.stage1[4:](early)
+        second = self.stage2(first)
+        return [early, first, second, self.stage3(second)]
+
+
+class MobileNetV1(MobileNetV1Stages):
+    """MobileNetV1 with features of strides 4 to 32.
+
+    With `ModelConfig.two_resolutions` a second MobileNet of half the strides runs beside it, for small faces. Its
+    features of strides 8 and 16 are concatenated with those of the first one, and its features of stride 4, which
+    are three times as deep as those of the first one, replace them.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.activation_slope, first_stride=2)
+        self.channels: Mapping[int, int] = {4: 32, 8: 64, 16: 128, 32: 256}
+        self.fine: MobileNetV1Stages | None = None
+        if config.two_resolutions:
+            self.fine = MobileNetV1Stages(config.activation_slope, first_stride=1)
+            self.channels = {4: 64, 8: 64 + 128, 16: 128 + 256, 32: 256}
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
         """(B, 3, H, W) to the features by stride."""
-        # The first stage has the features of strides 4 and 8.
-        stages = (self.stage1[:4], self.stage1[4:], self.stage2, self.stage3)
-        features, feature = {}, images
-        for stride, stage, extra in zip(self.channels, stages, self.extra, strict=True):
-            feature = extra(stage(feature))
-            features[stride] = feature
-        return features
-
-
-class ResidualBlock(nn.Module):
-    """A depthwise separable convolution that is added to its input, and is zero at first."""
-
-    def __init__(self, channels: int, slope: float) -> None:
-        super().__init__()
-        self.block = _depthwise_separable(channels, channels, slope)[:-1]
-        nn.init.zeros_(cast(nn.BatchNorm2d, self.block[-1]).weight)
-
-    def forward(self, feature: Tensor) -> Tensor:
-        """(B, channels, H, W) to the same shape."""
-        return feature + self.block(feature)
+        features = self.features(images)
+        if self.fine is not None:
+            _, *fine = self.fine.features(images)
+            coarse = features[1:]
+            shared = [torch.cat(pair, dim=1) for pair in zip(coarse[:-1], fine[1:], strict=True)]
+            features = [fine[0], *shared, coarse[-1]]
+        return dict(zip(self.channels, features, strict=True))
 
 
 def _depthwise_separable(in_channels: int, out_channels: int, slope: float, stride: int = 1) -> nn.Sequential:

@@ -103,7 +103,7 @@ def _load_backbone(backbone: nn.Module, state: State, origin: Path, config: Mode
     """Load the weights of a plain backbone, into one with other layers as far as they go.
 
     Deformable convolutions take the weights of the convolutions that they replace. Group normalisation keeps its
-    initial scale and shift, and added blocks their initial weights.
+    initial scale and shift, and a second backbone its initial weights.
     """
     if config.deformable_backbone:
         pattern = re.compile(r"(layer[34]\.\d+\.conv2)\.weight")
@@ -113,7 +113,7 @@ def _load_backbone(backbone: nn.Module, state: State, origin: Path, config: Mode
         norms = {name for name, module in backbone.named_modules() if isinstance(module, nn.GroupNorm)}
         state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in norms}
         state |= {name: tensor for name, tensor in own.items() if name.rpartition(".")[0] in norms}
-    added = re.compile(r"extra\.|layer[34]\.\d+\.conv2\.offsets\.")
+    added = re.compile(r"fine\.|layer[34]\.\d+\.conv2\.offsets\.")
     load_strictly(backbone, {name: tensor for name, tensor in own.items() if added.match(name)} | state, origin)
 
 
@@ -158,6 +158,8 @@ def initialise_from_detector(model: RetinaFace, checkpoint: Checkpoint) -> list[
         )
     before, after = source.image_pyramid.upsampled_levels, target.image_pyramid.upsampled_levels
     sources = _adapt_levels(_restore_native_levels(checkpoint.state, before, after), source.levels, target)
+    if target.two_resolutions and not source.two_resolutions:
+        sources = _add_fine_backbone(sources, target)
     if source.refinement != target.refinement:
         sources = {n: tensor for n, tensor in sources.items() if not re.match(r"(upsampled_)?stages\.[1-9]", n)}
     for number in range(1, len(target.stages)):
@@ -167,6 +169,32 @@ def initialise_from_detector(model: RetinaFace, checkpoint: Checkpoint) -> list[
     matching = {name: tensor for name, tensor in sources.items() if name in state and tensor.shape == state[name].shape}
     model.load_state_dict(state | matching)
     return [name for name in state if name not in matching]
+
+
+# A 3x3 convolution of stride 2 on the image at twice its size, bilinearly interpolated, is one of stride 1 on the image
+# itself. Rows are the pixels of the former, columns those of the latter.
+_INTERPOLATION = ((0.75, 0.25, 0.0), (0.25, 0.75, 0.0), (0.0, 0.75, 0.25))
+
+
+def _add_fine_backbone(state: Mapping[str, Tensor], target: ModelConfig) -> State:
+    """The tensors of a model with one backbone for a model with two; see `ModelConfig.two_resolutions`.
+
+    The second backbone starts with the features that the first one has in the image at twice its size. The levels do
+    not use them yet, so that the new model begins by detecting what the old detector detected.
+    """
+    extended = dict(state)
+    for name, tensor in state.items():
+        if name.startswith("backbone."):
+            extended[name.replace("backbone.", "backbone.fine.", 1)] = tensor
+    stem, interpolation = "stage1.0.0.weight", torch.tensor(_INTERPOLATION)
+    rescaled = torch.einsum("ocij,ia,jb->ocab", state[f"backbone.{stem}"], interpolation, interpolation)
+    extended[f"backbone.fine.{stem}"] = rescaled
+    strides = [level.stride for level in target.levels]
+    for stride, added in ((8, 128), (16, 256)):
+        name = f"fpn.lateral.{strides.index(stride)}.0.weight" if stride in strides else ""
+        if name in state:
+            extended[name] = torch.cat([state[name], state[name].new_zeros(len(state[name]), added, 1, 1)], dim=1)
+    return extended
 
 
 def _copies_of_first_stage(sources: Mapping[str, Tensor], number: int) -> State:

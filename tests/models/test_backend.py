@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import models.onnx_graph
-from config import ROOT, ComputeOptions, ImagePyramidConfig, ModelConfig, PostprocessConfig
+from config import ROOT, USUAL_LEVELS, ComputeOptions, ImagePyramidConfig, LevelConfig, ModelConfig, PostprocessConfig
 from models.architecture import usual_config
 from models.backend import OnnxBackend, TorchBackend, build_backend, fuse_batch_norm
 from models.detector import FaceDetector
@@ -69,6 +69,13 @@ CONFIGS = {
         "resnet18", cascade=False, model_version="retina", landmarks=False, num_anchor=2, fpn_channels=16
     ),
     "sum with four levels": usual_config("resnet18", fpn_channels=16, image_pyramid=ImagePyramidConfig(1, 0.3)),
+    "two resolutions": usual_config(
+        "mobilenet0.25",
+        num_anchor=2,
+        fpn_channels=16,
+        two_resolutions=True,
+        levels=(LevelConfig(4, (8, 16), channels=8), *USUAL_LEVELS[2]),
+    ),
     "sum with the image at half its size": usual_config(
         "mobilenet0.25", fpn_channels=16, image_pyramid=ImagePyramidConfig(half_scale_weight=0.3)
     ),

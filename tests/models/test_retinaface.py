@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import BACKBONES, ImagePyramidConfig, LossConfig, ModelConfig, PostprocessConfig
+from config import BACKBONES, USUAL_LEVELS, ImagePyramidConfig, LevelConfig, LossConfig, ModelConfig, PostprocessConfig
 from layers.multibox_loss import MultiBoxLoss
 from layers.postprocess import postprocess
 from layers.prior_box import prior_boxes
@@ -51,6 +51,15 @@ CONFIGURATIONS += [
         ImagePyramidConfig(3),
         ImagePyramidConfig(2, half_scale_weight=0.3),
         ImagePyramidConfig(half_scale_weight=0.3),
+    )
+]
+CONFIGURATIONS += [
+    usual_config(
+        "mobilenet0.25",
+        num_anchor=2,
+        fpn_channels=32,
+        two_resolutions=True,
+        levels=(LevelConfig(4, (8, 16), channels=16), *USUAL_LEVELS[2]),
     )
 ]
 LOSSES = {

@@ -1,10 +1,10 @@
-# make demo | test | check | bench | train-sample; everything is installed into .venv on first use.
+# make demo | test | check | bench | gpu-check | train-sample; everything is installed into .venv on first use.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SAMPLE_DATA ?= sample_widerface/
 
-.PHONY: demo test check bench train-sample clean
+.PHONY: demo test check bench gpu-check train-sample clean
 
 demo: $(VENV)/runtime-installed
 	$(RUN) inference.py --save_img
@@ -27,6 +27,11 @@ bench: $(VENV)/dev-installed
 	$(RUN) -m benchmarks.speed --images=$(BENCH_IMAGES) $(BENCH_FLAGS)
 	$(RUN) -m benchmarks.evaluator --largest=1e6
 	$(RUN) -m benchmarks.training --dataset=$(BENCH_DATA) --steps=6
+
+# On a machine with a CUDA device: its tests, agreement with the CPU, speed and memory.
+gpu-check: $(VENV)/dev-installed
+	$(RUN) -m pytest -k cuda
+	$(RUN) -m benchmarks.gpu
 
 # A short training run on SAMPLE_DATA, a dataset as data/README.md describes it.
 train-sample: $(VENV)/runtime-installed

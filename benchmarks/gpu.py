@@ -1,0 +1,101 @@
+"""Agreement with the CPU, speed and memory on a CUDA device, as tables in Markdown: python -m benchmarks.gpu."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from config import DATA, EXPERIMENTS, ComputeOptions, LossConfig, RunOptions
+from layers.multibox_loss import MultiBoxLoss
+from models.detector import FaceDetector
+from utils.errors import ConfigError
+from utils.options import parse_flags
+from utils.runtime.cli import choose_device, run
+from utils.structures import Faces, FaceTargets
+
+_SIDE = 640
+_BATCH_SIZES = (1, 8, 32)
+_REPEATS = 20
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    device = choose_device(parse_flags(__doc__ or "", (RunOptions(),), argv).apply(RunOptions()).gpu_num)
+    if device.type != "cuda":
+        raise ConfigError("no CUDA device was found; this check needs one")
+    print(f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}, images of {_SIDE}x{_SIDE}\n")
+    images = [cv2.imread(str(path)) for path in sorted((DATA / "sample_widerface/images").glob("*.jpg"))]
+    checkpoints = sorted(EXPERIMENTS.glob("*/ckpt/*ckpt-best.pth"))
+    print("| checkpoint | faces, CPU and CUDA | largest difference, px | of scores |\n| --- | --- | --- | --- |")
+    for path in checkpoints:
+        print(compare_with_cpu(path, device, images), flush=True)
+    print(
+        "\n| checkpoint | batch | 16 bits | inference, images/s | training, images/s | peak memory of training, MiB |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
+    for path, batch_size, amp in product(checkpoints, _BATCH_SIZES, (False, True)):
+        print(measure_speed(path, device, batch_size, amp), flush=True)
+
+
+def compare_with_cpu(path: Path, device: torch.device, images: Sequence[np.ndarray]) -> str:
+    """A row that says by how much the detections on the CPU and on the device differ."""
+    on_cpu, on_device = (FaceDetector.from_checkpoint(path, place) for place in ("cpu", device))
+    counts, distances, differences = [0, 0], [0.0], [0.0]
+    for image in images:
+        expected, found = on_cpu.detect(image), on_device.detect(image)
+        counts = [counts[0] + len(expected), counts[1] + len(found)]
+        if len(expected) == len(found) > 0:
+            distances.append(float((expected.boxes - found.boxes).abs().max()))
+            differences.append(float((expected.scores - found.scores).abs().max()))
+    name = path.parent.parent.name
+    return f"| {name} | {counts[0]}, {counts[1]} | {max(distances):.4f} | {max(differences):.6f} |"
+
+
+def measure_speed(path: Path, device: torch.device, batch_size: int, amp: bool) -> str:
+    """A row of images per second, post-processing and optimiser steps included, and of the peak memory."""
+    rng = np.random.default_rng(0)
+    images = list(rng.integers(0, 256, (batch_size, _SIDE, _SIDE, 3), dtype=np.uint8))
+    detector = FaceDetector.from_checkpoint(path, device, ComputeOptions(backend="torch", amp=amp))
+    detecting = seconds_per_call(lambda: detector.detect_batch(images))
+    model = FaceDetector.from_checkpoint(path, device).model.train().requires_grad_(True)
+    loss, optimizer = MultiBoxLoss(LossConfig(), model.model_config), torch.optim.SGD(model.parameters(), lr=1e-6)
+    corners = rng.uniform(0, 600, (10, 2))
+    boxes = np.concatenate([corners, corners + rng.uniform(8, 40, (10, 1))], axis=1).astype(np.float32)
+    absent = np.zeros(10, bool)
+    faces = FaceTargets.from_faces(Faces(boxes, np.zeros((10, 5, 2), np.float32), absent, absent), (_SIDE, _SIDE))
+    targets = FaceTargets.join([faces] * batch_size).to(device)
+    pixels = torch.rand(batch_size, 3, _SIDE, _SIDE, device=device) * 255
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+            outputs = model(pixels)
+        torch.stack(list(loss(outputs, targets, (_SIDE, _SIDE)).values())).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    torch.cuda.reset_peak_memory_stats(device)
+    training = seconds_per_call(step)
+    peak = torch.cuda.max_memory_allocated(device) / 2**20
+    speeds = f"{batch_size / detecting:.0f} | {batch_size / training:.0f}"
+    return f"| {path.parent.parent.name} | {batch_size} | {'yes' if amp else 'no'} | {speeds} | {peak:.0f} |"
+
+
+def seconds_per_call(call: Callable[[], object]) -> float:
+    """Mean time of a call, after three that are not counted."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(_REPEATS):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / _REPEATS
+
+
+if __name__ == "__main__":
+    run(main)

@@ -25,6 +25,11 @@ class RunOptions(Options):
 
     def __post_init__(self) -> None:
         require(self.gpu_num >= -1, f"--gpu_num is the index of a CUDA device or -1 for the CPU, got {self.gpu_num}")
+        name = Path(self.experiment_name or "default")
+        require(
+            bool(name.parts) and not name.anchor and ".." not in name.parts,
+            f"--experiment_name={self.experiment_name} leads out of experiments/; give the name of a folder in it",
+        )
 
 
 @dataclass(frozen=True)

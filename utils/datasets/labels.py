@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.errors import UserError
-from utils.runtime.files import atomic_write
+from utils.runtime.files import atomic_write, read_text
 from utils.runtime.images import IMAGE_SUFFIXES
 from utils.structures import LANDMARKS_PER_FACE, Faces
 
@@ -130,7 +130,7 @@ _IMAGE_AND_SIZE = re.compile(rf"(.*(?:{'|'.join(map(re.escape, _SUFFIXES))}))\s+
 def _read_lines(label_file: Path) -> list[_Line]:
     """The lines that are not blank."""
     try:
-        lines = label_file.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(label_file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{label_file}: cannot be read ({error})") from None
     file = str(label_file)

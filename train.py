@@ -33,6 +33,7 @@ from models.retinaface import RetinaFace
 from models.teacher import Teacher
 from utils.datasets.contact_sheet import write_contact_sheet
 from utils.datasets.folders import find_datasets, read_split
+from utils.datasets.labels import LabelledImage
 from utils.datasets.sampler import image_weights
 from utils.errors import ConfigError
 from utils.evaluation.ground_truth import open_validation_set
@@ -42,6 +43,7 @@ from utils.runtime.distributed import DistributedContext, distributed_context
 from utils.runtime.experiment import Experiment, load_config, load_recipe, save_config
 from utils.runtime.files import disk_errors, make_folder, user_path
 from utils.runtime.logger import RunLog
+from utils.structures import join_faces
 
 GROUPS = (RunOptions(), StartOptions(), ModelOverrides(), DataConfig(), LossConfig(), TrainConfig())
 
@@ -189,6 +191,7 @@ def train(training: TrainingRun, device: torch.device, context: DistributedConte
             f"{len(data.images)} training images on {device}, {context.world_size} process(es)",
             f", {experiment.folder}",
         )
+        log.line(describe_faces(data.images))
         log.line(describe_validation(data))
         trainer.fit()
     best = experiment.checkpoint(config.model.backbone, "best")
@@ -201,6 +204,18 @@ def open_data(config: DataConfig) -> TrainingData:
     parts = read_split(folders, "train")
     weights = image_weights(config.dataset_weights, [len(part) for part in parts])
     return TrainingData(list(chain.from_iterable(parts)), weights, open_validation_set(folders))
+
+
+def describe_faces(images: Sequence[LabelledImage]) -> str:
+    """How many faces are learnt from, and how many are not, and why."""
+    faces = join_faces([image.faces for image in images])
+    counts = {
+        "used": len(faces) - int(faces.ignored.sum()),
+        "with landmarks": int((faces.has_landmarks & ~faces.ignored).sum()),
+        "marked to be ignored": int(faces.ignored.sum()),
+        "without area dropped": sum(image.dropped for image in images),
+    }
+    return "faces: " + ", ".join(f"{count} {meaning}" for meaning, count in counts.items())
 
 
 def describe_validation(data: TrainingData) -> str:

@@ -96,6 +96,11 @@ class EvaluationOptions(Options):
     pred_dir: str | None = option(
         None, "evaluate predictions of any detector, given as <event>/<image>.txt, instead of running one"
     )
+    output_dir: str | None = option(
+        None,
+        "folder for the results (default: results/ of the experiment where --experiment_name is given, else a folder "
+        "of its own in test_results/)",
+    )
     resume: bool = option(False, "keep the predictions of an interrupted run and process the remaining images")
     bootstrap: int = option(0, "resample the images N times (100 or more) for a standard error of the AP", minimum=0)
     save_errors: int = option(0, "draw N false positives and N missed faces into errors.png", minimum=0)

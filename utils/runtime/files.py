@@ -9,6 +9,7 @@ import secrets
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
 
@@ -94,6 +95,23 @@ def shortened(relative: str) -> str:
     suffix = f"~{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}{PurePosixPath(name).suffix}"
     kept = os.fsencode(name)[: _LONGEST_NAME - len(os.fsencode(suffix))].decode("utf-8", errors="ignore")
     return f"{parent}{separator}{kept}{suffix}"
+
+
+def own_folder(folder: Path, owner: Path) -> Path:
+    """The first of `folder`, `<folder>_2`, ... that is new or was made for the same owner; it is made and says so.
+
+    Raises:
+        UserError: it cannot be created or written to.
+    """
+    content = os.fsencode(owner.resolve())
+    for number in count(1):
+        candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        mark = candidate / ".made_for"
+        if not candidate.exists() or (mark.is_file() and mark.read_bytes() == content):
+            with disk_errors(make_folder(candidate)):
+                mark.write_bytes(content)
+            return candidate
+    raise AssertionError("there is no end of numbers")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -21,17 +22,17 @@ from utils.evaluation.prediction_set import PredictionSet
 from utils.evaluation.predictions import write_predictions
 from utils.evaluation.report import suspected_form
 
-BOXES = [[30.0, 20, 24, 28], [10, 50, 12, 15]]
+BOXES: list[list[float]] = [[30.0, 20, 24, 28], [10, 50, 12, 15]]
 WEIGHTS = ROOT / "experiments/mobilenet0.25_anc2_casT_fpn3/ckpt/mobilenet0.25_ckpt-best.pth"
 
 
-def make_dataset(folder: Path, names: list[str], boxes: list[list[float]] | None = None) -> Path:
-    lines = []
+def make_dataset(folder: Path, names: list[str], boxes: Sequence[Sequence[float]] | None = None) -> Path:
+    lines: list[str] = []
     for name in names:
         path = folder / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), np.full((80, 100, 3), 90, np.uint8))
-        lines += [f"# {name}", *(" ".join(map(str, box)) for box in boxes or BOXES)]
+        lines += [f"# {name}", *(" ".join(str(value) for value in box) for box in (BOXES if boxes is None else boxes))]
     (folder / "label.txt").write_text("\n".join(lines) + "\n")
     return folder
 

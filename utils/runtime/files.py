@@ -15,6 +15,7 @@ from tempfile import TemporaryFile
 
 from utils.errors import UserError
 
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 _LONGEST_NAME = 255  # in bytes, of usual file systems
 
 
@@ -134,7 +135,7 @@ def remove_temporary_files(folder: Path) -> None:
     """Remove what `atomic_write` of killed processes left below a folder. No other process may be writing there."""
     for parent, _, names in os.walk(folder):
         for name in names:
-            if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", name):
+            if _TEMPORARY.fullmatch(name):
                 (Path(parent) / name).unlink(missing_ok=True)
 
 
@@ -147,4 +148,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot be written ({error.strerror or error})") from None
+        named = error.filename2 or error.filename or folder  # of a failed renaming, the new name
+        if _TEMPORARY.fullmatch(Path(os.fsdecode(named)).name):
+            named = folder
+        raise UserError(f"{os.fsdecode(named)}: cannot be written ({error.strerror or error})") from None

@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import io
 import math
+import os
 from pathlib import Path
 
 import cv2
@@ -32,8 +33,13 @@ _TIFF_BEGINNINGS = (b"II", b"MM")
 _OPENCV_BEGINNINGS = (b"\xff\xd8", b"\x89PNG", b"BM", *_TIFF_BEGINNINGS, b"P")
 _HEIF_BRANDS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"))
 _JPEG_END = b"\xff\xd9"
+_CHANNELS = ((), (1,), (3,), (4,))
 _LARGEST_UNIT = 2.0  # of values that mean 0 to 1 but overshoot, by a filter or a lossy compression
 _MOST_PIXELS = 1 << 30  # OpenCV's limit
+
+
+# What stands for an image in Python; see `as_bgr_uint8`.
+ImageLike = np.ndarray | Image.Image | str | os.PathLike[str]
 
 
 class UnreadableImageError(Exception):
@@ -109,16 +115,48 @@ def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, str | None]:
         with Image.open(io.BytesIO(data)) as image:
             frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
             note = f"only the first of its {frames} frames or pages was looked at" if frames > 1 else None
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith(("I", "F")):  # conversion would cut what exceeds 255
-                return cv2.cvtColor(to_8_bits(np.asarray(upright)), cv2.COLOR_GRAY2BGR), note
-            return np.ascontiguousarray(np.asarray(upright.convert("RGB"))[:, :, ::-1]), note
+            return _pixels_of(ImageOps.exif_transpose(image)), note
     except UnidentifiedImageError:
         needs_package = data[4:8] == b"ftyp"
         reason = "HEIC or AVIF, which needs another package: pip install pillow-heif" if needs_package else None
         raise UnreadableImageError(reason or "not an image, or damaged") from None
     except Exception as error:  # its decoders raise whatever a damaged file leads them to
         raise UnreadableImageError(str(error) or type(error).__name__) from None
+
+
+def _pixels_of(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 BGR."""
+    if image.mode.startswith(("I", "F")):  # conversion would cut what exceeds 255
+        return cv2.cvtColor(to_8_bits(np.asarray(image)), cv2.COLOR_GRAY2BGR)
+    return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
+
+
+def as_bgr_uint8(image: ImageLike) -> np.ndarray:
+    """What a caller in Python has for an image, as (H, W, 3) uint8 BGR.
+
+    Args:
+        image: an array of grey (H, W) or (H, W, 1), BGR (H, W, 3) or BGRA (H, W, 4), with values of any type and range
+            (see `to_8_bits`); a PIL image, as it is stored; or the path of a file.
+
+    Raises:
+        TypeError, ValueError: says what is expected and what was given.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        try:
+            return read_image(Path(image))
+        except UnreadableImageError as reason:
+            raise ValueError(f"{image}: {reason}") from None
+    if isinstance(image, Image.Image):
+        return _pixels_of(image)
+    expected = "expected an image: an array (H, W, 3) BGR, (H, W, 4) BGRA or (H, W) grey, a PIL image, or a path"
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"{expected}; got {type(image).__name__}")
+    if image.dtype.kind not in "buif" or not image.size or image.ndim not in (2, 3) or image.shape[2:] not in _CHANNELS:
+        raise ValueError(f"{expected}; got an array of shape {image.shape} and type {image.dtype}")
+    pixels = to_8_bits(image)
+    if pixels.ndim == 2 or pixels.shape[2] == 1:
+        return cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_GRAY2BGR)
+    return pixels[:, :, :3] if pixels.flags.writeable else pixels[:, :, :3].copy()
 
 
 def _lacks_only_its_end(data: bytes) -> bool:

@@ -24,6 +24,7 @@ from config import (
 from utils.datasets.folders import find_dataset
 from utils.errors import ConfigError, UserError
 from utils.evaluation.ground_truth import EvaluationSet, open_evaluation_set
+from utils.evaluation.localisation import localisation_ap
 from utils.evaluation.prediction_set import PredictionSet
 from utils.evaluation.predictions import prediction_file, read_predictions
 from utils.evaluation.report import (
@@ -126,7 +127,9 @@ def report(
         example = prediction_file(predicted.folder, faces.names[0])
         raise UserError(f"{predicted.folder}: holds no predictions of these images; expected files like {example}")
     errors = faces.standard_errors(predictions, options.bootstrap) if options.bootstrap else {}
-    measured = Measurement(predicted, faces, faces.evaluate(predictions), detected, frozenset(predictions), errors)
+    localisation = localisation_ap(predictions, faces.truths)
+    names = frozenset(predictions)
+    measured = Measurement(predicted, faces, faces.evaluate(predictions), detected, names, localisation, errors)
     form = suspected_form(predictions, faces) if options.pred_dir else None
     if form:
         print(f"warning: {predicted.folder}: {form}; expected x y width height score in pixels", file=sys.stderr)

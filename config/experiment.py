@@ -165,8 +165,8 @@ class TrainConfig(Options):
     clip_gradient: float = option(10.0, "largest gradient norm; 0 does not clip", minimum=0)
     eval_every: int = option(
         0,
-        "validate every N epochs; the last epoch is always validated. 0 chooses N so that validation takes about a tenth "
-        "of the time",
+        "validate every N epochs; the last epoch is always validated. 0 chooses N so that validation takes about a "
+        "tenth of the time",
         minimum=0,
     )
     best_metric: str = option(

@@ -195,6 +195,11 @@ class ModelConfig(Options):
         require(not self.extra_blocks or not is_resnet, "extra_blocks are for mobilenet0.25")
         require(len(self.extra_blocks) in (0, 4), f"extra_blocks needs 4 numbers, got {self.extra_blocks}")
         require(self.norm == "batch" or is_resnet, "norm group needs a ResNet")
+        require(
+            # A quarter of them is normalised in 32 groups, which need more than one value even in a single cell.
+            self.norm == "batch" or all(channels % 256 == 0 for channels in self.level_channels),
+            f"fpn_channels must be a multiple of 256 with norm group, got {self.level_channels}",
+        )
         has_bottlenecks = is_resnet and self.backbone not in ("resnet18", "resnet34")
         require(not self.deformable_backbone or has_bottlenecks, "deformable_backbone needs resnet50 or a deeper one")
         is_uniform = len({(len(level.anchor_sizes), level.channels) for level in self.levels}) == 1
@@ -203,6 +208,7 @@ class ModelConfig(Options):
         )
         require(self.fpn == "merged" or is_uniform, "fpn output needs equal channels in all levels")
         require(self.anchor_ratio > 0, f"anchor_ratio must be positive, got {self.anchor_ratio}")
+        require(min(self.variances) > 0, f"variances must be positive, got {self.variances}")
         require(min(self.pixel_std) > 0, f"pixel_std must be positive, got {self.pixel_std}")
 
     @property

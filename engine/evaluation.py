@@ -82,23 +82,26 @@ def predict(
         print(f"{run.name} ({run.checkpoint.kind}) on {where}: {len(missing)} images, {protocol}", flush=True)
 
     start, problems = time.perf_counter(), {}
+    found: dict[str, Detections] = {}
     detector = TestTimeAugmentation(run.detector, run.protocol)
     detected = predict_files(detector, files, predicted.folder, run.protocol.integer_boxes)
     try:
         with disk_errors(predicted.folder), closing(detected):
-            for image in show_progress(detected, len(files)) if context.is_main else detected:
+            for image, detections in show_progress(detected, len(files)) if context.is_main else detected:
                 problems[image.name] = image.problem
+                if faces.labelled is not None and image.problem is None:
+                    found[image.name] = detections
     except KeyboardInterrupt:
         print(f"\n{len(done) + len(problems)} of {len(faces.names)} images are done; --resume continues from here")
         raise
-    problems = gather_dicts(problems)
+    problems, errors = gather_dicts(problems), faces.landmark_errors(gather_dicts(found))
     skipped = tuple((name, problem) for name, problem in problems.items() if problem)
-    return predicted, DetectionStats(len(problems) - len(skipped), time.perf_counter() - start, skipped)
+    return predicted, DetectionStats(len(problems) - len(skipped), time.perf_counter() - start, skipped, errors)
 
 
 def predict_files(
     detector: BatchDetector, files: Iterable[tuple[str, Path]], folder: Path, integer_boxes: bool
-) -> Generator[InputImage, None, None]:
+) -> Generator[tuple[InputImage, Detections], None, None]:
     """Detect in image files, and write the predictions of each below `folder`; see `write_predictions`.
 
     A thread writes them while the next ones are made; all are written when the generator ends, is closed or fails.
@@ -111,7 +114,7 @@ def predict_files(
         for image, detections in detect_files(detector, files):
             if image.problem is None:
                 worker.submit(_write_predictions, folder, image.name, detections, integer_boxes)
-            yield image
+            yield image, detections
 
 
 def _write_predictions(folder: Path, name: str, detections: Detections, integer_boxes: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 from tqdm import tqdm
 
 from config import EVALUATION_COMPUTE, ExperimentConfig
@@ -15,6 +16,7 @@ from utils.drawing import draw_detections
 from utils.evaluation.ground_truth import EvaluationSet
 from utils.runtime.distributed import DistributedContext, broadcast_buffers, gather_dicts
 from utils.runtime.logger import RunLog
+from utils.structures import Detections
 
 _IMAGES_IN_LOG = 4
 # An untrained model has candidates everywhere, whose suppression takes minutes; a trained one has fewer.
@@ -40,7 +42,8 @@ def validate(
         epoch: for the log.
 
     Returns:
-        The mean average precision as `val/ap`, and where there are several subsets, the AP of each.
+        The mean average precision as `val/ap`, and where there are several subsets, the AP of each; where faces have
+        labelled landmarks, the mean landmark error as `val/landmark_error`.
     """
     broadcast_buffers(model)
     thresholds = replace(config.evaluation, top_k=config.evaluation.top_k or _TOP_K)
@@ -51,7 +54,8 @@ def validate(
     bar = tqdm(
         detect_files(detector, own_files), total=len(own_files), desc="validation", disable=is_quiet, leave=False
     )
-    predictions = {}
+    predictions: dict[str, np.ndarray] = {}
+    found: dict[str, Detections] = {}
     for number, (image, detections) in enumerate(bar):
         if image.problem:
             log.line(f"warning: {image.name}: {image.problem}; no faces are detected in it")
@@ -59,8 +63,12 @@ def validate(
             confident = detections.select(detections.scores >= config.inference.confidence_threshold)
             log.image(f"validation/{number}", draw_detections(image.pixels, confident), epoch)
         predictions[image.name] = prediction_rows(detections)
+        found[image.name] = detections
     evaluation = faces.evaluate(gather_dicts(predictions))
     log.curves(evaluation.curves, epoch)
     precisions = evaluation.average_precisions
     subsets = {f"val/ap_{subset}": value for subset, value in precisions.items()} if len(precisions) > 1 else {}
+    errors = faces.landmark_errors(gather_dicts(found)) if faces.labelled is not None else None
+    if errors is not None and len(errors):
+        subsets["val/landmark_error"] = float(errors.mean())
     return {"val/ap": sum(precisions.values()) / len(precisions), **subsets}

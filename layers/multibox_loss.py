@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -54,11 +54,11 @@ class MultiBoxLoss:
             teacher_scores: (B, P) face scores of a teacher in [0, 1].
         """
         terms = {}
-        matched, former = None, None
+        matched, matched_by = None, None
         for number, (stage, output) in enumerate(zip(self.model_config.stages, outputs, strict=True), start=1):
-            matching = (id(output.priors), stage.match_iou, stage.background_iou, stage.force_match)
-            if matched is None or matching != former:
-                matched, former = match_batch(targets, output.priors, stage), matching
+            matching = (id(output.priors), replace(stage, loss_weight=1.0))
+            if matched is None or matching != matched_by:
+                matched, matched_by = match_batch(targets, output.priors, stage), matching
             output_32 = output.float()
             values = self._stage_terms(output_32, matched, image_size_hw)
             if teacher_scores is not None:

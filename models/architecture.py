@@ -40,6 +40,7 @@ def usual_stages(cascade: bool, refinement: str = "sum") -> tuple[StageConfig, .
     return (StageConfig(), second)
 
 
+_LEVELS_OF_THE_ORIGINAL = 3
 _ORIGINAL_NAME = re.compile(
     r"(?:(?P<backbone>resnet\d*|mobilenet0\.25)_)?(?P<tina>tina_iou_)?anc(?P<anchors>[23])_cas(?P<cascade>[TF])_fpn3"
 )
@@ -75,6 +76,11 @@ def combine_overrides(overrides: ModelOverrides, experiment_name: str) -> ModelO
                 f"--experiment_name={experiment_name} says {name} {value}, but --{name}={given}; drop the flag, or "
                 "choose another name"
             )
+    if overrides.strides is not None and len(overrides.strides) != _LEVELS_OF_THE_ORIGINAL:
+        raise ConfigError(
+            f"--experiment_name={experiment_name} says {_LEVELS_OF_THE_ORIGINAL} levels, but --strides has "
+            f"{len(overrides.strides)}; drop the flag, or choose another name"
+        )
     return replace(overrides, **{name: value for name, value in vars(said).items() if value is not None})
 
 
@@ -138,16 +144,18 @@ def _usual_levels(num_anchor: int) -> tuple[LevelConfig, ...]:
 
 def _override_matching(overrides: ModelOverrides, stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
     """The stages with other matching thresholds, of which there is one for each stage."""
+    changes: list[dict[str, Any]] = [{} for _ in stages]
     for name in ("match_iou", "negative_iou"):
         values = getattr(overrides, name)
         if values is None:
             continue
         if len(values) != len(stages):
-            raise ConfigError(f"--{name} has {len(values)} numbers for {len(stages)} stages")
-        stages = tuple(replace(stage, **{name: value}) for stage, value in zip(stages, values, strict=True))
+            raise ConfigError(f"--{name} has {len(values)} number(s) for {len(stages)} stage(s)")
+        for change, value in zip(changes, values, strict=True):
+            change[name] = value
     if overrides.force_match is not None:
-        stages = tuple(replace(stage, force_match=overrides.force_match) for stage in stages)
-    return stages
+        changes = [change | {"force_match": overrides.force_match} for change in changes]
+    return tuple(replace(stage, **change) for stage, change in zip(stages, changes, strict=True))
 
 
 def _override_levels(overrides: ModelOverrides, levels: tuple[LevelConfig, ...]) -> tuple[LevelConfig, ...]:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from config import BACKBONES, ROOT
+from config import BACKBONES, ROOT, ModelConfig
 from models.backbone import build_backbone
 
 # Each part may import itself and the parts after it.
@@ -57,4 +57,4 @@ def test_mediapipe_and_tensorboard_are_not_imported_by_inference() -> None:
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_of_the_configuration_can_be_built(name: str) -> None:
-    assert build_backbone(name, 0.1) is not None
+    assert build_backbone(ModelConfig(backbone=name)) is not None

@@ -24,7 +24,14 @@ from models.retinaface import RetinaFace
 from tests.ground_truth import save_ground_truth
 from utils.runtime.experiment import Experiment, load_config
 
-FAST = ["--gpu_num=-1", "--backbone=mobilenet0.25", "--im_size=64", "--batch_size=2", "--num_workers=0"]
+FAST = [
+    "--gpu_num=-1",
+    "--backbone=mobilenet0.25",
+    "--im_size=64",
+    "--batch_size=2",
+    "--num_workers=0",
+    "--eval_every=1",
+]
 
 
 @pytest.fixture

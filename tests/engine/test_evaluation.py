@@ -17,7 +17,7 @@ def test_predictions_are_all_there_when_the_iterator_is_closed(tmp_path: Path) -
         write_image(tmp_path / f"{name}.png", PICTURE)
     files = [(name, tmp_path / f"{name}.png") for name in "abc"]
     found = predict_files(FindsTheWhole(), files, tmp_path / "out", integer_boxes=False)
-    names = [next(found).name]
+    names = [next(found)[0].name]
     found.close()
     assert names == ["a"]
     assert (tmp_path / "out/a.txt").read_text() == "a\n1\n0.000 0.000 64.000 40.000 1\n"

@@ -24,7 +24,7 @@ from utils.structures import Faces
 
 WHOLE = DataConfig(
     im_size=128,
-    min_crop_scale=1,
+    crop_scales=(1.0,),
     mosaic_probability=0,
     flip_probability=0,
     colour_probability=0,
@@ -47,7 +47,7 @@ def two_images(tmp_path: Path) -> list[LabelledImage]:
     for name, image, boxes in (("one.png", face, [box]), ("two.png", pair, [left, right])):
         write_image(tmp_path / name, image)
         landmarks = np.stack([_points(each) for each in boxes])
-        faces = Faces(np.array(boxes, np.float32), landmarks, np.ones(len(boxes), bool))
+        faces = Faces(np.array(boxes, np.float32), landmarks, np.ones(len(boxes), bool), np.zeros(len(boxes), bool))
         images.append(LabelledImage(tmp_path / name, faces))
     return images
 

@@ -23,7 +23,13 @@ PRIORS = prior_boxes(SIZE, MODEL.levels)
 
 
 def no_faces() -> FaceTargets:
-    return FaceTargets(torch.zeros(0, 4), torch.zeros(0, 5, 2), torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool), (0,))
+    return FaceTargets(
+        torch.zeros(0, 4),
+        torch.zeros(0, 5, 2),
+        torch.zeros(0, dtype=torch.bool),
+        torch.zeros(0, dtype=torch.bool),
+        (0,),
+    )
 
 
 def one_face(has_landmarks: bool = True) -> FaceTargets:
@@ -153,7 +159,13 @@ LOSSES = [
         [one_face(), no_faces()],
         [one_face(has_landmarks=False), one_face()],
         [
-            FaceTargets(torch.tensor([[0.3, 0.4, 0.3, 0.9]]), torch.zeros(1, 5, 2), torch.tensor([True]), torch.tensor([False]), (1,)),
+            FaceTargets(
+                torch.tensor([[0.3, 0.4, 0.3, 0.9]]),
+                torch.zeros(1, 5, 2),
+                torch.tensor([True]),
+                torch.tensor([False]),
+                (1,),
+            ),
             no_faces(),
         ],
     ],
@@ -319,6 +331,22 @@ def test_ignored_priors_are_not_taught_a_class() -> None:
         assert not taught.all()
 
 
+def test_stages_that_differ_in_any_threshold_are_matched_separately() -> None:
+    """The face is out of reach of all priors without forced matches, and its surroundings are ignored or negative."""
+    outputs = [zero_output(1)]
+    kinds = (
+        StageConfig(0.9),
+        StageConfig(0.9, negative_iou=0.3),
+        StageConfig(0.9, negative_iou=0.3, force_match=False),
+        StageConfig(0.9, negative_iou=0.3, force_match=False, ignore_unreachable=False),
+    )
+    loss = LossConfig(negative_ratio=10_000)  # all negatives
+    alone = [values(outputs, [one_face()], loss, dataclasses.replace(MODEL, stages=(kind,))) for kind in kinds]
+    assert len({terms["stage1/class"] for terms in alone}) == 4
+    together = values(outputs * 4, [one_face()], loss, dataclasses.replace(MODEL, stages=kinds))
+    assert [together[f"stage{number}/class"] for number in range(1, 5)] == [terms["stage1/class"] for terms in alone]
+
+
 def test_a_later_stage_is_matched_with_the_boxes_it_starts_from() -> None:
     """Every prior has become the face itself, so all answer for it and zero deltas are right."""
     model = usual_config("mobilenet0.25", num_anchor=2, refinement="rematch")
@@ -347,7 +375,9 @@ def test_iou_branch_does_not_teach_the_boxes() -> None:
 
 def test_faces_of_several_images_are_not_mixed_up() -> None:
     """The same faces in one batch or in two cost the same, weighted by their positives."""
-    left = FaceTargets(torch.tensor([[0.0, 0.0, 0.25, 0.5]]), torch.zeros(1, 5, 2), torch.tensor([False]), torch.tensor([False]), (1,))
+    left = FaceTargets(
+        torch.tensor([[0.0, 0.0, 0.25, 0.5]]), torch.zeros(1, 5, 2), torch.tensor([False]), torch.tensor([False]), (1,)
+    )
     targets = [no_faces(), left, one_face(has_landmarks=False)]
     together = values([zero_output(3)] * 2, targets)
     alone = [values([zero_output(1)] * 2, [faces]) for faces in targets[1:]]

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from itertools import product
-from math import ceil
+from math import ceil, sqrt
 
 import pytest
 import torch
@@ -10,14 +10,17 @@ from config import USUAL_LEVELS, LevelConfig
 from layers.prior_box import feature_sizes, prior_boxes
 
 
-def priors_by_loops(height: int, width: int, levels: tuple[LevelConfig, ...]) -> torch.Tensor:
+def priors_by_loops(
+    height: int, width: int, levels: tuple[LevelConfig, ...], ratio: float = 1.0, offset: float = 0.5
+) -> torch.Tensor:
     """The definition, as SSD and its descendants write it."""
     rows = []
     for level in levels:
         stride = level.stride
         for i, j in product(range(ceil(height / stride)), range(ceil(width / stride))):
+            centre = [(j + offset) * stride / width, (i + offset) * stride / height]
             for size in level.anchor_sizes:
-                rows.append([(j + 0.5) * stride / width, (i + 0.5) * stride / height, size / width, size / height])
+                rows.append([*centre, size / sqrt(ratio) / width, size * sqrt(ratio) / height])
     return torch.tensor(rows)
 
 
@@ -28,6 +31,27 @@ def test_equal_to_the_loops_to_the_bit(size: tuple[int, int], num_anchor: int, d
     priors = prior_boxes(size, levels, device)
     assert priors.device.type == device.type
     assert torch.equal(priors.cpu(), priors_by_loops(*size, levels))
+
+
+# Three anchors an octave, as TinaFace has them, over all strides from 4 to 128.
+FRACTIONAL_LEVELS = tuple(
+    LevelConfig(2**power, tuple(2.0**power * 4 * 2 ** (third / 3) for third in range(3))) for power in range(2, 8)
+)
+
+
+@pytest.mark.parametrize(("ratio", "offset"), [(1.0, 0.5), (1.3, 0.0), (0.7, 0.46875)])
+@pytest.mark.parametrize("size", [(1, 1), (37, 512), (131, 257)])
+def test_fractional_anchors_of_all_strides_are_equal_to_the_loops_to_the_bit(
+    size: tuple[int, int], ratio: float, offset: float, device: torch.device
+) -> None:
+    priors = prior_boxes(size, FRACTIONAL_LEVELS, device, ratio, offset)
+    assert torch.equal(priors.cpu(), priors_by_loops(*size, FRACTIONAL_LEVELS, ratio, offset))
+
+
+def test_the_ratio_changes_the_sides_and_not_the_area() -> None:
+    """An anchor of side 10 and ratio 4 is 5 wide and 20 high, here in an image of 40 x 20 pixels."""
+    (prior,) = prior_boxes((40, 20), (LevelConfig(64, (10,)),), ratio=4.0, offset=0.0)
+    assert prior.tolist() == [0, 0, 0.25, 0.5]
 
 
 def test_one_cell_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from config import USUAL_LEVELS, ModelOverrides
 from layers.prior_box import prior_boxes
+from models.architecture import apply_overrides, combine_overrides
 from models.checkpoint import load_checkpoint
 from models.detector import FaceDetector
+from models.image_pyramid import build_model
 from models.initialise import load_model
 from utils.nms import pixel_nms
 
@@ -44,6 +47,19 @@ def checkpoint(
     path = tmp_path_factory.mktemp(request.param) / "resnet50_ckpt-best.pth"
     torch.save({"epoch_idx": 7, "network": state}, path)
     return path, state
+
+
+def test_the_name_of_an_experiment_builds_the_tensors_of_the_original(
+    checkpoint: tuple[Path, dict[str, Tensor]],
+) -> None:
+    """`train.py --experiment_name=<name>` trains the network of that name, without the tensors that it never uses."""
+    path, _ = checkpoint
+    original = load_checkpoint(path)
+    overrides = combine_overrides(ModelOverrides(), path.parent.name.removesuffix("0"))
+    config = apply_overrides(overrides)
+    assert dataclasses.replace(config, score_exponent=original.model_config.score_exponent) == original.model_config
+    shapes = {name: tuple(tensor.shape) for name, tensor in build_model(config).state_dict().items()}
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in original.state.items()}
 
 
 def test_architecture_is_recognised_from_the_tensors(checkpoint: tuple[Path, dict[str, Tensor]]) -> None:

@@ -62,7 +62,9 @@ LOSSES = {
 def two_images_with_faces() -> FaceTargets:
     """Of 64 x 96 pixels. Among their faces every level of the pyramid finds one of its size."""
     boxes = torch.tensor([[0.1, 0.1, 0.3, 0.4], [0.3, 0.1, 0.9, 0.9], [-1.0, -1.0, 2.0, 2.5]])
-    faces = FaceTargets(boxes, torch.rand(3, 5, 2), torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool), (3,))
+    faces = FaceTargets(
+        boxes, torch.rand(3, 5, 2), torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool), (3,)
+    )
     return FaceTargets.join([faces, faces])
 
 

@@ -51,6 +51,7 @@ LABELLED = Faces(
     np.array([[10, 20, 40, 60], [0, 0, 5, 10]], np.float32),
     np.array([[[15, 30], [35, 31], [25, 40], [18, 50], [32, 51]], [[0, 0]] * 5], np.float32),
     np.array([True, False]),
+    np.array([False, True]),
 )
 NOBODY = LABELLED.select(np.arange(0))
 
@@ -91,16 +92,18 @@ def test_joined_labels_keep_their_order() -> None:
     found = join_faces([LABELLED.select(np.array([1])), NOBODY, LABELLED.select(np.array([True, False]))])
     assert found.boxes.tolist() == [[0, 0, 5, 10], [10, 20, 40, 60]]
     assert found.has_landmarks.tolist() == [False, True]
+    assert found.ignored.tolist() == [True, False]
 
 
 def test_targets_are_fractions_of_width_and_height() -> None:
     """Of an image of 80 x 40: x is divided by 80, y by 40; unknown landmarks become zeros."""
-    faces = Faces(LABELLED.boxes, LABELLED.landmarks + 1, LABELLED.has_landmarks)
+    faces = Faces(LABELLED.boxes, LABELLED.landmarks + 1, LABELLED.has_landmarks, LABELLED.ignored)
     targets = FaceTargets.from_faces(faces, (40, 80))
     assert targets.boxes.tolist() == [[0.125, 0.5, 0.5, 1.5], [0, 0, 0.0625, 0.25]]
     assert targets.landmarks[0, 0].tolist() == pytest.approx([0.2, 0.775])
     assert not targets.landmarks[1].any()
     assert targets.has_landmarks.tolist() == [True, False]
+    assert targets.ignored.tolist() == [False, True]
     assert targets.counts == (2,)
     assert targets.boxes.dtype == targets.landmarks.dtype == torch.float32
 
@@ -112,6 +115,7 @@ def test_joined_targets_know_how_many_faces_each_image_has() -> None:
     assert len(joined) == 4
     assert torch.equal(joined.boxes, torch.cat([both.boxes, both.boxes]))
     assert joined.has_landmarks.tolist() == [True, False, True, False]
+    assert joined.ignored.tolist() == [False, True, False, True]
     assert FaceTargets.join([nobody]).boxes.shape == (0, 4)
 
 

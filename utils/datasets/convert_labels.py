@@ -108,9 +108,11 @@ def convert_labels(source: Path, target: Path, landmarks: Path | None) -> str:
         if not any(image.faces.has_landmarks.any() for image in images):
             raise UserError(f"{landmarks}: has no landmarks for any face of {source}")
     write_labels(target, images, Path())
-    faces = sum(len(image.faces) for image in images)
-    known = sum(int(image.faces.has_landmarks.sum()) for image in images)
-    return f"{len(images)} images, {faces} faces, {known} with landmarks"
+    ignored = sum(int(image.faces.ignored.sum()) for image in images)
+    faces = sum(len(image.faces) for image in images) - ignored
+    known = sum(int((image.faces.has_landmarks & ~image.faces.ignored).sum()) for image in images)
+    others = f", {ignored} to be ignored" if ignored else ""
+    return f"{len(images)} images, {faces} faces, {known} with landmarks{others}"
 
 
 def add_landmarks(images: Sequence[LabelledImage], others: Sequence[LabelledImage]) -> list[LabelledImage]:

@@ -41,13 +41,13 @@ class LabelledImage:
 def read_labels(label_file: Path, images: Path) -> list[LabelledImage]:
     """Read a file of labels. Its first line tells which form it has; the paths in it are below `images`.
 
-    - RetinaFace: `# path`, then a line for each face: `x y w h`, or that and, for each of five landmarks, `x y flag`,
-      or that and a score, or that and a difficulty, as SNU_FaceDetection has it.
+    - RetinaFace: `# path`, then a line for each face: `x y w h`, or that and 1 where the face is to be ignored, or that
+      and, for each of five landmarks, `x y flag`, or these and a score, or these and a difficulty, as SNU_FaceDetection
+      has it.
     - SCRFD and libfacedetection (labelv2): `# path width height`, then a line for each face: its corners `x1 y1 x2 y2`,
-      or these and 1 where the face is to be ignored (it is left out), or these and five landmarks, or these and one
-      number more.
+      or these and 1 where the face is to be ignored, or these and five landmarks, or these and one number more.
     - WIDER FACE: the path, a line with the number of faces, then a line for each: `x y w h` and six attributes. Faces
-      marked invalid are left out; a line of zeros stands for no face.
+      marked invalid are ignored; a line of zeros stands for no face.
 
     Landmarks of -1 are unknown. Faces without area are left out; an image may have no faces; an image named twice has
     the faces of both.

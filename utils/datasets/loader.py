@@ -15,7 +15,6 @@ from utils.datasets.face_dataset import FaceDataset, collate
 from utils.datasets.labels import LabelledImage
 from utils.datasets.sampler import EpochSampler
 
-
 _MAX_WORKERS = 16  # more have no image to read in time
 
 
@@ -23,11 +22,11 @@ def build_loader(
     images: Sequence[LabelledImage], config: ExperimentConfig, sampler: EpochSampler, pin_memory: bool
 ) -> DataLoader[Any]:
     """Batches of this process's share of the augmented crops, in the order of the sampler."""
-    workers = config.data.num_workers
+    workers, mean = config.data.num_workers, config.model.pixel_mean
     if workers < 0:
         workers = max(1, min(_MAX_WORKERS, (os.cpu_count() or 2) - 1))
     return DataLoader(
-        FaceDataset(images, config.data, fill=config.model.pixel_mean),
+        FaceDataset(images, config.data, fill=mean if config.model.channel_order == "bgr" else mean[::-1]),
         batch_size=sampler.batch_size,
         sampler=sampler,
         num_workers=workers,

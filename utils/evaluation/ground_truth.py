@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,9 @@ import numpy as np
 from config import ROOT
 from utils.datasets.folders import check_that_they_exist, part_of
 from utils.datasets.labels import DatasetError, LabelledImage, read_labels
+from utils.evaluation.localisation import landmark_errors
 from utils.evaluation.wider_eval import Evaluation, GroundTruth, bootstrap, evaluate, load_ground_truth
+from utils.structures import Detections, Faces
 
 ALL_FACES = "all"
 
@@ -26,6 +28,8 @@ class EvaluationSet:
         truths: by image.
         images: the image files in the same order; None where there is no folder of images.
         source: the folder or file that the faces come from.
+        labelled: the labelled faces by image, in the same order, which may have landmarks; None where the faces are
+            official ones, which have none.
         official: whether these are the faces and subsets of the official WIDER FACE evaluation. Otherwise there is one
             subset, `ALL_FACES`, and boxes in images without faces are false.
     """
@@ -34,6 +38,7 @@ class EvaluationSet:
     images: Sequence[Path] | None
     source: Path
     official: bool
+    labelled: Sequence[Faces] | None = None
 
     @property
     def source_name(self) -> str:
@@ -52,6 +57,18 @@ class EvaluationSet:
     def evaluate(self, predictions: dict[str, np.ndarray]) -> Evaluation:
         """See `wider_eval.evaluate`."""
         return evaluate(predictions, self.truths, count_negatives=not self.official)
+
+    def landmark_errors(self, detections: Mapping[str, Detections]) -> np.ndarray | None:
+        """Errors of the landmarks of all detected faces; None where no face has labelled landmarks.
+
+        Args:
+            detections: by name of the image. Images that are absent are left out.
+        """
+        if self.labelled is None or not any(faces.has_landmarks.any() for faces in self.labelled):
+            return None
+        pairs = [(faces, detections.get(name)) for faces, name in zip(self.labelled, self.names, strict=True)]
+        errors = [landmark_errors(found, faces) for faces, found in pairs if found is not None]
+        return np.concatenate([np.zeros(0), *errors])
 
     def standard_errors(self, predictions: dict[str, np.ndarray], samples: int) -> dict[str, float]:
         """Of the average precisions, by `wider_eval.bootstrap`."""
@@ -85,6 +102,7 @@ def open_evaluation_set(dataset: Path | None, gt_dir: Path | None, *, need_image
             [image.path for image in labelled],
             part / "label.txt",
             official=False,
+            labelled=[image.faces for image in labelled],
         )
     else:
         raise DatasetError(

@@ -6,10 +6,12 @@ import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from utils.evaluation.wider_eval import GroundTruth
+from utils.structures import Detections, Faces
 
 # The largest number of detections of an image that counts; crowds have up to 2,000 faces.
 _MAX_DETECTIONS = 10_000
@@ -38,7 +40,8 @@ def localisation_ap(predictions: Mapping[str, np.ndarray], truths: Sequence[Grou
     """
     from faster_coco_eval import COCO, COCOeval_faster  # takes a second
 
-    annotations, detections = [], []
+    annotations: list[dict[str, Any]] = []
+    detections: list[dict[str, Any]] = []
     for image_id, truth in enumerate(truths, start=1):
         counted = list(truth.subsets.values())[-1]
         for box, counts in zip(truth.boxes.tolist(), counted.tolist(), strict=True):
@@ -65,32 +68,26 @@ def localisation_ap(predictions: Mapping[str, np.ndarray], truths: Sequence[Grou
     return LocalisationAP(float(by_iou.mean()), float(by_iou[0]), float(by_iou[5]))
 
 
-def landmark_error(
-    boxes: np.ndarray, landmarks: np.ndarray, scores: np.ndarray, face_boxes: np.ndarray, face_landmarks: np.ndarray
-) -> np.ndarray:
-    """Normalised mean error of the landmarks of the detected faces of one image.
+def landmark_errors(detections: Detections, faces: Faces) -> np.ndarray:
+    """Normalised errors of the landmarks of the detected faces of one image.
 
-    A face is detected by the most confident detection with an IoU of at least 0.5. Its error is the mean distance of the
-    five landmarks divided by the root of the area of the labelled box, as in RetinaFace (arXiv:1905.00641, section 4.5).
-
-    Args:
-        boxes: (N, 4) xyxy of the detections.
-        landmarks: (N, 5, 2).
-        scores: (N,).
-        face_boxes: (M, 4) xyxy of the faces with labelled landmarks.
-        face_landmarks: (M, 5, 2).
+    A face is detected by the most confident detection with an IoU of at least 0.5. Its error is the mean distance of
+    the five landmarks divided by the root of the area of the labelled box, as in RetinaFace (arXiv:1905.00641, section
+    4.5).
 
     Returns:
-        (K,) errors of the K detected faces.
+        (K,) errors of the K detected faces that have labelled landmarks; none for a model without landmarks.
     """
+    if detections.landmarks is None:
+        return np.zeros(0)
+    boxes, landmarks = detections.boxes.numpy(), detections.landmarks.numpy()
     errors = []
-    for face_box, face_points in zip(face_boxes, face_landmarks, strict=True):
-        overlaps = _iou(boxes, face_box)
-        hits = np.flatnonzero(overlaps >= 0.5)
+    for index in np.flatnonzero(faces.has_landmarks & ~faces.ignored):
+        face_box = faces.boxes[index]
+        hits = np.flatnonzero(_iou(boxes, face_box) >= 0.5)  # detections are in the order of their scores
         if len(hits):
-            best = hits[scores[hits].argmax()]
             size = np.sqrt(np.prod(face_box[2:] - face_box[:2]))
-            errors.append(np.linalg.norm(landmarks[best] - face_points, axis=1).mean() / size)
+            errors.append(np.linalg.norm(landmarks[hits[0]] - faces.landmarks[index], axis=1).mean() / size)
     return np.array(errors)
 
 

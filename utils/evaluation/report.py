@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from utils.evaluation.ground_truth import EvaluationSet
+from utils.evaluation.localisation import LocalisationAP
 from utils.evaluation.prediction_set import PredictionSet
 from utils.evaluation.wider_eval import Curve, Evaluation
 from utils.runtime.files import atomic_write
@@ -36,15 +37,23 @@ class DetectionStats:
         images: number of images it detected in.
         seconds: that it took.
         skipped: name of each image that could not be read, and why.
+        landmark_errors: (K,) of the K faces with labelled landmarks that it found; None where no face has any.
     """
 
     images: int = 0
     seconds: float = 0.0
     skipped: Sequence[tuple[str, str]] = ()
+    landmark_errors: np.ndarray | None = None
 
     @property
     def images_per_second(self) -> float | None:
         return round(self.images / self.seconds, 2) if self.images else None
+
+    @property
+    def landmark_error(self) -> float | None:
+        """Mean error relative to the root of the area of the faces; None where nothing could be compared."""
+        errors = self.landmark_errors
+        return None if errors is None or not len(errors) else float(errors.mean())
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class Measurement:
         evaluation: result of the comparison.
         detected: what the detector did; empty where predictions were given.
         with_predictions: names of the images that have predictions, which may be empty.
+        localisation: AP at higher IoUs than the official evaluation's.
         standard_errors: of the AP, by subset; empty where they were not asked for.
     """
 
@@ -65,6 +75,7 @@ class Measurement:
     evaluation: Evaluation
     detected: DetectionStats
     with_predictions: Set[str]
+    localisation: LocalisationAP
     standard_errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -148,6 +159,14 @@ def describe(measured: Measurement) -> list[str]:
     lines.append(f"{f'face height ({subset} faces)':<24}{'faces':>7}{'recall':>9}{f'score >= {CONFIDENT_SCORE}':>14}")
     for row in recall_by_height(measured.faces, measured.evaluation):
         lines.append(f"{row.heights + ' px':<24}{row.faces:>7}{row.recall:>9.3f}{row.recall_sure:>14.3f}")
+    if detected.landmark_errors is not None and detected.landmark_error is not None:
+        found = f"landmark error over {len(detected.landmark_errors)} detected faces"
+        lines.append(f"{found} : {100 * detected.landmark_error:.2f} % of the root of the face's area")
+    localised = measured.localisation
+    lines.append(
+        f"AP over {subset} faces at IoU 0.5:0.95 : {localised.ap:.4f}   at 0.5 : {localised.ap50:.4f}   "
+        f"at 0.75 : {localised.ap75:.4f} (COCO)"
+    )
     if measured.standard_errors:
         errors = "   ".join(f"{subset} {error:.4f}" for subset, error in measured.standard_errors.items())
         lines.append(f"standard error of the AP over such images: {errors}")
@@ -187,6 +206,8 @@ def _as_json(measured: Measurement) -> dict[str, Any]:
         "images": len(measured.faces.truths),
         "faces": {subset: curve.faces for subset, curve in measured.evaluation.curves.items()},
         "ap": measured.evaluation.average_precisions,
+        "localisation_ap": vars(measured.localisation),
+        "landmark_error": measured.detected.landmark_error,
         "ap_standard_errors": dict(measured.standard_errors),
         "recall_by_height": [vars(row) for row in recall_by_height(measured.faces, measured.evaluation)],
         "detected_in_this_run": measured.detected.images,

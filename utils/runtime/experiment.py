@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 from config import ExperimentConfig
 from utils.errors import ConfigError
@@ -76,7 +77,7 @@ def load_recipe(name: str, folder: Path) -> Recipe:
     known = sorted(file.stem for file in folder.glob("*.json"))
     if name not in known:
         raise ConfigError(f"--recipe={name}: no such recipe; choose from {', '.join(known)}")
-    return from_dict(Recipe, json.loads(path.read_text(encoding="utf-8")), where=str(path))
+    return from_dict(Recipe, _read_json(path), where=str(path))
 
 
 def save_config(config: ExperimentConfig, path: Path) -> None:
@@ -91,8 +92,11 @@ def load_config(path: Path) -> ExperimentConfig:
     Raises:
         ConfigError: the file is not JSON, or a field is unknown or has a value of the wrong kind.
     """
+    return from_dict(ExperimentConfig, _read_json(path), where=str(path))
+
+
+def _read_json(path: Path) -> Any:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as a configuration ({error})") from None
-    return from_dict(ExperimentConfig, values, where=str(path))

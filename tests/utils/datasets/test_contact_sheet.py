@@ -15,13 +15,19 @@ from utils.drawing import arrange_tiles
 from utils.structures import FaceTargets
 
 GREEN = [60, 220, 60]
-NOBODY = FaceTargets(torch.zeros(0, 4), torch.zeros(0, 5, 2), torch.zeros(0, dtype=torch.bool), counts=(0,))
+NOBODY = FaceTargets(
+    torch.zeros(0, 4), torch.zeros(0, 5, 2), torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool), (0,)
+)
 
 
 def face(has_landmarks: bool) -> FaceTargets:
     """A face in the middle, from 1/4 to 3/4, with all landmarks at its centre."""
     return FaceTargets(
-        torch.tensor([[0.25, 0.25, 0.75, 0.75]]), torch.full((1, 5, 2), 0.5), torch.tensor([has_landmarks]), counts=(1,)
+        torch.tensor([[0.25, 0.25, 0.75, 0.75]]),
+        torch.full((1, 5, 2), 0.5),
+        torch.tensor([has_landmarks]),
+        torch.tensor([False]),
+        counts=(1,),
     )
 
 

@@ -60,17 +60,20 @@ def test_download_becomes_a_dataset_as_a_user_makes_it(download: Path, tmp_path:
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines() == [
         f"{to}/train/images: link to {download}/WIDER_train/images",
-        f"{to}/train/label.txt: 3 images, 3 faces, 0 with landmarks",
+        f"{to}/train/label.txt: 3 images, 3 faces, 0 with landmarks, 1 to be ignored",
         f"{to}/val/images: link to {download}/WIDER_val/images",
         f"{to}/val/label.txt: 1 images, 1 faces, 0 with landmarks",
         f"{to}/val/gt: 4 files copied from {download}/eval_tools/ground_truth",
     ]
     assert (to / "train/label.txt").read_text() == (
-        "# 0--Parade/one.jpg\n10 20 30 40\n# 0--Parade/two.jpg\n0 0 10 10\n2 0 10 10\n# 1--Handshaking/none.jpg\n"
+        "# 0--Parade/one.jpg\n10 20 30 40\n"
+        "# 0--Parade/two.jpg\n0 0 10 10\n2 0 10 10\n50 50 10 10 1\n"
+        "# 1--Handshaking/none.jpg\n"
     )
     assert (to / "val/gt/wider_easy_val.mat").read_bytes() == b"easy"
     (train,), (val,) = read_split([to], "train"), read_split([to], "val")
-    assert [len(image.faces) for image in train] == [1, 2, 0]  # every image is found
+    assert [len(image.faces) for image in train] == [1, 3, 0]  # every image is found
+    assert train[1].faces.ignored.tolist() == [False, False, True]
     assert val[0].faces.boxes.tolist() == [[5, 6, 12, 14]]
 
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

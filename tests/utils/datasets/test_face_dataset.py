@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from config import DataConfig
+from config import DataConfig, ExperimentConfig, ModelConfig
 from utils.datasets.face_dataset import Batch, FaceDataset, collate
 from utils.datasets.folders import read_split
 from utils.datasets.labels import DatasetError
+from utils.datasets.loader import build_loader
 from utils.datasets.sampler import EpochSampler
 from utils.runtime.images import write_image
 
 PLAIN = DataConfig(
     im_size=64,
-    min_crop_scale=1,
-    max_crop_scale=1,
+    crop_scales=(1.0,),
     mosaic_probability=0,
     flip_probability=0,
     colour_probability=0,
@@ -75,10 +75,22 @@ def test_batch_without_any_face(tmp_path: Path) -> None:
 
 def test_fill_surrounds_an_image_that_is_smaller_than_the_crop(tmp_path: Path) -> None:
     make_split(tmp_path / "train", {"a.png": ""}, size_hw=(32, 32))
-    config = replace(PLAIN, min_crop_scale=2, max_crop_scale=2)
+    config = replace(PLAIN, crop_scales=(2.0,))
     (pixels,) = open_dataset(tmp_path, config, fill=(10, 20, 30))[0, 0].images
     outside = pixels[:, (pixels == torch.tensor([10, 20, 30])[:, None, None]).all(dim=0)]
     assert outside.shape[1] / 64**2 == pytest.approx(0.75, abs=0.05)
+
+
+@pytest.mark.parametrize(("order", "fill"), [("bgr", [10, 20, 30]), ("rgb", [30, 20, 10])])
+def test_the_fill_is_the_mean_of_the_model_in_bgr(order: str, fill: list[int], tmp_path: Path) -> None:
+    """`pixel_mean` has the order in which the model sees colours; images are BGR."""
+    make_split(tmp_path / "train", {"a.png": ""}, size_hw=(32, 32))
+    (images,) = read_split([tmp_path], "train")
+    model = ModelConfig(channel_order=order, pixel_mean=(10.0, 20.0, 30.0))
+    data = replace(PLAIN, crop_scales=(4.0,), num_workers=0)
+    loader = build_loader(images, ExperimentConfig(model=model, data=data), EpochSampler(1, 1, seed=0), False)
+    (pixels,) = next(iter(loader)).images
+    assert (pixels == torch.tensor(fill)[:, None, None]).all(dim=0).float().mean() > 0.9
 
 
 def write_noise(folder: Path, count: int, size_hw: tuple[int, int] = (50, 70)) -> None:

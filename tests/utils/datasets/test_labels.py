@@ -24,7 +24,7 @@ def same(images: list[LabelledImage], others: list[LabelledImage]) -> bool:
     return [image.path for image in images] == [other.path for other in others] and all(
         np.array_equal(getattr(image.faces, name), getattr(other.faces, name))
         for image, other in zip(images, others, strict=True)
-        for name in ("boxes", "landmarks", "has_landmarks")
+        for name in ("boxes", "landmarks", "has_landmarks", "ignored")
     )
 
 
@@ -38,7 +38,7 @@ def test_box_becomes_corners_and_landmarks_are_points(tmp_path: Path) -> None:
 
 def test_image_without_faces(tmp_path: Path) -> None:
     empty, other = read(tmp_path, f"# a.jpg\n# b.jpg\n{FACE}\n")
-    assert [value.shape for value in vars(empty.faces).values()] == [(0, 4), (0, 5, 2), (0,)]
+    assert [value.shape for value in vars(empty.faces).values()] == [(0, 4), (0, 5, 2), (0,), (0,)]
     assert len(other.faces) == 1
 
 
@@ -140,10 +140,13 @@ def test_labelv2_means_the_same_as_retinaface(tmp_path: Path) -> None:
     assert same(images, read(tmp_path, f"# a.JPG 64 48\n{corners}#b.png  1 1\n# c.jpg 64\t48\n5 6 12 14\n"))
 
 
-def test_labelv2_faces_to_be_ignored_are_left_out(tmp_path: Path) -> None:
-    (image,) = read(tmp_path, "# a.jpg 1024 1385\n10 20 40 60 0\n11 21 41 61 1\n")
-    assert image.faces.boxes.tolist() == [[10, 20, 40, 60]]
-    assert image.faces.has_landmarks.tolist() == [False]
+@pytest.mark.parametrize(("header", "corner"), [("# a.jpg 1024 1385", "40 60"), ("# a.jpg", "30 40")])
+def test_faces_may_be_labelled_to_be_ignored(tmp_path: Path, header: str, corner: str) -> None:
+    (image,) = read(tmp_path, f"{header}\n10 20 {corner} 0\n11 21 {corner} 1\n10 20 {corner}\n")
+    right, bottom = (40, 60) if header.endswith("1385") else (41, 61)
+    assert image.faces.boxes.tolist() == [[10, 20, 40, 60], [11, 21, right, bottom], [10, 20, 40, 60]]
+    assert image.faces.has_landmarks.tolist() == [False, False, False]
+    assert image.faces.ignored.tolist() == [False, True, False]
 
 
 def test_labelv2_faces_without_area_are_left_out(tmp_path: Path) -> None:
@@ -176,16 +179,17 @@ def test_mistake_in_labelv2_is_named_with_its_line(tmp_path: Path, text: str, me
 # --------------------------------------------------------------------------------------------- WIDER FACE
 
 
-def test_wider_faces_have_sizes_and_invalid_ones_are_left_out(tmp_path: Path) -> None:
+def test_wider_faces_have_sizes_and_invalid_ones_are_ignored(tmp_path: Path) -> None:
     two, one = read(
         tmp_path,
         "0--Parade/a 1.jpg\n3\n10 20 30 40 2 0 0 0 2 0 \n1 2 3 4 0 0 0 1 0 0 \n5 6 7 8 0 0 0 0 0 1 \n"
         "0--Parade/b.jpg\n1\n0 0 1 2 0 1 1 0 1 1\n",
     )
     assert two.path == tmp_path / "images" / "0--Parade" / "a 1.jpg"
-    assert two.faces.boxes.tolist() == [[10, 20, 40, 60], [5, 6, 12, 14]]
-    assert two.faces.landmarks.tolist() == [[[0, 0]] * 5] * 2
-    assert two.faces.has_landmarks.tolist() == [False, False]
+    assert two.faces.boxes.tolist() == [[10, 20, 40, 60], [1, 2, 4, 6], [5, 6, 12, 14]]
+    assert two.faces.ignored.tolist() == [False, True, False]
+    assert two.faces.landmarks.tolist() == [[[0, 0]] * 5] * 3
+    assert two.faces.has_landmarks.tolist() == [False, False, False]
     assert one.faces.boxes.tolist() == [[0, 0, 1, 2]]
 
 
@@ -244,9 +248,10 @@ def test_reading_inverts_writing(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     corners = random.normal(0, 300, (500, 2)).astype(np.float32)
     boxes = np.concatenate([corners, corners + random.exponential(30, (500, 2)).astype(np.float32)], axis=1)
-    known = random.random(500) < 0.5
+    known, ignored = random.random(500) < 0.5, random.random(500) < 0.2
+    known &= ~ignored  # of those that are ignored, only the boxes are written
     landmarks = np.where(known[:, None, None], random.exponential(300, (500, 5, 2)), 0).astype(np.float32)
-    faces = Faces(boxes, landmarks, known)
+    faces = Faces(boxes, landmarks, known, ignored)
     images = [
         LabelledImage(tmp_path / "images" / "ü 1/many.jpg", faces),
         LabelledImage(tmp_path / "images" / "one.png", faces.select(np.arange(1))),

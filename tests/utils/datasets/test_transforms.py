@@ -19,6 +19,7 @@ from utils.datasets.transforms import (
     compress,
     crop,
     crop_rotated,
+    ignore_small_faces,
     mirror,
     mosaic,
     resize_square,
@@ -35,7 +36,8 @@ def sample_of(boxes: list[list[float]], height: int = 40, width: int = 60) -> Sa
     image[:, :, 0] = np.arange(width)
     image[:, :, 1] = np.arange(height)[:, None]
     landmarks = np.array([LANDMARKS] * len(boxes), np.float32).reshape(-1, 5, 2)
-    faces = Faces(np.array(boxes, np.float32).reshape(-1, 4), landmarks, np.ones(len(boxes), bool))
+    known, ignored = np.ones(len(boxes), bool), np.zeros(len(boxes), bool)
+    faces = Faces(np.array(boxes, np.float32).reshape(-1, 4), landmarks, known, ignored)
     return Sample(image, faces)
 
 
@@ -60,8 +62,26 @@ def test_crop_clips_boxes_but_not_landmarks() -> None:
 
 @pytest.mark.parametrize(("left", "kept"), [(15, 1), (16, 0), (5, 1), (4, 0)])
 def test_crop_keeps_the_faces_whose_centre_is_inside(left: int, kept: int) -> None:
+    """The others are ignored, because a part of them is visible."""
     cut = crop(ONE_FACE, (left, 10, 11 if left < 10 else 20, 20))  # the centre is (15, 18), and 4 + 11 = 15
-    assert [len(value) for value in vars(cut.faces).values()] == [kept] * 3
+    assert [len(value) for value in vars(cut.faces).values()] == [1] * 4
+    assert cut.faces.ignored.tolist() == [not kept]
+
+
+def test_crop_drops_the_faces_that_are_not_visible() -> None:
+    cut = crop(ONE_FACE, (20, 10, 20, 20))  # the face ends at 20
+    assert [len(value) for value in vars(cut.faces).values()] == [0] * 4
+
+
+def test_crop_keeps_ignored_faces_ignored() -> None:
+    ignored = replace(ONE_FACE, faces=replace(ONE_FACE.faces, ignored=np.array([True])))
+    assert crop(ignored, (0, 0, 60, 40)).faces.ignored.tolist() == [True]
+
+
+def test_small_faces_are_ignored_by_the_root_of_their_area() -> None:
+    sample = sample_of([[0, 0, 4, 16], [0, 0, 4, 15]])  # roots 8 and 7.7
+    assert ignore_small_faces(sample, 8).faces.ignored.tolist() == [False, True]
+    assert ignore_small_faces(sample, 0).faces.ignored.tolist() == [False, False]
 
 
 def test_crop_beyond_the_image_is_filled() -> None:
@@ -92,7 +112,7 @@ def test_mirror_exchanges_left_and_right() -> None:
 def test_mirror_inverts_itself(sample: Sample) -> None:
     twice = mirror(mirror(sample))
     assert np.array_equal(twice.image, sample.image)
-    for name in ("boxes", "landmarks", "has_landmarks"):
+    for name in ("boxes", "landmarks", "has_landmarks", "ignored"):
         assert np.array_equal(getattr(twice.faces, name), getattr(sample.faces, name)), name
 
 
@@ -122,7 +142,7 @@ def test_augmented_boxes_lie_around_their_faces(max_scale: float) -> None:
     image = np.zeros((60, 90, 3), np.uint8)
     image[20:44, 30:50] = (0, 0, 255)
     red = replace(sample_of([[30, 20, 50, 44]]), image=image)
-    config = DataConfig(max_crop_scale=max_scale, colour_probability=0, grey_probability=0)
+    config = DataConfig(crop_scales=(0.3, 0.6, max_scale), colour_probability=0, grey_probability=0)
     kept = 0
     for seed in range(40):
         sample = augment(red, 128, config, (0, 0, 0), rng(seed))

@@ -13,6 +13,7 @@ import pytest
 from config import PostprocessConfig, ProtocolConfig
 from utils.evaluation.error_gallery import draw_error_gallery, false_positives, missed_faces
 from utils.evaluation.ground_truth import EvaluationSet
+from utils.evaluation.localisation import localisation_ap
 from utils.evaluation.prediction_set import PredictionSet, describe_protocol
 from utils.evaluation.report import (
     DetectionStats,
@@ -51,8 +52,9 @@ def measurement(tmp_path: Path, *, official: bool = True) -> Measurement:
         write_image(image, np.full((400, 500, 3), 90, np.uint8))
     faces = EvaluationSet(truths, images, tmp_path / "gt", official)
     predicted = PredictionSet("name", tmp_path, "weights.pth", "original size", {"detection": {}})
-    detected = DetectionStats(4, 2.0, (("b/2", "broken"),))
-    return Measurement(predicted, faces, faces.evaluate(PREDICTIONS), detected, frozenset(PREDICTIONS))
+    detected = DetectionStats(4, 2.0, (("b/2", "broken"),), np.array([0.01, 0.03]))
+    localisation = localisation_ap(PREDICTIONS, truths)
+    return Measurement(predicted, faces, faces.evaluate(PREDICTIONS), detected, frozenset(PREDICTIONS), localisation)
 
 
 def test_recall_by_height(tmp_path: Path) -> None:
@@ -69,6 +71,8 @@ def test_lines_end_with_the_official_figures(tmp_path: Path) -> None:
     lines = describe(measurement(tmp_path))
     assert lines[0].startswith("4 images in 2.0 s (2.0 images/s)")
     assert "skipped b/2: broken; no faces are detected in it" in lines
+    assert "landmark error over 2 detected faces : 2.00 % of the root of the face's area" in lines
+    assert lines[-2].startswith("AP over hard faces at IoU 0.5:0.95 : 0.")
     assert lines[-1] == "Easy AP : 0.0000   Medium AP : 0.5556   Hard AP : 0.5556"
 
 
@@ -83,6 +87,8 @@ def test_files_for_people_and_scripts(tmp_path: Path) -> None:
     about = json.loads((tmp_path / "results.json").read_text())
     assert about["ap"] == {"easy": 0, "medium": pytest.approx(5 / 9), "hard": pytest.approx(5 / 9)}
     assert about["faces"] == {"easy": 0, "medium": 3, "hard": 3}
+    assert about["landmark_error"] == pytest.approx(0.02)
+    assert about["localisation_ap"] == vars(measured.localisation)
     assert about["without_predictions"] == ["b/2"]
     assert (tmp_path / "results.txt").read_text().splitlines() == describe(measured)
     assert cv2.imread(str(tmp_path / "pr_curves.png")) is not None

@@ -1,0 +1,183 @@
+"""Every published recipe learns, resumes and leaves no parameter without a gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert, box_iou
+
+from config import RECIPES, ROOT, DataConfig, ExperimentConfig, ModelConfig, PostprocessConfig
+from engine.training import Trainer
+from engine.training_state import TrainingData
+from layers.multibox_loss import MultiBoxLoss
+from layers.prior_box import feature_sizes
+from models.checkpoint import load_checkpoint
+from models.detector import FaceDetector
+from models.image_pyramid import build_model
+from models.initialise import initialise_for_focal_loss, load_model
+from models.retinaface import RetinaFace
+from utils.datasets.labels import LabelledImage
+from utils.runtime.experiment import Experiment, load_recipe, save_config
+from utils.runtime.images import read_image, write_image
+from utils.runtime.logger import RunLog
+from utils.structures import Faces, FaceTargets
+
+RECIPE_NAMES = sorted(path.stem for path in RECIPES.glob("*.json"))
+SIDE = 64
+
+
+def tiny(name: str, epochs: int) -> ExperimentConfig:
+    """A recipe with a small network and an optimiser that is fast on few images, without augmentation.
+
+    Head, pyramid, normalisation, matching and losses are those of the recipe.
+    """
+    recipe = load_recipe(name, RECIPES).experiment
+    model = recipe.model
+    if model.backbone.startswith("resnet"):
+        # Deformable convolutions need bottlenecks, and 32 groups a wide pyramid.
+        backbone = "resnet50" if model.deformable_backbone else "resnet18"
+        width = model.fpn_channels if model.norm == "group" else 32
+        model = dataclasses.replace(model, backbone=backbone, fpn_channels=width)
+    data = DataConfig(
+        im_size=SIDE,
+        crop_scales=(1.0,),
+        crop_rule=recipe.data.crop_rule,
+        mosaic_probability=0,
+        flip_probability=0,
+        colour_probability=0,
+        grey_probability=0,
+        num_workers=0,
+    )
+    train = dataclasses.replace(
+        recipe.train,
+        epochs=epochs,
+        batch_size=2,
+        optimizer="adamw",
+        learning_rate=2e-3,
+        weight_decay=0.0,
+        warmup_epochs=0.1,
+        milestones=(),
+        clip_gradient=10.0,
+    )
+    return dataclasses.replace(recipe, model=model, data=data, train=train)
+
+
+def untrained(config: ExperimentConfig) -> RetinaFace:
+    """The initial model, as `train.py` makes it without pretrained weights."""
+    torch.manual_seed(0)
+    model = build_model(config.model)
+    if config.loss.classification == "focal":
+        initialise_for_focal_loss(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def two_images(tmp_path_factory: pytest.TempPathFactory) -> list[LabelledImage]:
+    """The face of the sample image, and its mirror image at three quarters of the size, each with landmarks."""
+    folder = tmp_path_factory.mktemp("two_images")
+    face = read_image(ROOT / "data/sample_widerface/images/astronaut.jpg")[:256, 100:356]
+    small = np.full_like(face, 90)
+    small[40:232, 20:212] = face[::, ::-1][np.ix_(np.arange(192) * 4 // 3, np.arange(192) * 4 // 3)]
+    box = np.array([79, 55, 172, 176], np.float32)
+    left, right = (256 - box[2]) * 0.75 + 20, (256 - box[0]) * 0.75 + 20
+    boxes = (box, np.array([left, box[1] * 0.75 + 40, right, box[3] * 0.75 + 40], np.float32))
+    places = np.array([[0.3, 0.4], [0.7, 0.4], [0.5, 0.6], [0.35, 0.8], [0.65, 0.8]], np.float32)
+    images = []
+    for name, image, each in zip(("one.png", "two.png"), (face, small), boxes, strict=True):
+        write_image(folder / name, image)
+        landmarks = each[:2] + places * (each[2:] - each[:2])
+        faces = Faces(each[None], landmarks[None], np.array([True]), np.array([False]))
+        images.append(LabelledImage(folder / name, faces))
+    return images
+
+
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_every_parameter_gets_a_gradient(name: str, device: torch.device) -> None:
+    """Of the network as published. What starts at zero has other values, because it lets no gradient through."""
+    config = load_recipe(name, RECIPES).experiment
+    model = untrained(config).to(device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.01)
+    images = torch.rand(2, 3, 64, 96, device=device) * 255
+    targets = a_face_of_every_level(model.priors(images).cpu(), config.model, (64, 96)).to(device)
+    terms = MultiBoxLoss(config.loss, config.model)(model(images), targets, (64, 96))
+    torch.stack(list(terms.values())).sum().backward()
+    without = [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()]
+    assert without == []
+
+
+def a_face_of_every_level(priors: Tensor, model_config: ModelConfig, size_hw: tuple[int, int]) -> FaceTargets:
+    """Two images, each with one face a level that is a prior in the middle of the image."""
+    counts = [
+        height * width * len(level.anchor_sizes)
+        for (height, width), level in zip(feature_sizes(size_hw, model_config.levels), model_config.levels, strict=True)
+    ]
+    chosen = torch.stack([part[len(part) // 2] for part in priors.split(counts)])
+    boxes, count = box_convert(chosen, "cxcywh", "xyxy"), len(chosen)
+    faces = FaceTargets(
+        boxes=boxes,
+        landmarks=torch.rand(count, 5, 2),
+        has_landmarks=torch.ones(count, dtype=torch.bool),
+        ignored=torch.zeros(count, dtype=torch.bool),
+        counts=(count,),
+    )
+    return FaceTargets.join([faces, faces])
+
+
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_two_images_are_learnt_by_heart(
+    name: str, two_images: list[LabelledImage], tmp_path: Path, device: torch.device
+) -> None:
+    config = tiny(name, epochs=2)
+    model = untrained(config).to(device)
+    Trainer(model, config, Experiment(tmp_path), TrainingData(two_images * 20), RunLog(None)).fit()
+    # The score of TinaFace is a power.
+    threshold = 0.5**config.model.score_power
+    detector = FaceDetector(model, PostprocessConfig(confidence_threshold=threshold))
+    for labelled in two_images:
+        image = read_image(labelled.path)
+        found = detector.detect(cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA))
+        overlaps = box_iou(torch.from_numpy(labelled.faces.boxes * SIDE / len(image)), found.boxes)
+        assert overlaps.numel() > 0
+        assert overlaps.max() > 0.6
+
+
+class StoppedAfterAnEpoch(Trainer):
+    """A run that ends as soon as the first epoch is saved."""
+
+    def _save_last(self) -> None:
+        super()._save_last()
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_a_resumed_run_ends_as_an_uninterrupted_one(
+    name: str, two_images: list[LabelledImage], tmp_path: Path, device: torch.device
+) -> None:
+    """To the bit, through the files that a run leaves; the thresholds and the protocol of the recipe are in them."""
+    config = tiny(name, epochs=2)
+    data = TrainingData(two_images * 2)
+    whole = untrained(config).to(device)
+    Trainer(whole, config, Experiment(tmp_path / "whole"), data, RunLog(None)).fit()
+
+    experiment = Experiment(tmp_path / "stopped")
+    with pytest.raises(KeyboardInterrupt):
+        StoppedAfterAnEpoch(untrained(config).to(device), config, experiment, data, RunLog(None)).fit()
+    save_config(config, experiment.config_file)
+    last = load_checkpoint(experiment.checkpoint(config.model.backbone, "last"))
+    assert last.experiment == config
+    resumed = load_model(last).to(device)
+    trainer = Trainer(resumed, config, experiment, data, RunLog(None))
+    trainer.resume(last)
+    assert trainer.progress.epoch == 1
+    trainer.fit()
+    expected = whole.state_dict()
+    assert [name for name, tensor in resumed.state_dict().items() if not torch.equal(tensor, expected[name])] == []

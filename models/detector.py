@@ -121,7 +121,7 @@ class FaceDetector:
         """
         return self.detect_batch([image])[0]
 
-    def detect_batch(self, images: Sequence[ImageLike]) -> list[Detections]:
+    def detect_batch(self, images: Sequence[Any]) -> list[Detections]:
         """Detect the faces of images of the same size in one forward pass; see `detect`."""
         pixels = [as_bgr_uint8(image) for image in images]
         if len({each.shape for each in pixels}) > 1:

@@ -133,8 +133,8 @@ def _ground_truths(labelled: Sequence[LabelledImage], folder: Path) -> list[Grou
 
     Images outside the folder are named by their whole path, so that no file named like them leaves another folder.
     """
-    root = Path(os.path.abspath(folder))
-    absolute = [Path(os.path.abspath(image.path)) for image in labelled]
+    root = Path(os.path.normpath(folder.absolute()))
+    absolute = [Path(os.path.normpath(image.path.absolute())) for image in labelled]
     paths = [p.relative_to(root) if p.is_relative_to(root) else p.relative_to(p.anchor) for p in absolute]
     counts = Counter(path.with_suffix("") for path in paths)
     truths = []

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     faces = open_faces(options, "dataset" in flags.given)
     if options.pred_dir:
         predicted = open_predictions(flags, options.pred_dir)
-        report(predicted, DetectionStats(), faces, flags, results_folder(flags, predicted.experiment, predicted.folder))
+        report(predicted, DetectionStats(), faces, flags)
         return
     # PyTorch takes a second to import, which --pred_dir does without.
     from engine.evaluation import EvaluationRun, predict
@@ -115,9 +115,9 @@ def results_folder(flags: Flags, name: str, source: Path) -> Path:
 
 
 def report(
-    predicted: PredictionSet, detected: DetectionStats, faces: EvaluationSet, flags: Flags, results: Path
+    predicted: PredictionSet, detected: DetectionStats, faces: EvaluationSet, flags: Flags, results: Path | None = None
 ) -> None:
-    """Evaluate predictions, write the report into the folder of the results, and print it."""
+    """Evaluate predictions, write the report, and print it; `results` is the folder of the results if there is one."""
     options = flags.apply(EvaluationOptions())
     if detected.skipped and not detected.images and len(detected.skipped) == len(faces.truths):
         name, reason = detected.skipped[0]
@@ -130,6 +130,7 @@ def report(
     localisation = localisation_ap(predictions, faces.truths)
     names = frozenset(predictions)
     measured = Measurement(predicted, faces, faces.evaluate(predictions), detected, names, localisation, errors)
+    results = results or results_folder(flags, predicted.experiment, predicted.folder)
     form = suspected_form(predictions, faces) if options.pred_dir else None
     if form:
         print(f"warning: {predicted.folder}: {form}; expected x y width height score in pixels", file=sys.stderr)

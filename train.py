@@ -133,7 +133,7 @@ def describe_continuation(training: TrainingRun, resumed: Checkpoint) -> list[st
     Raises:
         ConfigError: other images are given to a run whose epochs are done, or the file is of another program.
     """
-    if "epoch" not in resumed.training:
+    if not {"epoch", "optimizer", "new_parameters"} <= resumed.training.keys():
         raise ConfigError(f"{resumed.path}: holds no state to continue from; give it as --pretrained_detector")
     flags = ("recipe", "pretrained_backbone", "pretrained_detector")
     idle = [f"--{name}" for name in flags if getattr(training.start, name)]

@@ -113,7 +113,9 @@ def test_flags_without_effect_are_named(
 ) -> None:
     saved = begin(experiments, "mine")
     training = resolved("--experiment_name=mine", "--epochs=9", *flags)
-    last = Checkpoint(Path("last.pth"), saved.model, {}, "own", saved, {"epoch": epoch})
+    last = Checkpoint(
+        Path("last.pth"), saved.model, {}, "own", saved, {"epoch": epoch, "optimizer": {}, "new_parameters": []}
+    )
     if said is None:
         with pytest.raises(ConfigError, match="--dataset was widerface/, not other, and all 9 epochs are done"):
             describe_continuation(training, last)
@@ -123,10 +125,13 @@ def test_flags_without_effect_are_named(
     assert all(line.startswith(start) for line, start in zip(lines, said, strict=True))
 
 
-def test_state_of_another_program_is_no_state_to_continue_from(experiments: Path) -> None:
+@pytest.mark.parametrize(("kind", "of"), [("original", {}), ("own", {"epoch": 3, "val_ap": 0.5})])
+def test_weights_alone_are_no_state_to_continue_from(experiments: Path, kind: str, of: dict[str, float]) -> None:
     saved = begin(experiments, "mine")
     with pytest.raises(ConfigError, match="holds no state to continue from; give it as --pretrained_detector"):
-        describe_continuation(resolved("--experiment_name=mine"), Checkpoint(Path("l"), saved.model, {}, "original"))
+        describe_continuation(
+            resolved("--experiment_name=mine"), Checkpoint(Path("l"), saved.model, {}, kind, saved, of)
+        )
 
 
 def test_folder_with_weights_of_any_program_is_kept(tmp_path: Path) -> None:

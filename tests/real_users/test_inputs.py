@@ -179,12 +179,20 @@ def test_any_range_becomes_8_bits(values: np.ndarray) -> None:
     assert to_8_bits(np.zeros((0, 3), np.float32)).shape == (0, 3)
 
 
-@pytest.mark.parametrize("kind", ["j2k16", "int32", "float1", "float255", "float_colour", "uint16", "uint16_colour"])
+@pytest.mark.parametrize(
+    "kind", ["j2k16", "int32", "float1", "float255", "float_colour", "uint16", "uint16_colour", "png12", "pgm16"]
+)
 def test_deep_images_look_like_shallow_ones(tmp_path: Path, kind: str) -> None:
     image, path = grey(), tmp_path / ("a.jp2" if kind == "j2k16" else "a.tif")
     deep = image.astype(np.uint16) * 257
     if kind == "j2k16":
         Image.fromarray(deep).save(path)
+    elif kind == "png12":
+        path = path.with_suffix(".png")
+        cv2.imwrite(str(path), (deep >> 4).astype(np.uint16))
+    elif kind == "pgm16":
+        path = path.with_suffix(".pgm")
+        cv2.imwrite(str(path), deep)
     elif kind == "int32":
         Image.fromarray(deep.astype(np.int32)).save(path)
     elif kind.startswith("float"):

@@ -142,6 +142,9 @@ def test_reports_of_predictions_overwrite_neither_each_other_nor_an_experiment(t
     assert f"warning: {two}: its boxes look like corners" in results[1].stderr
     assert results[0].stderr == ""
 
+    (tmp_path / "empty").mkdir()
+    assert evaluate(tmp_path, f"--pred_dir={tmp_path}/empty", f"--dataset={dataset}").returncode == 1
+    assert not (folder / "empty").exists()
     elsewhere = evaluate(tmp_path, f"--pred_dir={one}", f"--dataset={dataset}", f"--output_dir={tmp_path}/elsewhere")
     assert f"results are in {tmp_path}/elsewhere" in elsewhere.stdout
     assert (tmp_path / "elsewhere/results.csv").is_file()

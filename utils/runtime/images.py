@@ -30,7 +30,8 @@ _COMPLETE_ENDINGS = (b"\xff\xd9", b"IEND\xaeB`\x82")
 # Beginnings of JPEG, PNG, BMP, TIFF and PNM, which OpenCV decodes. Pillow decodes all others, because OpenCV does not
 # rotate WebP upright and crashes on damaged JPEG 2000.
 _TIFF_BEGINNINGS = (b"II", b"MM")
-_OPENCV_BEGINNINGS = (b"\xff\xd8", b"\x89PNG", b"BM", *_TIFF_BEGINNINGS, b"P")
+_DEEP_BEGINNINGS = (b"\x89PNG", *_TIFF_BEGINNINGS, b"P")  # of formats that may have more than 8 bits
+_OPENCV_BEGINNINGS = (b"\xff\xd8", b"BM", *_DEEP_BEGINNINGS)
 _HEIF_BRANDS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"))
 _JPEG_END = b"\xff\xd9"
 _CHANNELS = ((), (1,), (3,), (4,))
@@ -70,8 +71,10 @@ def read_image_with_note(path: Path) -> tuple[np.ndarray, str | None]:
         raise UnreadableImageError(getattr(error, "strerror", None) or str(error)) from None
     if not data:
         raise UnreadableImageError("empty file")
-    is_animated_png = data.startswith(b"\x89PNG") and b"acTL" in data[: max(0, data.find(b"IDAT"))]
-    if data.startswith(_OPENCV_BEGINNINGS) and data.rstrip(b"\0").endswith(_COMPLETE_ENDINGS) and not is_animated_png:
+    is_special_png = data.startswith(b"\x89PNG") and (
+        data[24:25] > b"\x08" or b"acTL" in data[: max(0, data.find(b"IDAT"))]
+    )
+    if data.startswith(_OPENCV_BEGINNINGS) and data.rstrip(b"\0").endswith(_COMPLETE_ENDINGS) and not is_special_png:
         return _decode_with_opencv(data), None
     try:
         # Where OpenCV would fill a missing part with grey and say nothing, Pillow refuses.
@@ -80,9 +83,9 @@ def read_image_with_note(path: Path) -> tuple[np.ndarray, str | None]:
         if data.startswith(b"\xff\xd8") and _lacks_only_its_end(data):
             return _decode_with_opencv(data + _JPEG_END), "the end of the file is missing, but nothing of the image"
         if data.startswith(_TIFF_BEGINNINGS) and (deep := _decode_deep(data)) is not None:
-            return deep, None  # Pillow reads no colours of more than 8 bits
+            return deep, None  # Pillow reads no TIFF of floats in colour
         raise
-    if data.startswith(_TIFF_BEGINNINGS) and (deep := _decode_deep(data)) is not None:
+    if data.startswith(_DEEP_BEGINNINGS) and (deep := _decode_deep(data)) is not None:
         return deep, note
     return (_decode_with_opencv(data) if data.startswith(_OPENCV_BEGINNINGS) else pixels), note
 

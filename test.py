@@ -131,7 +131,7 @@ def report(
     names = frozenset(predictions)
     measured = Measurement(predicted, faces, faces.evaluate(predictions), detected, names, localisation, errors)
     results = results or results_folder(flags, predicted.experiment, predicted.folder)
-    form = suspected_form(predictions, faces) if options.pred_dir else None
+    form = suspected_form(predictions, faces, measured.evaluation) if options.pred_dir else None
     if form:
         print(f"warning: {predicted.folder}: {form}; expected x y width height score in pixels", file=sys.stderr)
     with disk_errors(results):

@@ -119,7 +119,8 @@ def test_images_outside_the_folder_have_names_inside_the_results(tmp_path: Path)
 def test_other_forms_of_predictions_are_suspected(tmp_path: Path, change: object, form: str | None) -> None:
     faces = opened(make_dataset(tmp_path, ["a.png"]))
     rows = change(np.array(BOXES))  # type: ignore[operator]
-    found = suspected_form({"a": np.hstack([rows, np.full((len(rows), 1), 0.9)])}, faces)
+    predictions = {"a": np.hstack([rows, np.full((len(rows), 1), 0.9)])}
+    found = suspected_form(predictions, faces, faces.evaluate(predictions))
     assert found == form if form is None else found and found.startswith(form)
 
 

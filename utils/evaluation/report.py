@@ -93,16 +93,18 @@ class HeightClass:
     recall_sure: float
 
 
-def suspected_form(predictions: Mapping[str, np.ndarray], faces: EvaluationSet) -> str | None:
-    """What predictions that find next to no face look like instead of x, y, width, height in pixels, if anything."""
+def suspected_form(predictions: Mapping[str, np.ndarray], faces: EvaluationSet, evaluation: Evaluation) -> str | None:
+    """What predictions that find next to no face look like instead of x, y, width, height in pixels, if anything.
+
+    Args:
+        predictions: as they were read.
+        faces: the ground truth.
+        evaluation: of these predictions.
+    """
     rows = np.concatenate(list(predictions.values()))
     if len(rows) and np.median(rows[:, :4].max(axis=1)) <= _LARGEST_NORMALISED:
         return "its boxes look normalised to 0..1"
-
-    def ap(boxes: Mapping[str, np.ndarray]) -> float:
-        return list(faces.evaluate(dict(boxes)).average_precisions.values())[-1]
-
-    least = ap(predictions) + _SUSPICIOUS_AP
+    least = _SUSPICIOUS_AP + list(evaluation.average_precisions.values())[-1]
     if least > 2 * _SUSPICIOUS_AP:
         return None
     for name, shift in (("corners x1 y1 x2 y2", (0, 0, -1, -1)), ("centres x y width height", (-0.5, -0.5, 0, 0))):
@@ -110,7 +112,7 @@ def suspected_form(predictions: Mapping[str, np.ndarray], faces: EvaluationSet) 
         other = {
             key: np.concatenate([_shifted(boxes, shift), boxes[:, 4:]], axis=1) for key, boxes in predictions.items()
         }
-        if ap(other) > least:
+        if list(faces.evaluate(other).average_precisions.values())[-1] > least:
             return f"its boxes look like {name}"
     return None
 

@@ -5,7 +5,8 @@ row a prior: `class_logits`, `box_deltas` and, where the model has them, `landma
 architecture, with anchors and variances to decode them by, is its metadata `model`, as JSON.
 
 With --with_nms it takes one image, (1, H, W, 3), and gives its faces, best first: `boxes` (N, 4) xyxy in pixels,
-`scores` and, where the model has them, `landmarks` (N, 5, 2).
+`scores` and, where the model has them, `landmarks` (N, 5, 2). Large images are reduced within the file. Without
+--with_nms that is left to the caller: above --max_pixels of inference.py close-ups are missed.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
+from torchvision.ops import box_iou
 
 from config import (
     DATA,
     DEFAULT_EXPERIMENT,
     EXPERIMENTS,
+    ComputeOptions,
     ExperimentConfig,
     ExportOptions,
     ModelOverrides,
@@ -44,6 +48,7 @@ GROUPS = (RunOptions(), WeightOptions(), ExportOptions(), ExperimentConfig().inf
 _CHECKED_IMAGE = DATA / "sample_widerface/images/astronaut.jpg"
 _CHECKED_SHAPES = ((1, 160, 160, 3), (2, 97, 210, 3))
 _PIXEL_TOLERANCE = 0.05
+_LEAST_IOU = 0.9  # where the image is reduced, by filters that differ slightly
 _TOLERANCE = 1e-3  # of logits and deltas: a hundredth of a pixel in a box of 100
 
 
@@ -56,13 +61,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = load_checkpoint(path, flags.apply(ModelOverrides()))
     model, config = fuse_batch_norm(load_model(checkpoint)), flags.apply(checkpoint.inference)
     output = user_path(options.output)
+    if output.is_dir():
+        raise ConfigError(f"--output={output}: is a folder; give the name of a file in it, such as {output}/faces.onnx")
     if not output.parent.is_dir():
         raise ConfigError(f"--output={output}: there is no folder {output.parent}; make it, or choose another")
-    graph = detector_graph(model, config) if options.with_nms else raw_graph(model)
+    graph = detector_graph(model, config, options.max_pixels) if options.with_nms else raw_graph(model)
     with disk_errors(output), atomic_write(output) as temporary:
         temporary.write_bytes(graph)
     if options.with_nms:
-        difference, tolerance = largest_detection_difference(model, output, config), _PIXEL_TOLERANCE
+        compute = ComputeOptions("torch", max_pixels=options.max_pixels)
+        difference, tolerance = largest_detection_difference(model, output, config, compute), _PIXEL_TOLERANCE
     else:
         difference, tolerance = largest_difference(model, output), _TOLERANCE
     if difference > tolerance:
@@ -73,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(flags: Flags, options: ExportOptions) -> None:
     """Refuse thresholds without the suppression that uses them, and missing packages."""
-    idle = sorted(set(declarations(PostprocessConfig)) & set(flags.given))
+    idle = sorted({*declarations(PostprocessConfig), "max_pixels"} & set(flags.given))
     if idle and not options.with_nms:
         raise ConfigError(f"--{idle[0]} has no effect without --with_nms; add it, or drop --{idle[0]}")
     if missing := missing_onnx_packages():
@@ -96,16 +104,29 @@ def largest_difference(model: RetinaFace, graph: Path) -> float:
     return largest
 
 
-def largest_detection_difference(model: RetinaFace, graph: Path, config: PostprocessConfig) -> float:
+def largest_detection_difference(
+    model: RetinaFace, graph: Path, config: PostprocessConfig, compute: ComputeOptions
+) -> float:
     """Largest difference of boxes, landmarks and scores of `FaceDetector` and of a graph with suppression.
 
-    Infinite where they find different numbers of faces in the sample image.
+    Infinite where they find different numbers of faces in the sample image, or their boxes in the same image above
+    the limit of pixels overlap too little. Without the sample image, noise is looked at.
     """
     import onnxruntime  # an optional package
 
     session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-    image = read_image(_CHECKED_IMAGE)[:400]
-    found = FaceDetector(model, config).detect(image)
+    noise = np.random.default_rng(0).integers(0, 256, (400, 512, 3), np.uint8)
+    image = read_image(_CHECKED_IMAGE)[:400] if _CHECKED_IMAGE.is_file() else noise
+    detector = FaceDetector(model, config, compute)
+    if compute.max_pixels:
+        factor = math.sqrt(2 * compute.max_pixels / image[..., 0].size)
+        large = cv2.resize(image, None, fx=factor, fy=factor)
+        found, boxes = detector.detect(large), torch.from_numpy(session.run(None, {"images": large[None]})[0])
+        if len(found) != len(boxes) or (
+            len(boxes) and box_iou(found.boxes, boxes).max(dim=1).values.min() < _LEAST_IOU
+        ):
+            return math.inf
+    found = detector.detect(image)
     names, values = detector_output_names(model.model_config), session.run(None, {"images": image[None]})
     largest = 0.0
     for name, value in zip(names, values, strict=True):

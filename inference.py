@@ -72,13 +72,13 @@ def resolve(flags: Flags, context: DistributedContext, stack: ExitStack) -> Infe
     path = locate_checkpoint(EXPERIMENTS, name or DEFAULT_EXPERIMENT, flags.apply(WeightOptions()).model_weight)
     checkpoint = load_checkpoint(path, flags.apply(ModelOverrides()))
     detector = FaceDetector(load_model(checkpoint).to(device), flags.apply(checkpoint.inference), compute)
-    folder = user_path(options.inference_save_folder)
+    folder = user_path(options.inference_save_folder).absolute()
     # Where the folder of the results is the one that is searched, the images that runs write there are left out.
     exclude = {folder, *(folder / name for name in OUTPUT_FOLDERS)}
     source = open_source(options.inference_dir, DATA, exclude, options.max_frames)
     segmenter_model = user_path(options.segmenter_model) if options.segmenter_model else None
     inference_run = InferenceRun(
-        name=name or checkpoint.experiment_name(EXPERIMENTS),
+        name=(name or checkpoint.experiment_name(EXPERIMENTS)).replace("/", "_"),
         checkpoint=checkpoint,
         detector=detector,
         compute=compute,

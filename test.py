@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from config import (
     DATA,
@@ -25,11 +27,18 @@ from utils.evaluation.ground_truth import EvaluationSet, open_evaluation_set
 from utils.evaluation.localisation import localisation_ap
 from utils.evaluation.prediction_set import PredictionSet
 from utils.evaluation.predictions import prediction_file, read_predictions
-from utils.evaluation.report import DetectionStats, Measurement, append_to_table, describe, write_report
+from utils.evaluation.report import (
+    DetectionStats,
+    Measurement,
+    append_to_table,
+    describe,
+    suspected_form,
+    write_report,
+)
 from utils.options import Flags, parse_flags
 from utils.runtime.cli import choose_device, run
 from utils.runtime.experiment import Experiment
-from utils.runtime.files import disk_errors, make_folder, user_path
+from utils.runtime.files import disk_errors, make_folder, own_folder, user_path
 
 GROUPS = (
     RunOptions(),
@@ -41,7 +50,10 @@ GROUPS = (
     ModelOverrides(),
 )
 # The flags that have a meaning where no detector runs.
-_WITH_PREDICTIONS = {"pred_dir", "gt_dir", "dataset", "save_errors", "bootstrap", "experiment_name", "gpu_num"}
+_WITH_PREDICTIONS = {
+    *("pred_dir", "gt_dir", "dataset", "save_errors", "bootstrap", "experiment_name", "gpu_num", "output_dir")
+}
+_UNNAMED_RESULTS = Path("test_results")  # so that nothing is written into an experiment that nobody named
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,14 +61,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = flags.apply(EvaluationOptions())
     faces = open_faces(options, "dataset" in flags.given)
     if options.pred_dir:
-        report(open_predictions(flags, options.pred_dir), DetectionStats(), faces, options)
+        predicted = open_predictions(flags, options.pred_dir)
+        report(predicted, DetectionStats(), faces, flags)
         return
     # PyTorch takes a second to import, which --pred_dir does without.
     from engine.evaluation import EvaluationRun, predict
     from models.checkpoint import load_checkpoint, locate_checkpoint
     from models.detector import FaceDetector
     from models.initialise import load_model
-    from utils.runtime.distributed import distributed_context
+    from utils.runtime.distributed import distributed_context, run_on_main
 
     device, name = choose_device(flags.apply(RunOptions()).gpu_num), flags.apply(RunOptions()).experiment_name
     with distributed_context(device) as context:
@@ -66,11 +79,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = load_model(checkpoint).to(device)
         detector = FaceDetector(model, flags.apply(checkpoint.evaluation), flags.apply(EVALUATION_COMPUTE))
         name = name or checkpoint.experiment_name(EXPERIMENTS)
-        results = Experiment(EXPERIMENTS / name).results_folder
+        results = run_on_main(lambda: results_folder(flags, name, checkpoint.path))
         evaluation = EvaluationRun(name, checkpoint, detector, flags.apply(ProtocolConfig()), results, options.resume)
         predicted, detected = predict(evaluation, faces, context)
         if context.is_main:
-            report(predicted, detected, faces, options)
+            report(predicted, detected, faces, flags, results)
 
 
 def open_faces(options: EvaluationOptions, dataset_is_given: bool) -> EvaluationSet:
@@ -91,10 +104,24 @@ def open_predictions(flags: Flags, pred_dir: str) -> PredictionSet:
     return PredictionSet.open(user_path(pred_dir), flags.apply(RunOptions()).experiment_name)
 
 
+def results_folder(flags: Flags, name: str, source: Path) -> Path:
+    """The folder of the results, which is made: the one that the user gave or named, or a new one for this source."""
+    output_dir, experiment = flags.apply(EvaluationOptions()).output_dir, flags.apply(RunOptions()).experiment_name
+    if output_dir:
+        return make_folder(user_path(output_dir).absolute())
+    if experiment:
+        return make_folder(Experiment(EXPERIMENTS / experiment).results_folder)
+    return own_folder(_UNNAMED_RESULTS.absolute() / name, source)
+
+
 def report(
-    predicted: PredictionSet, detected: DetectionStats, faces: EvaluationSet, options: EvaluationOptions
+    predicted: PredictionSet, detected: DetectionStats, faces: EvaluationSet, flags: Flags, results: Path | None = None
 ) -> None:
-    """Evaluate predictions, write the report, and print it."""
+    """Evaluate predictions, write the report, and print it; `results` is the folder of the results if there is one."""
+    options = flags.apply(EvaluationOptions())
+    if detected.skipped and not detected.images and len(detected.skipped) == len(faces.truths):
+        name, reason = detected.skipped[0]
+        raise UserError(f"{faces.source}: none of its {len(faces.truths)} images can be read; first {name}: {reason}")
     predictions = read_predictions(predicted.folder, faces.names)
     if not predictions:
         example = prediction_file(predicted.folder, faces.names[0])
@@ -103,10 +130,13 @@ def report(
     localisation = localisation_ap(predictions, faces.truths)
     names = frozenset(predictions)
     measured = Measurement(predicted, faces, faces.evaluate(predictions), detected, names, localisation, errors)
-    results = make_folder(Experiment(EXPERIMENTS / predicted.experiment).results_folder)
+    results = results or results_folder(flags, predicted.experiment, predicted.folder)
+    form = suspected_form(predictions, faces, measured.evaluation) if options.pred_dir else None
+    if form:
+        print(f"warning: {predicted.folder}: {form}; expected x y width height score in pixels", file=sys.stderr)
     with disk_errors(results):
         write_report(results, measured)
-        append_to_table(EXPERIMENTS / "results.csv", measured)
+        append_to_table((EXPERIMENTS if results.is_relative_to(EXPERIMENTS) else results) / "results.csv", measured)
         if options.save_errors:
             from utils.evaluation.error_gallery import write_error_gallery  # the rest does without OpenCV
 

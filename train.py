@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,7 @@ from config import (
     DataConfig,
     ExperimentConfig,
     LossConfig,
+    ModelConfig,
     ModelOverrides,
     RunOptions,
     StartOptions,
@@ -31,6 +33,7 @@ from models.retinaface import RetinaFace
 from models.teacher import Teacher
 from utils.datasets.contact_sheet import write_contact_sheet
 from utils.datasets.folders import find_datasets, read_split
+from utils.datasets.labels import LabelledImage
 from utils.datasets.sampler import image_weights
 from utils.errors import ConfigError
 from utils.evaluation.ground_truth import open_validation_set
@@ -40,6 +43,7 @@ from utils.runtime.distributed import DistributedContext, distributed_context
 from utils.runtime.experiment import Experiment, load_config, load_recipe, save_config
 from utils.runtime.files import disk_errors, make_folder, user_path
 from utils.runtime.logger import RunLog
+from utils.structures import join_faces
 
 GROUPS = (RunOptions(), StartOptions(), ModelOverrides(), DataConfig(), LossConfig(), TrainConfig())
 
@@ -53,12 +57,14 @@ class TrainingRun:
         config: of the experiment.
         start: where training starts.
         checkpoint: detector that it starts from, or None.
+        notes: lines for the user.
     """
 
     experiment: Experiment
     config: ExperimentConfig
     start: StartOptions
     checkpoint: Checkpoint | None
+    notes: Sequence[str]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,19 +84,18 @@ def resolve(flags: Flags) -> TrainingRun:
     start, name = flags.apply(StartOptions()), flags.apply(RunOptions()).experiment_name
     if start.pretrained_detector and start.pretrained_backbone not in (None, "none"):
         raise ConfigError("--pretrained_detector brings its backbone: drop --pretrained_backbone")
-    named = Experiment(EXPERIMENTS / name) if name else None
+    checkpoint = load_checkpoint(user_path(start.pretrained_detector)) if start.pretrained_detector else None
+    recipe = load_recipe(start.recipe, RECIPES).experiment if start.recipe else None
+    named = Experiment(EXPERIMENTS / name).for_training if name else None
     overrides = flags.apply(ModelOverrides())
-    saved, base, checkpoint = ExperimentConfig(), None, None
-    if start.resume and named and named.config_file.is_file():
+    base: ModelConfig | None
+    if named and start.resume and named.config_file.is_file() and (named.can_continue or not (recipe or checkpoint)):
         saved = load_config(named.config_file)
         base = saved.model
-    elif start.recipe:
-        saved = load_recipe(start.recipe, RECIPES).experiment
-        base = saved.model
+    elif recipe:
+        saved, base = recipe, recipe.model
     else:
-        if start.pretrained_detector:
-            checkpoint = load_checkpoint(user_path(start.pretrained_detector))
-            base = checkpoint.model_config
+        saved, base = ExperimentConfig(), checkpoint.model_config if checkpoint else None
         overrides = combine_overrides(overrides, name or "")
     model_config = apply_overrides(overrides, base)
     config = dataclasses.replace(
@@ -100,19 +105,63 @@ def resolve(flags: Flags) -> TrainingRun:
         data=flags.apply(saved.data),
         train=flags.apply(saved.train),
     )
-    usual_name = start.recipe or model_config.name
-    return TrainingRun(named or Experiment(EXPERIMENTS / usual_name), config, start, checkpoint)
+    usual = Experiment(EXPERIMENTS / (name or start.recipe or model_config.name))
+    experiment = usual.for_training
+    if experiment.can_continue and experiment.config_file.is_file():
+        check_architecture(experiment, model_config)
+    kept = f"{usual.folder} holds a detector, which is kept: training in {experiment.folder}"
+    return TrainingRun(experiment, config, start, checkpoint, [] if experiment == usual else [kept])
+
+
+def check_architecture(experiment: Experiment, model_config: ModelConfig) -> None:
+    """Refuse to replace the configuration that the checkpoints of an experiment need.
+
+    Raises:
+        ConfigError: the experiment is of another architecture.
+    """
+    saved = load_config(experiment.config_file).model
+    if saved != model_config:
+        raise ConfigError(
+            f"{experiment.folder}: was trained with another architecture ({describe_architecture(saved)}); use another "
+            "--experiment_name"
+        )
+
+
+def describe_continuation(training: TrainingRun, resumed: Checkpoint) -> list[str]:
+    """What has no effect where training continues, for the user.
+
+    Raises:
+        ConfigError: other images are given to a run whose epochs are done, or the file is of another program.
+    """
+    if not {"epoch", "optimizer", "new_parameters"} <= resumed.training.keys():
+        raise ConfigError(f"{resumed.path}: holds no state to continue from; give it as --pretrained_detector")
+    flags = ("recipe", "pretrained_backbone", "pretrained_detector")
+    idle = [f"--{name}" for name in flags if getattr(training.start, name)]
+    lines = [f"{idle[0]} has no effect, because training continues; --resume=False starts again"] if idle else []
+    epochs, dataset = training.config.train.epochs, training.config.data.dataset
+    former = resumed.experiment.data.dataset if resumed.experiment else dataset
+    is_other = [Path(part) for part in former.split(",")] != [Path(part) for part in dataset.split(",")]
+    if resumed.training["epoch"] < epochs:
+        return [*lines, f"--dataset was {former}, now it is {dataset}"] if is_other else lines
+    done = f"all {epochs} epochs are done; give more --epochs, or another --experiment_name"
+    if is_other:
+        raise ConfigError(f"{training.experiment.folder}: --dataset was {former}, not {dataset}, and {done}")
+    return [*lines, done]
 
 
 def train(training: TrainingRun, device: torch.device, context: DistributedContext) -> None:
     config, experiment, start = training.config, training.experiment, training.start
     data = open_data(config.data)
+    notes = list(training.notes)
     torch.manual_seed(config.train.seed)
     model = build_model(config.model)
     last = experiment.checkpoint(config.model.backbone, "last")
     resumed = load_checkpoint(last) if start.resume and last.is_file() and not start.show_batch else None
+    notes += describe_continuation(training, resumed) if resumed else []
     new_parameters = resumed.training["new_parameters"] if resumed else initialise(model, training)
     log = RunLog(make_folder(experiment.log_folder) if context.is_main else None)
+    for note in notes:
+        log.line(note)
     trainer = Trainer(
         model.to(device),
         config,
@@ -142,6 +191,7 @@ def train(training: TrainingRun, device: torch.device, context: DistributedConte
             f"{len(data.images)} training images on {device}, {context.world_size} process(es)",
             f", {experiment.folder}",
         )
+        log.line(describe_faces(data.images))
         log.line(describe_validation(data))
         trainer.fit()
     best = experiment.checkpoint(config.model.backbone, "best")
@@ -154,6 +204,18 @@ def open_data(config: DataConfig) -> TrainingData:
     parts = read_split(folders, "train")
     weights = image_weights(config.dataset_weights, [len(part) for part in parts])
     return TrainingData(list(chain.from_iterable(parts)), weights, open_validation_set(folders))
+
+
+def describe_faces(images: Sequence[LabelledImage]) -> str:
+    """How many faces are learnt from, and how many are not, and why."""
+    faces = join_faces([image.faces for image in images])
+    counts = {
+        "used": len(faces) - int(faces.ignored.sum()),
+        "with landmarks": int((faces.has_landmarks & ~faces.ignored).sum()),
+        "marked to be ignored": int(faces.ignored.sum()),
+        "without area dropped": sum(image.dropped for image in images),
+    }
+    return "faces: " + ", ".join(f"{count} {meaning}" for meaning, count in counts.items())
 
 
 def describe_validation(data: TrainingData) -> str:

@@ -124,9 +124,12 @@ def our_run(detector: FaceDetector, files: Sequence[tuple[str, Path]], folder: P
 
 def yunet_run(model: Path, files: Sequence[tuple[str, Path]], folder: Path) -> None:
     """OpenCV's YuNet, a smaller model, with the same thresholds."""
-    detector = cv2.FaceDetectorYN.create(
-        str(model), "", (320, 320), _DETECTION.confidence_threshold, _DETECTION.nms_threshold, _CANDIDATES
-    )
+    try:
+        detector = cv2.FaceDetectorYN.create(
+            str(model), "", (320, 320), _DETECTION.confidence_threshold, _DETECTION.nms_threshold, _CANDIDATES
+        )
+    except cv2.error as error:
+        raise UserError(f"--yunet {model}: OpenCV cannot read it ({error.err})") from None
     for name, path in files:
         image = cv2.imread(str(path))
         detector.setInputSize((image.shape[1], image.shape[0]))

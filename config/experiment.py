@@ -19,7 +19,9 @@ class PostprocessConfig(Options):
     nms_threshold: float = option(0.3, "IoU above which the weaker of two boxes is suppressed", minimum=0, maximum=1)
     top_k: int = option(0, "candidates that enter the suppression, best first; 0 is no limit", minimum=0)
     keep_top_k: int = option(0, "detections kept per image, best first; 0 is no limit", minimum=0)
-    clip_boxes: bool = option(True, "clip boxes to the image; False keeps boxes that reach outside, as the original")
+    clip_boxes: bool = option(
+        True, "clip boxes and landmarks to the image; False keeps what reaches outside, as the original"
+    )
 
 
 @dataclass(frozen=True)

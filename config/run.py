@@ -25,6 +25,11 @@ class RunOptions(Options):
 
     def __post_init__(self) -> None:
         require(self.gpu_num >= -1, f"--gpu_num is the index of a CUDA device or -1 for the CPU, got {self.gpu_num}")
+        name = Path(self.experiment_name or "default")
+        require(
+            bool(name.parts) and not name.anchor and ".." not in name.parts,
+            f"--experiment_name={self.experiment_name} leads out of experiments/; give the name of a folder in it",
+        )
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,11 @@ class EvaluationOptions(Options):
     pred_dir: str | None = option(
         None, "evaluate predictions of any detector, given as <event>/<image>.txt, instead of running one"
     )
+    output_dir: str | None = option(
+        None,
+        "folder for the results (default: results/ of the experiment where --experiment_name is given, else a folder "
+        "of its own in test_results/)",
+    )
     resume: bool = option(False, "keep the predictions of an interrupted run and process the remaining images")
     bootstrap: int = option(0, "resample the images N times (100 or more) for a standard error of the AP", minimum=0)
     save_errors: int = option(0, "draw N false positives and N missed faces into errors.png", minimum=0)
@@ -130,3 +140,6 @@ class ExportOptions(Options):
 
     output: str = option("detector.onnx", "file to write; an existing one is replaced")
     with_nms: bool = option(False, "decode and suppress within the file, with the thresholds given here")
+    max_pixels: int = option(
+        ComputeOptions.max_pixels, "with --with_nms, larger images are reduced to N pixels; 0 is no limit", minimum=0
+    )

@@ -18,6 +18,7 @@ from models.checkpoint import Checkpoint
 from models.detector import FaceDetector
 from utils.errors import ConfigError, UserError
 from utils.options import to_dict
+from utils.results.files import OUTPUT_FOLDERS
 from utils.results.masks import HeadMask, HeadSegmenter
 from utils.results.writer import OutputOptions, ResultWriter
 from utils.runtime.cli import show_progress
@@ -60,11 +61,18 @@ class InferenceRun:
     segmenter_model: Path | None
 
     def check(self, context: DistributedContext) -> None:
-        """Refuse to shard or resume frames, which can only be read one after another.
+        """Refuse to write over the input, and to shard or resume frames, which can only be read one after another.
 
         Raises:
             ConfigError: says what to do instead.
         """
+        outputs = [(self.folder / name).resolve() for name in OUTPUT_FOLDERS]
+        for folder in self.source.folders:
+            if any(folder.resolve().is_relative_to(output) for output in outputs):
+                raise ConfigError(
+                    f"{folder}: holds images to be read, but results are written there; choose another "
+                    "--inference_save_folder"
+                )
         if isinstance(self.source, ImageFiles):
             return
         if context.world_size > 1:
@@ -150,6 +158,8 @@ def run_inference(
             say(writer.summary.describe(time.perf_counter() - start))
             if run.segmenter is not None:
                 say(run.segmenter.describe())
+    for note in run.source.notes:
+        say(note)
     if run.source.ignored:
         say(f"{run.source.ignored} files without an image's suffix were skipped")
     say(f"results are in {run.folder.resolve()}")
@@ -172,7 +182,7 @@ def _detect(run: InferenceRun, writer: ResultWriter, worker: BackgroundWorker) -
         else:
             if run.segmenter is not None:
                 heads = [run.segmenter.segment(image.pixels, face) for face in detections.boxes.numpy()]
-            worker.submit(writer.add, image.name, image.pixels, detections, heads, image.position)
+            worker.submit(writer.add, image.name, image.pixels, detections, heads, image.position, image.note)
         yield image, detections, heads
 
 

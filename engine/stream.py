@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils.errors import UserError
 from utils.runtime.sources import InputImage, read_images
 from utils.runtime.threads import map_in_order
 from utils.structures import Detections
@@ -122,12 +123,25 @@ def _detect(detector: BatchDetector, images: Sequence[InputImage]) -> list[Detec
     try:
         return list(zip(images, detector.detect_batch(pixels), strict=True))
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
-            raise
+        if not _is_out_of_memory(error):
+            if "CUDA" not in str(error):
+                raise
+            raise UserError(f"{images[0].name}: {str(error).splitlines()[0]}") from error
     if len(images) > 1:
         return [detected for image in images for detected in _detect(detector, [image])]
     problem = f"{_size(pixels[0])} pixels are too many for the memory"
     return [(replace(images[0], pixels=None, problem=problem), _NO_DETECTIONS)]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory is used up, on the GPU or in PyTorch and ONNX Runtime on the CPU.
+
+    Other errors of CUDA speak of memory too, such as illegal accesses, after which no image can be detected in.
+    """
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return "CUDA" not in text and any(words in text for words in ("llocate memory", "bad_alloc", "bad allocation"))
 
 
 def _size(pixels: np.ndarray) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,10 @@ class OnnxBackend:
         content = graph if isinstance(graph, bytes) else str(graph)
         self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self._names = [output.name for output in self._session.get_outputs()]
+
+    def __reduce__(self) -> tuple[type[OnnxBackend], tuple[Any, ...]]:
+        """The session of ONNX Runtime cannot be pickled; a spawned worker opens its own."""
+        return OnnxBackend, (self._graph, self._priors, self._threads)
 
     def for_worker(self) -> Backend:
         return self._worker

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,12 +119,15 @@ def load_checkpoint(path: Path, overrides: ModelOverrides | None = None) -> Chec
     """
     overrides = overrides or ModelOverrides()
     content = _read(path)
-    if content.get("format") in _OWN_FORMATS:
-        checkpoint = _read_own(path, content)
-    else:
-        kind, model_config, state, note = read_foreign(path, _plain_state(content), overrides)
-        checkpoint = Checkpoint(path, model_config, state, kind, note=note)
-    return _adapt_to_overrides(checkpoint, overrides)
+    try:
+        if content.get("format") in _OWN_FORMATS:
+            checkpoint = _read_own(path, content)
+        else:
+            kind, model_config, state, note = read_foreign(path, _plain_state(content), overrides)
+            checkpoint = Checkpoint(path, model_config, state, kind, note=note)
+        return _adapt_to_overrides(checkpoint, overrides)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:  # parts of it are of the wrong kind
+        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from None
 
 
 def load_backbone(path: Path, backbone: str) -> tuple[State, bool]:
@@ -153,10 +157,19 @@ def load_backbone(path: Path, backbone: str) -> tuple[State, bool]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with the file is said below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception:  # a damaged file makes the unpickler raise almost anything
+    except Exception as error:  # a damaged file makes the unpickler raise almost anything
+        global_name = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        if global_name or "TorchScript" in str(error):
+            held = f"a pickled {global_name[1]}" if global_name else "a TorchScript program"
+            raise CheckpointError(
+                f"{path}: holds {held}, which would run code to load; where it can be trusted, convert it: "
+                f"torch.save(torch.load(FILE, weights_only=False).state_dict(), NEW_FILE)"
+            ) from None
         raise CheckpointError(f"{path}: not a PyTorch checkpoint of plain tensors, or damaged") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
@@ -165,7 +178,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _plain_state(content: Mapping[str, Any]) -> State:
     """The tensors of a foreign file, without wrappers and without DataParallel's `module.`."""
-    for wrapper in ("network", "state_dict", "model_state_dict"):
+    for wrapper in ("network", "state_dict", "model_state_dict", "model", "net", "weights", "params"):
         if isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     return {str(name).removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
@@ -174,6 +187,8 @@ def _plain_state(content: Mapping[str, Any]) -> State:
 def _read_own(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     if not {"config", "model"} <= content.keys():
         raise CheckpointError(f"{path}: a checkpoint of ours without its configuration or weights; it is damaged")
+    if not all(isinstance(tensor, Tensor) for tensor in content["model"].values()):
+        raise CheckpointError(f"{path}: has weights that are no tensors; it is damaged")
     experiment = from_dict(ExperimentConfig, content["config"], where=str(path))
     beside = path.parent.parent / "config.json"
     if beside.is_file() and load_config(beside).model != experiment.model:

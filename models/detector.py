@@ -17,7 +17,7 @@ from models.backend import Backend, build_backend
 from models.checkpoint import load_checkpoint, locate_checkpoint
 from models.initialise import load_model
 from models.retinaface import RetinaFace
-from utils.runtime.images import resize_to_limit
+from utils.runtime.images import ImageLike, as_bgr_uint8, resize_to_limit
 from utils.structures import Detections
 
 # The default of callers in Python: starts at once and writes nothing.
@@ -57,10 +57,10 @@ class FaceDetector:
         device: torch.device | str = "cpu",
         experiments: Path = EXPERIMENTS,
         compute: ComputeOptions = _TORCH,
-        **thresholds: Any,
+        **options: Any,
     ) -> FaceDetector:
         """The detector of `experiments/<name>/`; see `from_checkpoint`."""
-        return cls.from_checkpoint(locate_checkpoint(experiments, name, model_weight), device, compute, **thresholds)
+        return cls.from_checkpoint(locate_checkpoint(experiments, name, model_weight), device, compute, **options)
 
     @classmethod
     def from_checkpoint(
@@ -68,6 +68,7 @@ class FaceDetector:
         path: Path | str,
         device: torch.device | str = "cpu",
         compute: ComputeOptions = _TORCH,
+        max_pixels: int | None = None,
         **thresholds: Any,
     ) -> FaceDetector:
         """The detector of any supported checkpoint file: ours, the original's or biubug6's.
@@ -76,6 +77,7 @@ class FaceDetector:
             path: the file.
             device: where the model runs.
             compute: backend, and size to which larger images are reduced.
+            max_pixels: replaces that size; 0 is no limit.
             thresholds: fields of `PostprocessConfig` that replace those of the checkpoint, such as
                 `confidence_threshold=0.3`.
 
@@ -85,6 +87,8 @@ class FaceDetector:
         """
         checkpoint = load_checkpoint(Path(path))
         config = dataclasses.replace(checkpoint.inference, **thresholds)
+        if max_pixels is not None:
+            compute = dataclasses.replace(compute, max_pixels=max_pixels)
         return cls(load_model(checkpoint).to(device), config, compute)
 
     @property
@@ -103,20 +107,31 @@ class FaceDetector:
         worker.backend = self.backend.for_worker()
         return worker
 
-    def detect(self, image: np.ndarray) -> Detections:
+    def detect(self, image: ImageLike) -> Detections:
         """Detect the faces of one image.
 
         Args:
-            image: (H, W, 3) uint8 BGR, as OpenCV reads it, of any size.
+            image: (H, W, 3) uint8 BGR, as OpenCV reads it, of any size, or anything else that `as_bgr_uint8` takes.
 
         Returns:
             `Detections` in pixels of the image, on the CPU.
+
+        Raises:
+            TypeError, ValueError: it is no image.
         """
         return self.detect_batch([image])[0]
 
-    @torch.inference_mode()
-    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
+    def detect_batch(self, images: Sequence[Any]) -> list[Detections]:
         """Detect the faces of images of the same size in one forward pass; see `detect`."""
+        pixels = [as_bgr_uint8(image) for image in images]
+        if len({each.shape for each in pixels}) > 1:
+            sizes = ", ".join(f"{each.shape[1]}x{each.shape[0]}" for each in pixels)
+            raise ValueError(f"expected images of the same size, got {sizes}; call detect for each")
+        # Cloned outside of inference mode, so that callers may write to the results.
+        return [found.clone() for found in self._detect(pixels)] if pixels else []
+
+    @torch.inference_mode()
+    def _detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
         height, width = images[0].shape[:2]
         batch = self._to_device([resize_to_limit(image, self.max_pixels) for image in images])
         size_hw = (batch.shape[1], batch.shape[2])

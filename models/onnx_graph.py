@@ -12,15 +12,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig, PostprocessConfig
 from layers.postprocess import apply_nms, filter_and_decode
 from models.retinaface import RetinaFace
 from utils.options import to_dict
+from utils.structures import Detections, image_size_xy
 
 _ONNX_PACKAGES = ("onnx", "onnxruntime")
-_OPSET = 17
+_OPSET = 18  # the first whose Resize can filter, as a reduction must
 _EXAMPLE_SIZE = (96, 128)  # height and width of the image that is traced
 
 
@@ -62,18 +64,32 @@ class _RawOutputs(nn.Module):
 
 
 class _Detector(nn.Module):
-    """One image as OpenCV reads it to its boxes, scores and landmarks."""
+    """One image as OpenCV reads it, reduced if it is large, to its boxes, scores and landmarks."""
 
-    def __init__(self, model: RetinaFace, config: PostprocessConfig) -> None:
+    def __init__(self, model: RetinaFace, config: PostprocessConfig, max_pixels: int) -> None:
         super().__init__()
         self.model = model
         self.config = config
+        self.max_pixels = max_pixels
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        output = self.model(images.permute(0, 3, 1, 2))[-1]
         size_hw = (images.shape[1], images.shape[2])
-        candidates, _, is_above = filter_and_decode(output, size_hw, self.model.model_config, self.config)
-        found = apply_nms(candidates.select(torch.nonzero(is_above).squeeze(1)), size_hw, self.config)
+        pixels = images.permute(0, 3, 1, 2)
+        if self.max_pixels:
+            # Traced for images of any size: a smaller one is "reduced" to its own size, which changes nothing.
+            height, width = torch.as_tensor(size_hw[0]), torch.as_tensor(size_hw[1])
+            factor = (self.max_pixels / (height * width).double()).sqrt().clamp(max=1)
+            seen_hw = [(height * factor).long().clamp(min=1), (width * factor).long().clamp(min=1)]
+            pixels = F.interpolate(pixels.float(), size=seen_hw, mode="bilinear")  # type: ignore[arg-type]
+        output = self.model(pixels)[-1]
+        seen_size_hw = (pixels.shape[2], pixels.shape[3])
+        candidates, _, is_above = filter_and_decode(output, seen_size_hw, self.model.model_config, self.config)
+        found = apply_nms(candidates.select(torch.nonzero(is_above).squeeze(1)), seen_size_hw, self.config)
+        if self.max_pixels:
+            enlarged = image_size_xy(size_hw, found.boxes) / image_size_xy(seen_size_hw, found.boxes)
+            landmarks = None if found.landmarks is None else found.landmarks * enlarged
+            found = Detections(found.boxes * enlarged.repeat(2), found.scores, landmarks)
+            found = found.clipped(size_hw) if self.config.clip_boxes else found
         return (found.boxes, found.scores, *(() if found.landmarks is None else (found.landmarks,)))
 
 
@@ -88,16 +104,28 @@ def raw_graph(model: RetinaFace) -> bytes:
     return _export(_RawOutputs(model), (2, *_EXAMPLE_SIZE, 3), axes, {"model": to_dict(model.model_config)})
 
 
-def detector_graph(model: RetinaFace, config: PostprocessConfig) -> bytes:
+def detector_graph(model: RetinaFace, config: PostprocessConfig, max_pixels: int = 0) -> bytes:
     """An ONNX graph of a model with decoding and suppression; see `raw_graph`.
 
-    Its input is `images`, (1, H, W, 3) uint8 BGR. Its outputs are `detector_output_names`, with the shapes of
-    `Detections`, in pixels, best first. The thresholds are constants of the graph, and its metadata `detection`.
+    Its input is `images`, (1, H, W, 3) uint8 BGR, which is reduced to `max_pixels` pixels if it has more, as
+    `FaceDetector` does; 0 is no limit. Its outputs are `detector_output_names`, with the shapes of `Detections`, in
+    pixels of the input, best first. The thresholds are constants of the graph, and its metadata `detection`.
     """
     axes = {"images": {1: "height", 2: "width"}}
     axes |= {name: {0: "faces"} for name in detector_output_names(model.model_config)}
-    metadata = {"model": to_dict(model.model_config), "detection": to_dict(config)}
-    return _export(_Detector(model, config), (1, *_EXAMPLE_SIZE, 3), axes, metadata)
+    metadata = {"model": to_dict(model.model_config), "detection": to_dict(config), "max_pixels": max_pixels}
+    graph = _export(_Detector(model, config, max_pixels), (1, *_EXAMPLE_SIZE, 3), axes, metadata)
+    return _with_filter(graph) if max_pixels else graph
+
+
+def _with_filter(graph: bytes) -> bytes:
+    """The graph with a filter in its first resize, that of the image, for which PyTorch's exporter has no flag."""
+    import onnx  # an optional package
+
+    model = onnx.load_from_string(graph)
+    resize = next(node for node in model.graph.node if node.op_type == "Resize")
+    resize.attribute.append(onnx.helper.make_attribute("antialias", 1))
+    return bytes(model.SerializeToString())
 
 
 @torch.no_grad()

@@ -87,10 +87,16 @@ class Detections:
         landmarks = None if self.landmarks is None else self.landmarks.cpu()
         return Detections(self.boxes.cpu(), self.scores.cpu(), landmarks)
 
+    def clone(self) -> Detections:
+        """A copy, outside of inference mode one that may be written to and differentiated."""
+        landmarks = None if self.landmarks is None else self.landmarks.clone()
+        return Detections(self.boxes.clone(), self.scores.clone(), landmarks)
+
     def clipped(self, size_hw: tuple[int, int]) -> Detections:
-        """Clip the boxes to an image of this height and width; landmarks are unchanged."""
-        largest = image_size_xy(size_hw, self.boxes).repeat(2)
-        return replace(self, boxes=self.boxes.clamp(min=0).minimum(largest))
+        """Clip boxes and landmarks to an image of this height and width."""
+        largest = image_size_xy(size_hw, self.boxes)
+        landmarks = None if self.landmarks is None else self.landmarks.clamp(min=0).minimum(largest)
+        return replace(self, boxes=self.boxes.clamp(min=0).minimum(largest.repeat(2)), landmarks=landmarks)
 
     def scaled(self, x_factor: float, y_factor: float) -> Detections:
         """The same faces in an image resized by these factors."""

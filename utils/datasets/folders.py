@@ -6,25 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.datasets.labels import DatasetError, LabelledImage, read_labels
-from utils.runtime.files import user_path
+from utils.runtime.files import candidate_paths
 
 
 def find_datasets(names: str, data_root: Path) -> list[Path]:
     """The folders that `--dataset` means: comma-separated, each as `find_dataset` finds it."""
-    return [find_dataset(name, data_root) for name in filter(None, (part.strip() for part in names.split(",")))]
+    return [find_dataset(name, data_root) for name in list(filter(None, map(str.strip, names.split(",")))) or [""]]
 
 
 def find_dataset(name: str, data_root: Path) -> Path:
-    """A folder below `data_root`, or else a path of its own.
+    """A folder here, or, for a name that does not say where it is, below `data_root`; see `candidate_paths`.
 
     Raises:
         DatasetError: it does not exist.
     """
-    candidates = [data_root / name, user_path(name)]
-    found = [folder for folder in candidates if folder.is_dir()]
-    if not found:
-        raise DatasetError(f"--dataset {name}: no folder {candidates[0]} nor {candidates[1]}; see data/README.md")
-    return found[0]
+    candidates = candidate_paths(name, data_root)
+    found = next((folder for folder in candidates if folder.is_dir()), None)
+    if found is None:
+        raise DatasetError(f"--dataset {name}: no folder {' nor '.join(map(str, candidates))}; see data/README.md")
+    return found
 
 
 def part_of(folder: Path, split: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.errors import UserError
-from utils.runtime.files import atomic_write
+from utils.runtime.files import atomic_write, read_text
 from utils.runtime.images import IMAGE_SUFFIXES
 from utils.structures import LANDMARKS_PER_FACE, Faces
 
@@ -20,6 +21,7 @@ _BOX_VALUES = 4
 _LANDMARK_VALUES = 3 * LANDMARKS_PER_FACE  # x, y and a flag for each
 _FACE_VALUES = _BOX_VALUES + _LANDMARK_VALUES
 _UNKNOWN_LANDMARKS = [-1.0] * _LANDMARK_VALUES
+_LARGEST_NORMALISED = 2.0  # the sum of a coordinate and a width, each at most 1
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -29,10 +31,11 @@ class DatasetError(UserError):
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image file and its labelled faces, in pixels of the image."""
+    """An image file and its labelled faces, in pixels of the image; `dropped` more were without area."""
 
     path: Path
     faces: Faces
+    dropped: int = 0
 
 
 def read_labels(label_file: Path, images: Path) -> list[LabelledImage]:
@@ -58,7 +61,11 @@ def read_labels(label_file: Path, images: Path) -> list[LabelledImage]:
     faces_of: dict[Path, list[list[float]]] = {}
     for name, faces in _parse(lines):
         faces_of.setdefault(images / name, []).extend(faces)
-    return [_labelled_image(path, faces) for path, faces in faces_of.items()]
+    labelled = [_labelled_image(path, faces) for path, faces in faces_of.items()]
+    largest = np.concatenate([image.faces.boxes.max(axis=1) for image in labelled if len(image.faces)] or [[math.inf]])
+    if np.median(largest) <= _LARGEST_NORMALISED:
+        raise DatasetError(f"{label_file}: its boxes are normalised to 0..1; expected pixels of the image")
+    return labelled
 
 
 def write_labels(path: Path, images: Sequence[LabelledImage], root: Path) -> None:
@@ -130,7 +137,7 @@ _IMAGE_AND_SIZE = re.compile(rf"(.*(?:{'|'.join(map(re.escape, _SUFFIXES))}))\s+
 def _read_lines(label_file: Path) -> list[_Line]:
     """The lines that are not blank."""
     try:
-        lines = label_file.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(label_file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{label_file}: cannot be read ({error})") from None
     file = str(label_file)
@@ -234,11 +241,12 @@ def _corners(values: Sequence[float]) -> list[float]:
 def _labelled_image(path: Path, faces: Sequence[Sequence[float]]) -> LabelledImage:
     values = np.array(faces, np.float32).reshape(-1, _FACE_VALUES + 1)
     values = values[(values[:, 2] > values[:, 0]) & (values[:, 3] > values[:, 1])]
+    dropped = len(faces) - len(values)
     points = values[:, _BOX_VALUES:_FACE_VALUES].reshape(-1, LANDMARKS_PER_FACE, 3)[:, :, :2]
     has_landmarks = (points >= 0).all(axis=(1, 2))
     landmarks = np.where(has_landmarks[:, None, None], points, 0)
     boxes, ignored = values[:, :_BOX_VALUES].copy(), values[:, _FACE_VALUES] != 0
-    return LabelledImage(path, Faces(boxes, landmarks, has_landmarks, ignored))
+    return LabelledImage(path, Faces(boxes, landmarks, has_landmarks, ignored), dropped)
 
 
 # -------------------------------------------------------------------------------------------------- writing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -128,8 +129,13 @@ def open_validation_set(datasets: Sequence[Path]) -> EvaluationSet | None:
 
 
 def _ground_truths(labelled: Sequence[LabelledImage], folder: Path) -> list[GroundTruth]:
-    """Named without a suffix as WIDER FACE does it, unless two images differ in nothing else."""
-    paths = [image.path.relative_to(folder) for image in labelled]
+    """Named without a suffix as WIDER FACE does it, unless two images differ in nothing else.
+
+    Images outside the folder are named by their whole path, so that no file named like them leaves another folder.
+    """
+    root = Path(os.path.normpath(folder.absolute()))
+    absolute = [Path(os.path.normpath(image.path.absolute())) for image in labelled]
+    paths = [p.relative_to(root) if p.is_relative_to(root) else p.relative_to(p.anchor) for p in absolute]
     counts = Counter(path.with_suffix("") for path in paths)
     truths = []
     for path, image in zip(paths, labelled, strict=True):

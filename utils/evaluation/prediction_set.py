@@ -83,6 +83,8 @@ class PredictionSet:
             if resume and former:
                 self._check_same(read_object(run_file).get("settings"))
                 return [name for name in names if prediction_file(self.folder, name).is_file()]
+            if former and not run_file.is_file():
+                raise UserError(f"{former[0]}: was not written by test.py and is kept; choose another --output_dir")
             for file in former:
                 file.unlink()
             with atomic_write(run_file) as temporary:

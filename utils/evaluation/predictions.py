@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
-from utils.runtime.files import atomic_write
+from utils.runtime.files import atomic_write, one_line, shortened
 
 _COLUMNS = 5
 
 
 def prediction_file(folder: Path, name: str) -> Path:
     """Where the predictions of an image called `event/image` lie."""
-    return folder / f"{name}.txt"
+    return folder / shortened(f"{name}.txt")
 
 
 def write_predictions(folder: Path, name: str, rows: np.ndarray, *, integer_boxes: bool = False) -> None:
@@ -41,7 +41,7 @@ def write_predictions(folder: Path, name: str, rows: np.ndarray, *, integer_boxe
     line = "%d %d %d %d %.9g\n" if integer_boxes else "%.3f %.3f %.3f %.3f %.9g\n"
     path = prediction_file(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = f"{path.stem}\n{len(rows)}\n" + "".join(line % tuple(row) for row in rows.tolist())
+    text = f"{one_line(path.stem)}\n{len(rows)}\n" + "".join(line % tuple(row) for row in rows.tolist())
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 

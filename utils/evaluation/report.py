@@ -21,6 +21,8 @@ from utils.runtime.files import atomic_write
 
 # Boundaries of the classes of face heights, in pixels of the original image.
 _HEIGHTS = (16, 32, 64, 128)
+_SUSPICIOUS_AP = 0.1
+_LARGEST_NORMALISED = 2.0  # the sum of a coordinate and a width, each at most 1
 CONFIDENT_SCORE = 0.5  # the default threshold of inference.py
 _TABLE_COLUMNS = (
     "date experiment checkpoint ground_truth images easy medium hard all images_per_second protocol".split()
@@ -89,6 +91,34 @@ class HeightClass:
     faces: int
     recall: float
     recall_sure: float
+
+
+def suspected_form(predictions: Mapping[str, np.ndarray], faces: EvaluationSet, evaluation: Evaluation) -> str | None:
+    """What predictions that find next to no face look like instead of x, y, width, height in pixels, if anything.
+
+    Args:
+        predictions: as they were read.
+        faces: the ground truth.
+        evaluation: of these predictions.
+    """
+    rows = np.concatenate(list(predictions.values()))
+    if len(rows) and np.median(rows[:, :4].max(axis=1)) <= _LARGEST_NORMALISED:
+        return "its boxes look normalised to 0..1"
+    least = _SUSPICIOUS_AP + list(evaluation.average_precisions.values())[-1]
+    if least > 2 * _SUSPICIOUS_AP:
+        return None
+    for name, shift in (("corners x1 y1 x2 y2", (0, 0, -1, -1)), ("centres x y width height", (-0.5, -0.5, 0, 0))):
+        # Of corners, x and y are subtracted from the last two; of centres, half of the last two from x and y.
+        other = {
+            key: np.concatenate([_shifted(boxes, shift), boxes[:, 4:]], axis=1) for key, boxes in predictions.items()
+        }
+        if list(faces.evaluate(other).average_precisions.values())[-1] > least:
+            return f"its boxes look like {name}"
+    return None
+
+
+def _shifted(boxes: np.ndarray, shift: tuple[float, float, float, float]) -> np.ndarray:
+    return boxes[:, :4] + boxes[:, [2, 3, 0, 1]] * shift
 
 
 def recall_by_height(faces: EvaluationSet, evaluation: Evaluation) -> list[HeightClass]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.results.records import Record, RecordIndex
-from utils.runtime.files import atomic_write
+from utils.runtime.files import atomic_write, one_line
 
 # Folders of the images that a run writes; files elsewhere are never removed.
 OUTPUT_FOLDERS = ("result_images", "masks", "faces", "heads", "head_masks")
@@ -27,28 +27,33 @@ class Summary:
         images: number of images that could be read.
         faces: number of faces in them.
         skipped: name of each image that could not be read, and why.
+        notes: name of each image of which something is to be said, and what.
         former: how many of `images` an earlier run processed.
     """
 
     images: int = 0
     faces: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
     former: int = 0
 
     def add(self, record: Record, *, is_former: bool = False) -> None:
         if record.entry is None:
             self.skipped.append((record.name, record.problem or "unreadable"))
             return
+        if record.note:
+            self.notes.append((record.name, record.note))
         self.images += 1
         self.faces += len(record.rows)
         self.former += is_former
 
     def describe(self, seconds: float) -> str:
-        """One line for the whole run and one for each image that was skipped."""
+        """One line for the whole run and one for each image that was skipped or has a note."""
         rate = (self.images - self.former) / max(seconds, 1e-9)
         former = f" ({self.former} by an earlier run)" if self.former else ""
         lines = [f"{self.images} images{former}, {self.faces} faces in {seconds:.1f} s ({rate:.1f} images/s)"]
-        return "\n".join([*lines, *(f"skipped {name}: {reason}" for name, reason in self.skipped)])
+        lines += [f"note: {one_line(name)}: {note}" for name, note in self.notes]
+        return "\n".join([*lines, *(f"skipped {one_line(name)}: {reason}" for name, reason in self.skipped)])
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ def _write_results(
         line = json.dumps(entry, ensure_ascii=False)
         lines.write(line + "\n")
         if record.entry is not None:
-            table.write("\n".join([record.name, *record.rows]) + "\n")
+            table.write("\n".join([one_line(record.name), *record.rows]) + "\n")
             whole.write(("," if summary.images else "") + "\n" + line)
         files += record.files
         summary.add(record, is_former=bool(is_former))

@@ -35,6 +35,7 @@ class Record:
         rows: lines of its faces in the table.
         files: images written for it, relative to the folder of the results.
         problem: why it could not be read.
+        note: what is to be said about an image that was read.
     """
 
     position: int
@@ -43,6 +44,7 @@ class Record:
     rows: Sequence[str] = ()
     files: Sequence[str] = ()
     problem: str | None = None
+    note: str | None = None
 
     @property
     def line(self) -> bytes:

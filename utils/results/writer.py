@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,7 @@ from utils.results.files import OUTPUT_FOLDERS, ResultFiles, Summary, remove_out
 from utils.results.masks import HeadMask, crop
 from utils.results.records import Record, RecordStore
 from utils.runtime.distributed import SINGLE_PROCESS, DistributedContext, run_on_all, run_on_main
-from utils.runtime.files import disk_errors, make_folder, remove_temporary_files
+from utils.runtime.files import disk_errors, make_folder, remove_temporary_files, shortened
 from utils.runtime.images import WRITABLE_SUFFIXES, write_image
 from utils.runtime.manifest import first_difference, require_same_settings
 from utils.structures import Detections
@@ -113,6 +113,7 @@ class ResultWriter:
         # Number of images with a name, with or without suffix: `a.jpg` and `a.png` share `a`.
         labels = (label for name in names for label in {name.lower(), _stem(name).lower()}) if output.crops else ()
         self._name_counts = Counter(labels)
+        self._names = {name.lower() for name in names} if output.drawings else set[str]()
         self._next_position = 0
         self.start: RunStart = run_on_main(lambda: self._begin(threads, resume))
         run_on_all(self._check_like_main)
@@ -138,8 +139,13 @@ class ResultWriter:
             note = "replacing the results of an earlier run" if self._files.exist else ""
             if len(index) and not run.get("complete"):
                 note = f"replacing {len(index)} results of a run that was interrupted (--resume keeps them)"
-            # They stay until this run is complete, which removes those that it does not replace.
-            former = sorted({name for record in index for name in record.files} | set(run.get("former_files", [])))
+            # They stay until this run is complete, which removes those that it does not replace. What other sources or
+            # experiments left is kept.
+            former: list[str] = []
+            if (source := run.get("settings", {}).get("source")) == self._settings.get("source"):
+                former = sorted({name for record in index for name in record.files} | set(run.get("former_files", [])))
+            elif note and source:
+                note += f" of {source}, whose images stay unless these have the same names"
             self._store.begin({"settings": self._settings, "threads": threads, "former_files": former})
             return RunStart(self._settings, np.arange(0), threads, False, note)
 
@@ -163,6 +169,7 @@ class ResultWriter:
         detections: Detections,
         heads: Sequence[HeadMask] | None = None,
         position: int | None = None,
+        note: str | None = None,
     ) -> None:
         """Write the results of one image.
 
@@ -172,12 +179,14 @@ class ResultWriter:
             detections: its faces.
             heads: one for each face, or None without `--mask`.
             position: index of the image among all; None follows the previous one.
+            note: for the user, see `Record`.
 
         Raises:
             UserError: a file cannot be written; what was written before is complete.
         """
         with disk_errors(self.folder):
-            self._add_record(self._write_image_files(self._place(position), name, image, detections, heads))
+            record = self._write_image_files(self._place(position), name, image, detections, heads)
+            self._add_record(replace(record, note=note))
 
     def skip(self, name: str, reason: str, position: int | None = None) -> None:
         """Record why an image could not be read; see `add`."""
@@ -235,13 +244,11 @@ class ResultWriter:
             self.summary = self._files.write(self._settings, records, self.start.done)
             if is_complete:
                 stale = set(self._store.run.get("former_files", []))
-                # results.json was that of another experiment, if one has a complete run here.
-                others = self._store.complete_others
-                stale.update(name for other in others for record in other.index() for name in record.files)
                 for record in records if stale else ():
                     stale.difference_update(record.files)
                 remove_output(self.folder, stale)
-                for other in others:
+                # results.json was that of another experiment, if one has a complete run here. Its images stay.
+                for other in self._store.complete_others:
                     other.remove()
                 self._store.mark_complete()
 
@@ -291,11 +298,17 @@ class ResultWriter:
         """Write a drawing; returns the files that this creates, which for a video is one, with its first frame."""
         if self.output.frames_per_second is not None:
             return self._write_frame(name, drawing, self.output.frames_per_second)
-        is_writable = PurePosixPath(name).suffix.lower() in WRITABLE_SUFFIXES
-        return [self._write(f"result_images/{name if is_writable else f'{name}.png'}", drawing)]
+        if PurePosixPath(name).suffix.lower() not in WRITABLE_SUFFIXES:
+            name += ".png"
+            while name.lower() in self._names:  # it is that of another image
+                name += ".png"
+        return [self._write(f"result_images/{name}", drawing)]
 
     def _write_frame(self, name: str, drawing: np.ndarray, frames_per_second: float) -> list[str]:
         files = []
+        # Codecs take frames of even size; the last row and column are repeated, not lost.
+        odd_rows, odd_columns = drawing.shape[0] % 2, drawing.shape[1] % 2
+        drawing = cv2.copyMakeBorder(drawing, 0, odd_rows, 0, odd_columns, cv2.BORDER_REPLICATE)
         if self._video is None:
             files = [f"result_images/{name.rsplit('_', 1)[0]}.mp4"]
             self._video = self._open_video(files[0], drawing, frames_per_second)
@@ -312,6 +325,7 @@ class ResultWriter:
         return video
 
     def _write(self, relative: str, pixels: np.ndarray) -> str:
+        relative = shortened(relative)
         write_image(self.folder / relative, pixels)
         return relative
 

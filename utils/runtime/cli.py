@@ -56,8 +56,20 @@ def show_progress(items: Iterable[Item], total: int | None) -> Iterator[Item]:
             print(f"im_detect: {number}/{total or '?'} {milliseconds:.1f} ms an image", flush=True)
 
 
+def _open_closed_streams() -> None:
+    """Open what a parent process has closed, or files of the results would take the numbers of standard streams."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", closefd=False))
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main`. A `UserError` ends it with one line and status 1, and Ctrl-C with status 130."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name may contain what the terminal cannot show

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,21 @@ class Experiment:
     def checkpoint(self, backbone: str, which: str) -> Path:
         """Path of a checkpoint; `which` is `best` or `last`."""
         return self.folder / "ckpt" / f"{backbone}_ckpt-{which}.pth"
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether there is a state to continue training from, of any backbone."""
+        return any((self.folder / "ckpt").glob("*ckpt-last.pth"))
+
+    @property
+    def for_training(self) -> Experiment:
+        """This experiment, or the first of `<name>_2`, `<name>_3`, ... that training may write into.
+
+        A folder with weights but no state to continue from, such as a published detector, is never written into.
+        """
+        names = chain([self.folder.name], (f"{self.folder.name}_{number}" for number in count(2)))
+        experiments = (Experiment(self.folder.with_name(name)) for name in names)
+        return next(each for each in experiments if each.can_continue or not any(each.folder.glob("ckpt/*.pth")))
 
 
 @dataclass(frozen=True)

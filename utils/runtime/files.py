@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from itertools import count
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
 
 from utils.errors import UserError
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
+_LONGEST_NAME = 255  # in bytes, of usual file systems
 
 
 def user_path(text: str) -> Path:
@@ -23,6 +29,24 @@ def user_path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise UserError(f"{text}: there is no such user") from None
+
+
+def candidate_paths(name: str, data_root: Path) -> list[Path]:
+    """Where what the user typed may lie: here, and then, unless it says where it is, below `data_root`.
+
+    Raises:
+        UserError: it is empty, or names the home of a user who does not exist.
+    """
+    if not name.strip():
+        raise UserError("an empty name was given where a file or folder is expected; '.' is the current folder")
+    path = user_path(name)
+    is_explicit = path.is_absolute() or re.match(r"\.{1,2}([/\\]|$)", name) is not None
+    return [path.absolute()] if is_explicit else [path.absolute(), data_root / path]
+
+
+def missing(candidates: Sequence[Path]) -> str:
+    """That none of these exists, in a few words."""
+    return " and ".join(map(str, candidates)) + (" do not exist" if len(candidates) > 1 else " does not exist")
 
 
 def make_folder(folder: Path) -> Path:
@@ -38,6 +62,57 @@ def make_folder(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another folder") from None
     return folder
+
+
+def path_exists(path: Path) -> bool:
+    """Whether there is such a file or folder; False for what cannot be a path, such as a name that is too long."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The text of a file in UTF-8, or in UTF-16 where it begins with its mark, as PowerShell writes it.
+
+    Raises:
+        OSError: it cannot be read.
+        UnicodeDecodeError: it is neither.
+    """
+    data = path.read_bytes()
+    return data.decode("utf-16" if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig", errors)
+
+
+def one_line(name: str) -> str:
+    """A file name as a line of text: the ends of lines in it are escaped."""
+    return name.replace("\n", "\\n").replace("\r", "\\r")
+
+
+def shortened(relative: str) -> str:
+    """A relative path whose last name is shortened, if a file cannot bear it, and made unique by a digest of it."""
+    parent, separator, name = relative.rpartition("/")
+    if len(os.fsencode(name)) <= _LONGEST_NAME:
+        return relative
+    suffix = f"~{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}{PurePosixPath(name).suffix}"
+    kept = os.fsencode(name)[: _LONGEST_NAME - len(os.fsencode(suffix))].decode("utf-8", errors="ignore")
+    return f"{parent}{separator}{kept}{suffix}"
+
+
+def own_folder(folder: Path, owner: Path) -> Path:
+    """The first of `folder`, `<folder>_2`, ... that is new or was made for the same owner; it is made and says so.
+
+    Raises:
+        UserError: it cannot be created or written to.
+    """
+    content = os.fsencode(owner.resolve())
+    for number in count(1):
+        candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        mark = candidate / ".made_for"
+        if not candidate.exists() or (mark.is_file() and mark.read_bytes() == content):
+            with disk_errors(make_folder(candidate)):
+                mark.write_bytes(content)
+            return candidate
+    raise AssertionError("there is no end of numbers")
 
 
 @contextmanager
@@ -60,7 +135,7 @@ def remove_temporary_files(folder: Path) -> None:
     """Remove what `atomic_write` of killed processes left below a folder. No other process may be writing there."""
     for parent, _, names in os.walk(folder):
         for name in names:
-            if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", name):
+            if _TEMPORARY.fullmatch(name):
                 (Path(parent) / name).unlink(missing_ok=True)
 
 
@@ -73,4 +148,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot be written ({error.strerror or error})") from None
+        named = error.filename2 or error.filename or folder  # of a failed renaming, the new name
+        if _TEMPORARY.fullmatch(Path(os.fsdecode(named)).name):
+            named = folder
+        raise UserError(f"{os.fsdecode(named)}: cannot be written ({error.strerror or error})") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -16,13 +17,23 @@ import cv2
 import numpy as np
 
 from utils.errors import UserError
-from utils.runtime.files import user_path
-from utils.runtime.images import IMAGE_SUFFIXES, UnreadableImageError, read_image
+from utils.runtime.files import candidate_paths, missing, path_exists, read_text
+from utils.runtime.images import (
+    IMAGE_SUFFIXES,
+    UNSUPPORTED_REASON,
+    UNSUPPORTED_SUFFIXES,
+    UnreadableImageError,
+    read_image_with_note,
+)
 from utils.runtime.threads import map_in_order
 
 LIST_SUFFIXES = frozenset([".txt", ".lst"])
-VIDEO_SUFFIXES = frozenset(".mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg .wmv .flv .ts .3gp".split())
+VIDEO_SUFFIXES = frozenset(
+    ".mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg .mpe .m1v .m2v .wmv .asf .flv .f4v .ts .mts .m2ts .3gp .3g2 .ogv .ogm "
+    ".vob .mxf .divx .mjpeg .mjpg .rm .rmvb .mod .tod .dv".split()
+)
 _READER_THREADS = 2
+_LONGEST_CAMERA = 3  # digits; longer numbers are names of folders that are missing, such as 20240102
 
 
 class SourceError(UserError):
@@ -38,12 +49,14 @@ class InputImage:
         pixels: (H, W, 3) uint8 BGR, or None if the image could not be read.
         problem: why it could not be read.
         position: index among all images of the source, from 0.
+        note: what is to be said about an image that was read, such as that it has more pages.
     """
 
     name: str
     pixels: np.ndarray | None
     problem: str | None = None
     position: int = 0
+    note: str | None = None
 
 
 class Source(Protocol):
@@ -53,7 +66,9 @@ class Source(Protocol):
         description: for messages.
         total: number of images, or None where it is not known in advance.
         names: of all images, where they are known in advance.
+        folders: that hold the images; empty for a camera.
         ignored: number of files that are not images by their suffix.
+        notes: what else was left out, a line each.
         frames_per_second: of a video or camera; None for files.
     """
 
@@ -61,7 +76,11 @@ class Source(Protocol):
     total: int | None
     names: list[str]
     ignored: int
+    notes: Sequence[str]
     frames_per_second: float | None
+
+    @property
+    def folders(self) -> set[Path]: ...
 
     def __iter__(self) -> Iterator[InputImage]: ...
 
@@ -70,22 +89,22 @@ def open_source(name: str, data_root: Path, exclude: Set[Path], max_frames: int)
     """Open what `--inference_dir` names.
 
     Args:
-        name: a folder or file below `data_root`, any other path, or the index of a camera.
-        data_root: where a name is looked for first.
+        name: a path, a folder or file below `data_root`, or the index of a camera.
+        data_root: where a name is looked for that is not found here; see `candidate_paths`.
         exclude: folders that are not searched, because results are written there.
         max_frames: of a video or camera; 0 is no limit.
 
     Raises:
         SourceError: it does not exist, contains no image, or cannot be opened.
     """
-    candidates = [data_root / name, user_path(name)]
-    found = next((path for path in candidates if path.exists()), None)
+    candidates = candidate_paths(name, data_root)
+    found = next((path for path in candidates if path_exists(path)), None)
     if found is None and any(mark in name for mark in "*?["):
         return _match_pattern(name, candidates)
-    if found is None and name.isdecimal():
+    if found is None and name.isdecimal() and len(name) <= _LONGEST_CAMERA:
         return VideoFrames(int(name), f"camera{name}", max_frames)
     if found is None:
-        raise SourceError(f"--inference_dir {name}: neither {candidates[0]} nor {candidates[1]} exists")
+        raise SourceError(f"--inference_dir {name}: {missing(candidates)}")
     if found.is_dir():
         return _search_folder(found, exclude)
     if found.suffix.lower() in LIST_SUFFIXES:
@@ -101,50 +120,77 @@ def _match_pattern(pattern: str, candidates: Sequence[Path]) -> Source:
         matched = map(Path, sorted(glob.glob(str(candidate), recursive=True)))  # noqa: PTH207
         paths = [path for path in matched if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
         if paths:
-            return _listed_images(paths, pattern)
-    raise SourceError(f"--inference_dir {pattern}: no image matches it, here or in {candidates[0].parent}")
+            return _listed_images(paths, str(candidate))
+    raise SourceError(f"--inference_dir {pattern}: no image matches it, as {' or '.join(map(str, candidates))}")
 
 
 def _read_list(file: Path) -> Source:
     """The images that a text file lists, one path a line, relative to the working directory or else to the file."""
     try:
-        lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise SourceError(f"{file}: cannot be read ({error.strerror})") from None
+        lines = read_text(file, errors="surrogateescape").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{file}: cannot be read ({error})") from None
     paths = [Path(line.strip()) for line in lines if line.strip()]
     if not paths:
         raise SourceError(f"{file}: names no image; expected a path a line")
-    resolved = dict.fromkeys(path if path.exists() else file.parent / path for path in paths)
+    resolved = dict.fromkeys(path if path_exists(path) else file.parent / path for path in paths)
     return _listed_images(list(resolved), str(file))
 
 
 def _listed_images(paths: Sequence[Path], description: str) -> Source:
     """Image files in the order given, each named by its path relative to their common folder."""
-    absolute = [path.absolute() for path in paths]
-    folder = Path(os.path.commonpath([path.parent for path in absolute]))
+    # Without `..`, so that no result of the same name lies outside the folder of the results.
+    folders = {parent: Path(os.path.realpath(parent)) for parent in {path.parent for path in paths}}
+    absolute = [folders[path.parent] / path.name for path in paths]
+    folder = Path(os.path.commonpath(folders.values()))
     return ImageFiles(description, folder, [path.relative_to(folder).as_posix() for path in absolute])
 
 
 def _search_folder(folder: Path, exclude: Set[Path]) -> Source:
     """All image files below a folder, sorted by path; hidden files and folders are skipped."""
-    names, files = [], 0
-    for path in _walk(folder, {path.resolve() for path in exclude}):
-        files += 1
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_fifo():
+    names, left_out, files = list[str](), defaultdict[str, list[Path]](list), 0
+    for path in _walk(folder, {path.resolve() for path in exclude}, left_out):
+        suffix = path.suffix.lower()
+        if suffix in IMAGE_SUFFIXES and not _is_pipe(path):
             names.append(path.relative_to(folder).as_posix())
+        elif suffix in UNSUPPORTED_SUFFIXES:
+            left_out[UNSUPPORTED_REASON].append(path)
+        elif suffix in VIDEO_SUFFIXES:
+            left_out["a video is read where --inference_dir names it"].append(path)
+        else:
+            files += 1
+    notes = [f"skipped {paths[0]}{_and_more(len(paths) - 1)}: {reason}" for reason, paths in left_out.items() if paths]
     if not names:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        raise SourceError(f"{folder}: holds no image (looked for {suffixes}, in any case)")
-    return ImageFiles(str(folder), folder, sorted(names), ignored=files - len(names))
+        raise SourceError("; ".join([f"{folder}: holds no image (looked for {suffixes}, in any case)", *notes]))
+    return ImageFiles(str(folder), folder, sorted(names), files, notes)
 
 
-def _walk(folder: Path, exclude: Set[Path]) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise SourceError(f"{error.filename}: cannot be read ({error.strerror})")
+def _and_more(count: int) -> str:
+    return f" and {count} more" if count else ""
 
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        visible = [name for name in folders if not name.startswith(".")]
-        folders[:] = [name for name in visible if (Path(parent) / name).resolve() not in exclude]
+
+def _is_pipe(path: Path) -> bool:
+    try:
+        return path.is_fifo()
+    except OSError:  # reading it will say why
+        return False
+
+
+def _walk(folder: Path, exclude: Set[Path], left_out: dict[str, list[Path]]) -> Iterator[Path]:
+    """The files below a folder. Folders that are left out, except hidden ones, are added to `left_out` by reason."""
+
+    def skip(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise SourceError(f"{error.filename}: cannot be read ({error.strerror})")
+        left_out[f"cannot be read ({error.strerror})"].append(Path(error.filename))
+
+    for parent, folders, files in os.walk(folder, onerror=skip):
+        visible = [Path(parent) / name for name in folders if not name.startswith(".")]
+        left_out["a link to a folder is not followed"] += (path for path in visible if path.is_symlink())
+        results = {path for path in visible if not path.is_symlink() and path.resolve() in exclude}
+        left_out["results are written there"] += sorted(results)
+        folders[:] = [path.name for path in visible if path not in results]
         yield from (Path(parent) / name for name in files if not name.startswith("."))
 
 
@@ -160,12 +206,19 @@ class ImageFiles:
 
     frames_per_second: float | None = None
 
-    def __init__(self, description: str, folder: Path, names: list[str], ignored: int = 0) -> None:
+    def __init__(
+        self, description: str, folder: Path, names: list[str], ignored: int = 0, notes: Sequence[str] = ()
+    ) -> None:
         self.description = description
         self.folder = folder
         self.names = names
         self.total: int | None = len(names)
         self.ignored = ignored
+        self.notes = notes
+
+    @property
+    def folders(self) -> set[Path]:
+        return {self.folder / parent for parent in {name.rpartition("/")[0] for name in self.names}}
 
     def __iter__(self) -> Iterator[InputImage]:
         return self.read(range(len(self.names)))
@@ -188,16 +241,21 @@ class VideoFrames:
     """The frames of a video file or a camera."""
 
     ignored = 0
+    notes: Sequence[str] = ()
 
     def __init__(self, source: Path | int, stem: str, max_frames: int) -> None:
         self.names: list[str] = []  # not known in advance
         self.description = stem if isinstance(source, int) else str(source)
         self.stem = stem
+        self.folders = set[Path]() if isinstance(source, int) else {source.parent}
         self.max_frames = max_frames
         self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
         if not self._capture.isOpened():
-            remedy = "no such camera, or it is in use" if isinstance(source, int) else "not a video that OpenCV reads"
+            no_camera = "no such camera, file or folder, or the camera is in use"
+            remedy = no_camera if isinstance(source, int) else "not a video that OpenCV reads"
             raise SourceError(f"{self.description}: cannot be opened; {remedy}")
+        # Telephones store upright videos sideways; OpenCV rotates the frames only if it is told before the first one.
+        self._capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
         self.frames_per_second: float | None = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
         frames = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
         known = max(frames, 0) if isinstance(source, Path) else 0
@@ -223,6 +281,7 @@ def read_images(files: Iterable[tuple[str, Path]]) -> Iterator[InputImage]:
 def read_named_image(path: Path, name: str) -> InputImage:
     """The image in a file under a name, or its `problem` if it cannot be read."""
     try:
-        return InputImage(name, read_image(path))
+        pixels, note = read_image_with_note(path)
+        return InputImage(name, pixels, note=note)
     except UnreadableImageError as reason:
         return InputImage(name, None, str(reason))

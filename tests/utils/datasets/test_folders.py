@@ -30,7 +30,7 @@ def test_datasets_are_found_below_the_root_or_by_path(tmp_path: Path) -> None:
         root / "more faces",
         tmp_path / "elsewhere",
     ]
-    with pytest.raises(DatasetError, match=r"--dataset absent: no folder .*data/absent nor absent"):
+    with pytest.raises(DatasetError, match=r"--dataset absent: no folder .*/absent nor .*data/absent;"):
         find_datasets("faces,absent", root)
 
 

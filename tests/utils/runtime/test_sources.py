@@ -102,18 +102,21 @@ def test_single_file_is_read_whatever_its_suffix(tmp_path: Path) -> None:
     assert picture.pixels.shape == (2, 5, 3)
 
 
-def test_names_below_the_data_folder_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_looked_for_here_and_then_below_the_data_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path / "data" / "set" / "in_data.png")
     save(tmp_path / "set" / "here.png")
     save(tmp_path / "only_here" / "here.png")
     monkeypatch.chdir(tmp_path)
     opened = [open_source(name, tmp_path / "data", set(), 0).names for name in ("set/", "only_here")]
-    assert opened == [["in_data.png"], ["here.png"]]
+    assert opened == [["here.png"], ["here.png"]]
+    assert open_source("set", tmp_path / "data", set(), 0).description == str(tmp_path / "set")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.mp4", "-1", "²"])
 def test_what_does_not_exist_is_refused_with_both_places(tmp_path: Path, name: str) -> None:
-    with pytest.raises(SourceError, match=f"--inference_dir {name}: neither .*data/{name} nor {name} exists"):
+    with pytest.raises(SourceError, match=f"--inference_dir {name}: .*/{name} and .*data/{name} do not exist"):
         open_source(name, tmp_path / "data", set(), 0)
 
 

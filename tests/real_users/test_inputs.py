@@ -1,0 +1,267 @@
+"""Photographs, videos and lists as people have them."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import sys
+import types
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from config import ROOT
+from utils.runtime.files import candidate_paths
+from utils.runtime.images import UnreadableImageError, read_image, read_image_with_note, to_8_bits
+from utils.runtime.sources import SourceError, VideoFrames, open_source
+
+ASTRONAUT = ROOT / "data/sample_widerface/images/astronaut.jpg"
+WIDTH, HEIGHT = 64, 48
+
+
+def scene() -> np.ndarray:
+    """(48, 64, 3) BGR, bright in the top left corner."""
+    image = np.full((HEIGHT, WIDTH, 3), 40, np.uint8)
+    image[:16, :16] = 220
+    return image
+
+
+def grey() -> np.ndarray:
+    return cv2.cvtColor(read_image(ASTRONAUT), cv2.COLOR_BGR2GRAY)
+
+
+def names(name: str, data: Path) -> list[str]:
+    return list(open_source(name, data, set(), 0).names)
+
+
+# ------------------------------------------------------------------------------------------------- places
+
+
+@pytest.mark.parametrize(
+    ("name", "opened"),
+    [(".", "here.png"), ("./", "here.png"), ("./set", "mine.png"), ("..", "here.png"), ("set", "mine.png")],
+)
+def test_relative_paths_are_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, opened: str) -> None:
+    for file in ("data/data.png", "data/set/data.png", "work/here.png", "work/set/mine.png"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(tmp_path / file), scene())
+    monkeypatch.chdir(tmp_path / "work")
+    source = open_source(name, tmp_path / "data", {tmp_path / "data"}, 0)
+    assert opened in {Path(each).name for each in source.names}
+    assert not any(each.startswith("data") for each in source.names)
+    assert Path(source.description).is_absolute()
+    if name.startswith("."):
+        assert candidate_paths(name, tmp_path / "data") == [(tmp_path / "work" / name).absolute()]
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_empty_name_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(Exception, match="an empty name was given"):
+        open_source(name, tmp_path, set(), 0)
+
+
+@pytest.mark.parametrize("name", ["20240102", "x" * 5000, "a\0b", "./gone", "/gone/there"])
+def test_what_is_missing_is_named_once(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SourceError, match="not exist") as refusal:
+        open_source(name, tmp_path, set(), 0)
+    looked_at = [str(path) for path in candidate_paths(name, tmp_path)]
+    assert len(set(looked_at)) == len(looked_at)
+    assert str(refusal.value).endswith(": " + " and ".join(looked_at) + f" do{'es' * (len(looked_at) == 1)} not exist")
+
+
+def test_what_is_left_out_of_a_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("lost+found", "results"):
+        (tmp_path / folder).mkdir()
+    cv2.imwrite(str(tmp_path / "a.png"), scene())
+    for name in ("clip.MTS", "shot.CR2", "shot2.nef", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "lost+found", target_is_directory=True)
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    source = open_source(str(tmp_path), tmp_path, {tmp_path / "results"}, 0)
+    assert (source.names, source.ignored) == (["a.png"], 1)
+    notes = "\n".join(source.notes)
+    for text in (
+        "lost+found: cannot be read",
+        "link: a link",
+        "results: results are",
+        "clip.MTS: a video",
+        "and 1 more: ",
+    ):
+        assert text in notes
+    with pytest.raises(SourceError, match="cannot be read"):
+        open_source(str(tmp_path / "lost+found"), tmp_path, set(), 0)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_list_may_be_written_by_powershell(tmp_path: Path, encoding: str) -> None:
+    cv2.imwrite(str(tmp_path / "ü.png"), scene())
+    (tmp_path / "list.txt").write_bytes("ü.png\r\n".encode(encoding))
+    assert names(str(tmp_path / "list.txt"), tmp_path) == ["ü.png"]
+
+
+def test_names_from_a_list_never_lead_out_of_the_results(tmp_path: Path) -> None:
+    for folder in ("in", "other"):
+        (tmp_path / folder).mkdir()
+        cv2.imwrite(str(tmp_path / folder / "a.png"), scene())
+    (tmp_path / "in/list.txt").write_text(f"a.png\n../other/a.png\n{'x' * 300}.png\na\0b.png\n")
+    source = open_source(str(tmp_path / "in/list.txt"), tmp_path, set(), 0)
+    assert all(".." not in Path(name).parts for name in source.names)
+    assert [image.pixels is not None for image in source] == [True, True, False, False]
+
+
+# ------------------------------------------------------------------------------------------------- videos
+
+
+def sideways(path: Path, degrees: int) -> Path:
+    """A video with a display rotation, as telephones write it: the matrix in the track's header is replaced."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (WIDTH, HEIGHT))
+    if not writer.isOpened():
+        pytest.skip("this OpenCV writes no mp4v")
+    for _ in range(2):
+        writer.write(scene())
+    writer.release()
+    data = bytearray(path.read_bytes())
+    cosine, sine = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    matrix = data.index(b"tkhd") + 4 + 40
+    one = 1 << 16
+    values = (cosine * one, sine * one, 0, -sine * one, cosine * one, 0, 0, 0, 1 << 30)
+    data[matrix : matrix + 36] = struct.pack(">9i", *values)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_video_of_a_telephone_comes_upright(tmp_path: Path, degrees: int) -> None:
+    frames = [image.pixels for image in VideoFrames(sideways(tmp_path / "a.mp4", degrees), "a", 0)]
+    expected = np.rot90(scene(), {90: -1, 180: 2, 270: 1}[degrees])
+    assert len(frames) == 2
+    for frame in frames:
+        assert frame is not None
+        assert frame.shape == expected.shape
+        assert np.abs(frame.astype(int) - expected).mean() < 10
+
+
+def test_mts_is_a_video(tmp_path: Path) -> None:
+    sideways(tmp_path / "a.mp4", 180).rename(tmp_path / "a.MTS")
+    assert isinstance(open_source(str(tmp_path / "a.MTS"), tmp_path, set(), 0), VideoFrames)
+
+
+# ------------------------------------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([0, 128, 255], np.int32),
+        np.array([0, 128 / 255, 1], np.float32),
+        np.array([0, 128, 255], np.float64),
+        np.array([0, 128 * 257, 65535], np.uint16),
+        np.array([0, 128 * 257, 65535], np.int32),
+        np.array([-100.0, -100 + 1000 * 128 / 255, 900.0], np.float32),
+        np.array([np.nan, 128, 255], np.float32),
+        np.array([0, 128 / 255, 1], np.float16),
+    ],
+)
+def test_any_range_becomes_8_bits(values: np.ndarray) -> None:
+    assert np.abs(to_8_bits(values).astype(int) - [0, 128, 255]).max() <= 1
+    assert to_8_bits(np.array([False, True])).tolist() == [0, 255]
+    assert to_8_bits(np.zeros((0, 3), np.float32)).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "kind", ["j2k16", "int32", "float1", "float255", "float_colour", "uint16", "uint16_colour", "png12", "pgm16"]
+)
+def test_deep_images_look_like_shallow_ones(tmp_path: Path, kind: str) -> None:
+    image, path = grey(), tmp_path / ("a.jp2" if kind == "j2k16" else "a.tif")
+    deep = image.astype(np.uint16) * 257
+    if kind == "j2k16":
+        Image.fromarray(deep).save(path)
+    elif kind == "png12":
+        path = path.with_suffix(".png")
+        cv2.imwrite(str(path), (deep >> 4).astype(np.uint16))
+    elif kind == "pgm16":
+        path = path.with_suffix(".pgm")
+        cv2.imwrite(str(path), deep)
+    elif kind == "int32":
+        Image.fromarray(deep.astype(np.int32)).save(path)
+    elif kind.startswith("float"):
+        values = image.astype(np.float32) / (1 if kind == "float255" else 255)
+        cv2.imwrite(str(path), cv2.merge([values] * 3) if "colour" in kind else values)
+    else:
+        cv2.imwrite(str(path), cv2.merge([deep] * 3) if "colour" in kind else deep)
+    found = read_image(path)
+    assert found.shape == (*image.shape, 3)
+    assert np.abs(found.astype(int) - image[..., None]).mean() < 3
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_only_the_first_frame_is_looked_at_and_that_is_said(tmp_path: Path, kind: str) -> None:
+    first, second = (Image.fromarray(np.full((HEIGHT, WIDTH, 3), level, np.uint8)) for level in (50, 200))
+    first.save(tmp_path / "a.img", kind, save_all=True, append_images=[second])
+    first.save(tmp_path / "one.img", kind)
+    image, note = read_image_with_note(tmp_path / "a.img")
+    assert note == "only the first of its 2 frames or pages was looked at"
+    assert abs(int(image.mean()) - 50) < 5
+    assert read_image_with_note(tmp_path / "one.img")[1] is None
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_without_its_end_marker_is_read_and_half_of_it_is_not(tmp_path: Path, progressive: bool) -> None:
+    buffer = io.BytesIO()
+    Image.open(ASTRONAUT).save(buffer, "JPEG", progressive=progressive)
+    path, data = tmp_path / "a.jpg", buffer.getvalue()
+    path.write_bytes(data)
+    whole = read_image(path)
+    for missing in (1, 2):
+        path.write_bytes(data[:-missing])
+        image, note = read_image_with_note(path)
+        assert np.array_equal(image, whole)
+        assert note == "the end of the file is missing, but nothing of the image"
+    for part in (0.3, 0.5, 0.9, 0.99):
+        path.write_bytes(data[: int(part * len(data))])
+        with pytest.raises(UnreadableImageError):
+            read_image(path)
+
+
+def test_bytes_behind_the_end_of_a_large_jpeg_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's limit of pixels, made small here, is not that of this program."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(ASTRONAUT.read_bytes() + b"more")
+    image, note = read_image_with_note(path)
+    assert np.array_equal(image, read_image(ASTRONAUT))
+    assert note is None
+
+
+@pytest.mark.parametrize("name", ["a.CR2", "a.dng", "a.psd", "a.jxl"])
+def test_preview_in_a_raw_file_is_not_taken_for_the_photograph(tmp_path: Path, name: str) -> None:
+    Image.fromarray(scene()).save(tmp_path / name, "TIFF")
+    with pytest.raises(UnreadableImageError, match="convert it to JPEG"):
+        read_image(tmp_path / name)
+
+
+def test_heic_needs_a_package_which_is_used_where_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.heic"
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UnreadableImageError, match="pip install pillow-heif"):
+        read_image(path)
+    registered: list[bool] = []
+    module = types.ModuleType("pillow_heif")
+    module.register_heif_opener = lambda: registered.append(True)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pillow_heif", module)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: module)
+    with pytest.raises(UnreadableImageError):
+        read_image(path)
+    assert registered

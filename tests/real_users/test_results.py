@@ -1,0 +1,153 @@
+"""Results that lie in one folder: a run removes what the same source and experiment left, and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from config import ROOT
+from utils.evaluation.predictions import read_predictions, write_predictions
+from utils.results.masks import HeadMask
+from utils.results.writer import OutputOptions, ResultWriter
+from utils.runtime.files import shortened
+from utils.structures import Detections
+
+DRAWINGS = OutputOptions(drawings=True)
+VIDEO = OutputOptions(drawings=True, frames_per_second=10.0)
+IMAGE = np.full((20, 30, 3), 100, np.uint8)
+FACE = Detections(torch.tensor([[10.0, 5, 20, 17]]), torch.tensor([0.9]), None)
+HEAD = HeadMask((0, 0, 30, 20), (10, 5, 20, 17), np.full((20, 30), 255, np.uint8))
+EXPERIMENT = "mobilenet0.25_anc2_casT_fpn3"
+
+
+def write(
+    folder: Path,
+    names: Sequence[str],
+    source: str = "photos",
+    experiment: str = "exp",
+    output: OutputOptions = DRAWINGS,
+    image: np.ndarray = IMAGE,
+) -> ResultWriter:
+    with ResultWriter(folder, experiment, {"source": source}, names=names, output=output) as writer:
+        for name in names:
+            writer.add(name, image, FACE, [HEAD])
+    return writer
+
+
+def drawn(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "result_images").iterdir()}
+
+
+def infer(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "inference.py", "--gpu_num=-1", "--backend=torch", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("source", "experiment"), [("other", "exp"), ("photos", "other"), ("other", "other")])
+def test_images_of_other_runs_stay(tmp_path: Path, source: str, experiment: str) -> None:
+    write(tmp_path, ["a.jpg", "b.jpg"])
+    write(tmp_path, ["c.jpg"], source, experiment)
+    assert drawn(tmp_path) == {"a.jpg", "b.jpg", "c.jpg"}
+    write(tmp_path, ["a.jpg"], output=OutputOptions())
+    assert drawn(tmp_path) == {"a.jpg", "b.jpg", "c.jpg"}
+
+
+def test_own_images_of_before_are_replaced(tmp_path: Path) -> None:
+    write(tmp_path, ["a.jpg", "b.jpg"])
+    assert write(tmp_path, ["a.jpg"]).start.note == "replacing the results of an earlier run"
+    assert drawn(tmp_path) == {"a.jpg"}
+    note = write(tmp_path, ["c.jpg"], "other").start.note
+    assert (
+        note == "replacing the results of an earlier run of photos, whose images stay unless these have the same names"
+    )
+
+
+def test_two_videos_in_one_folder_leave_two(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write(tmp_path, [f"{name}_000001.jpg", f"{name}_000002.jpg"], name, output=VIDEO)
+    assert drawn(tmp_path) == {"one.mp4", "two.mp4"}
+
+
+def test_video_of_odd_size_keeps_its_last_row_and_column(tmp_path: Path) -> None:
+    write(tmp_path, ["a_000001.jpg"], output=VIDEO, image=np.full((33, 47, 3), 90, np.uint8))
+    read, frame = cv2.VideoCapture(str(tmp_path / "result_images/a.mp4")).read()
+    assert read
+    assert frame.shape == (34, 48, 3)
+    assert abs(int(frame[32:, 46:].mean()) - 90) < 8
+
+
+@pytest.mark.parametrize("names", [["a.gif", "a.gif.png"], ["a.gif", "a.gif.png", "a.gif.png.png", "b.gif"]])
+def test_no_image_overwrites_the_drawing_of_another(tmp_path: Path, names: list[str]) -> None:
+    write(tmp_path, names)
+    assert len(drawn(tmp_path)) == len(names)
+
+
+@pytest.mark.parametrize("stem", ["x" * 251, "é" * 125, "x" * 100])
+@pytest.mark.parametrize("output", [DRAWINGS, OutputOptions(crops=True)])
+def test_name_too_long_for_another_suffix_is_shortened(tmp_path: Path, stem: str, output: OutputOptions) -> None:
+    write(tmp_path, [f"sub/{stem}.gif", f"sub/{stem}.jp2", "after.jpg"], output=output)
+    kind = "result_images" if output.drawings else "heads"
+    assert len([path for path in (tmp_path / kind).rglob("*.*") if path.is_file()]) == 3
+    assert all(len(path.name.encode()) <= 255 for path in tmp_path.rglob("*"))
+    assert shortened("sub/a.jpg") == "sub/a.jpg"
+
+    write_predictions(tmp_path, f"sub/{stem}.jpeg", np.zeros((0, 5)))
+    assert list(read_predictions(tmp_path, [f"sub/{stem}.jpeg"])) == [f"sub/{stem}.jpeg"]
+
+
+def test_end_of_line_in_a_name_breaks_no_file(tmp_path: Path) -> None:
+    writer = write(tmp_path, ["a\nb.jpg", "c.jpg"])
+    lines = (tmp_path / "exp_inference_results.txt").read_text().splitlines()
+    assert lines[::2] == ["a\\nb.jpg", "c.jpg"]
+    writer.summary.skipped.append(("d\ne.jpg", "empty file"))
+    assert "skipped d\\ne.jpg: empty file" in writer.summary.describe(1.0)
+    write_predictions(tmp_path, "a\nb", np.ones((1, 5)))
+    assert read_predictions(tmp_path, ["a\nb"])["a\nb"].tolist() == [[1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "list", "link"])
+def test_input_among_the_results_is_refused(tmp_path: Path, kind: str) -> None:
+    heads = tmp_path / "out/heads"
+    heads.mkdir(parents=True)
+    cv2.imwrite(str(heads / "a.png"), IMAGE)
+    (tmp_path / "list.txt").write_text(f"{heads}/a.png\n")
+    (tmp_path / "link").symlink_to(heads, target_is_directory=True)
+    place = {"folder": heads, "file": heads / "a.png", "list": tmp_path / "list.txt", "link": tmp_path / "link"}[kind]
+    result = infer(f"--inference_dir={place}", f"--inference_save_folder={tmp_path}/out", "--save_img")
+    assert result.returncode == 1
+    assert "holds images to be read, but results are written there" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in heads.iterdir()] == ["a.png"]
+    assert not (tmp_path / "out/results.json").exists()
+
+
+def test_what_is_said_about_files_is_in_the_summary(tmp_path: Path) -> None:
+    """A folder of photographs as the working folder, with an animation, a RAW file and a nested experiment name."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    from PIL import Image
+
+    frame = Image.fromarray(IMAGE)
+    frame.save(photos / "a.gif", save_all=True, append_images=[Image.new("RGB", (30, 20))])
+    (photos / "b.cr2").touch()
+    weights = ROOT / f"experiments/{EXPERIMENT}/ckpt/mobilenet0.25_ckpt-best.pth"
+    flags = ["--gpu_num=-1", "--backend=torch", f"--model_weight={weights}", "--experiment_name=family/child"]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "inference.py"), "--inference_dir=.", "--inference_save_folder=../out", *flags],
+        cwd=photos,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"{photos}: 1 images" in result.stdout
+    assert "note: a.gif: only the first of its 2 frames" in result.stdout
+    assert f"skipped {photos}/b.cr2: camera RAW" in result.stdout
+    assert (tmp_path / "out/family_child_inference_results.txt").read_text().startswith("a.gif\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,14 +17,18 @@ import numpy as np
 
 from utils.drawing import draw_detections
 from utils.errors import ConfigError, UserError
+from utils.results.face_files import FaceFileOptions, FaceFiles
 from utils.results.files import OUTPUT_FOLDERS, ResultFiles, Summary, remove_output
 from utils.results.masks import HeadMask, crop
-from utils.results.records import Record, RecordStore
+from utils.results.records import Record, RecordIndex, RecordStore
 from utils.runtime.distributed import SINGLE_PROCESS, DistributedContext, run_on_all, run_on_main
 from utils.runtime.files import disk_errors, make_folder, remove_temporary_files
 from utils.runtime.images import WRITABLE_SUFFIXES, write_image
 from utils.runtime.manifest import first_difference, require_same_settings
 from utils.structures import Detections
+
+# Makes something from the folder of the results, the settings and the records when the final files are made.
+Report = Callable[[Path, Mapping[str, Any], RecordIndex], None]
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,15 @@ class OutputOptions:
         drawings: images with the detections drawn; of a video, one video.
         crops: masks and crops of every face.
         frames_per_second: of a video.
+        face_files: thumbnails, crops and anonymised images.
+        reports: called in this order when the final files are made.
     """
 
     drawings: bool = False
     crops: bool = False
     frames_per_second: float | None = None
+    face_files: FaceFileOptions = FaceFileOptions()  # noqa: RUF009, frozen
+    reports: Sequence[Report] = ()
 
 
 class ResultWriter:
@@ -110,8 +118,10 @@ class ResultWriter:
         self._files = ResultFiles(folder, experiment_name)
         self._store = RecordStore(folder / ".records" / experiment_name)
         self._video: cv2.VideoWriter | None = None
+        self._face_files = FaceFiles(folder, output.face_files, output.frames_per_second)
         # Number of images with a name, with or without suffix: `a.jpg` and `a.png` share `a`.
-        labels = (label for name in names for label in {name.lower(), _stem(name).lower()}) if output.crops else ()
+        has_crops = output.crops or output.face_files.crops
+        labels = (label for name in names for label in {name.lower(), _stem(name).lower()}) if has_crops else ()
         self._name_counts = Counter(labels)
         self._next_position = 0
         self.start: RunStart = run_on_main(lambda: self._begin(threads, resume))
@@ -221,6 +231,7 @@ class ResultWriter:
                 self._video.release()
                 os.replace(self._video_path.with_suffix(".tmp.mp4"), self._video_path)
                 self._video = None
+            self._face_files.close()
             self._records.close()
 
     def _finish(self, *, is_complete: bool) -> None:
@@ -233,6 +244,8 @@ class ResultWriter:
                     f"{self.folder}: holds results of {len(records)} of {self._count} images; --resume does the rest"
                 )
             self.summary = self._files.write(self._settings, records, self.start.done)
+            for report in self.output.reports:
+                report(self.folder, self._settings, records)
             if is_complete:
                 stale = set(self._store.run.get("former_files", []))
                 # results.json was that of another experiment, if one has a complete run here.
@@ -271,9 +284,15 @@ class ResultWriter:
                     files += face["files"].values()
             faces.append(face)
             rows.append(f"{' '.join(str(int(value)) for value in box)} {score:f}")
+        shown = self._face_files.publishable(image, detections, heads)
+        written = self._face_files.write(position, name, self._crop_stem(name), image, shown, detections)
+        for face, crops in zip(faces, written.faces, strict=True):
+            if crops:
+                face["files"] = face.get("files", {}) | crops
+        files += written.files
         if self.output.drawings:
-            files += self._write_drawing(name, draw_detections(image, detections))
-        entry = {"name": name, "width": image.shape[1], "height": image.shape[0], "faces": faces}
+            files += self._write_drawing(name, draw_detections(shown, detections))
+        entry = {"name": name, "width": image.shape[1], "height": image.shape[0], "faces": faces, **written.entry}
         return Record(position, name, entry, rows, files)
 
     def _write_crops(self, file_name: str, image: np.ndarray, head: HeadMask) -> dict[str, str]:

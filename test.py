@@ -22,6 +22,7 @@ from config import (
 from utils.datasets.folders import find_dataset
 from utils.errors import ConfigError, UserError
 from utils.evaluation.ground_truth import EvaluationSet, open_evaluation_set
+from utils.evaluation.page import write_evaluation_page
 from utils.evaluation.prediction_set import PredictionSet
 from utils.evaluation.predictions import prediction_file, read_predictions
 from utils.evaluation.report import DetectionStats, Measurement, append_to_table, describe, write_report
@@ -40,7 +41,7 @@ GROUPS = (
     ModelOverrides(),
 )
 # The flags that have a meaning where no detector runs.
-_WITH_PREDICTIONS = {"pred_dir", "gt_dir", "dataset", "save_errors", "bootstrap", "experiment_name", "gpu_num"}
+_WITH_PREDICTIONS = {"pred_dir", "gt_dir", "dataset", "save_errors", "page", "bootstrap", "experiment_name", "gpu_num"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -108,7 +109,10 @@ def report(
             from utils.evaluation.error_gallery import write_error_gallery  # the rest does without OpenCV
 
             write_error_gallery(results / "errors.png", measured, predictions, options.save_errors)
+        page = write_evaluation_page(results, measured, predictions) if options.page else None
     print(f"results are in {results}")
+    if page is not None:
+        print(f"open {page.resolve()} to see the images")
     print("\n".join(describe(measured)))
 
 

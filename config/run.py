@@ -93,6 +93,7 @@ class EvaluationOptions(Options):
     )
     resume: bool = option(False, "keep the predictions of an interrupted run and process the remaining images")
     bootstrap: int = option(0, "resample the images N times (100 or more) for a standard error of the AP", minimum=0)
+    page: bool = option(True, "write index.html, a page of all images with hits, misses and false alarms")
     save_errors: int = option(0, "draw N false positives and N missed faces into errors.png", minimum=0)
 
     def __post_init__(self) -> None:

@@ -22,8 +22,9 @@ function kinds() {
 
 function isVisible(face, least, shown) {
   if (shown && !shown.has(face.kind)) return false;
-  // A labelled face without a score was found by no prediction, whatever the threshold.
-  return face.score === undefined || face.score >= least;
+  if (face.score !== undefined) return face.score >= least;
+  // A labelled face is missed where the prediction that finds it, if any, is below the threshold.
+  return face.found === undefined || face.found < least;
 }
 
 // The faces that the controls let through are found once for each change of them.

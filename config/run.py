@@ -136,6 +136,7 @@ class InferenceOptions(Options):
         "write images or the video with every face made unrecognisable; shaped by the person with --mask",
         choices=("blur", "pixelate", "solid"),
     )
+    track: bool = option(False, "give every face of a video an id that it keeps over the frames")
     max_frames: int = option(0, "stop a video or camera after N frames; 0 is no limit", minimum=0)
     resume: bool = option(False, "keep the results of an interrupted run and process the remaining images")
 

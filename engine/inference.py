@@ -18,7 +18,7 @@ from models.checkpoint import Checkpoint
 from models.detector import FaceDetector
 from utils.datasets.formats.registry import check_names
 from utils.errors import ConfigError, UserError
-from utils.options import to_dict
+from utils.options import require, to_dict
 from utils.results.face_files import FaceFileOptions
 from utils.results.masks import HeadMask, HeadSegmenter
 from utils.results.page import PAGE_NAME, check_page_is_ours
@@ -30,6 +30,7 @@ from utils.runtime.manifest import file_digest
 from utils.runtime.sources import ImageFiles, InputImage, Source, VideoFrames
 from utils.runtime.threads import BackgroundWorker
 from utils.structures import Detections
+from utils.tracking import FaceTracker
 
 # Fields of `InferenceOptions` on which the results do not depend.
 _IRRELEVANT_OPTIONS = ("inference_dir", "inference_save_folder", "segmenter_model", "max_frames", "resume", "export")
@@ -77,6 +78,7 @@ class InferenceRun:
         if self.options.page:
             check_page_is_ours(self.folder)
         if isinstance(self.source, ImageFiles):
+            require(not self.options.track, "--track follows faces over the frames of a video or camera; drop it")
             return
         if context.world_size > 1:
             raise ConfigError(
@@ -193,6 +195,7 @@ def _detect(run: InferenceRun, writer: ResultWriter, worker: BackgroundWorker) -
     """Detect in this process's share of the images, write the results in the background, and yield them."""
     batched = run.options.infer_imsize_same
     images, repeated, total = _own_images(run.source, writer, BATCH_SIZE if batched else 1)
+    tracker = FaceTracker(run.source.frames_per_second or 25) if run.options.track else None
     if writer.start.threads is not None:
         torch.set_num_threads(writer.start.threads)
     detected = detect_images(run.detector, images, batched)
@@ -204,7 +207,17 @@ def _detect(run: InferenceRun, writer: ResultWriter, worker: BackgroundWorker) -
         else:
             if run.segmenter is not None:
                 heads = [run.segmenter.segment(image.pixels, face) for face in detections.boxes.numpy()]
-            worker.submit(writer.add, image.name, image.pixels, detections, heads, image.position)
+            tracks = tracker.update(detections.boxes.numpy()) if tracker is not None else None
+            worker.submit(
+                writer.add,
+                image.name,
+                image.pixels,
+                detections,
+                heads,
+                image.position,
+                tracks=tracks,
+                seconds=image.seconds,
+            )
         yield image, detections, heads
 
 

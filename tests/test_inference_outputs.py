@@ -144,6 +144,15 @@ def video(tmp_path: Path) -> Path:
     return tmp_path / "clip.mp4"
 
 
+def test_faces_of_a_video_have_ids_and_times(video: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = infer(f"--inference_dir={video}", f"--inference_save_folder={out}", "--track")
+    assert result.returncode == 0, result.stderr
+    frames = list(entries(out).values())
+    assert [frame["seconds"] for frame in frames] == pytest.approx([number / 5 for number in range(8)])
+    assert [[face["track"] for face in frame["faces"]] for frame in frames] == [[1]] * 8
+
+
 def test_video_is_anonymised(video: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = infer(f"--inference_dir={video}", f"--inference_save_folder={out}", "--anonymize=solid")
@@ -163,6 +172,7 @@ def test_video_is_anonymised(video: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--track"], "--track follows faces over the frames of a video"),
         (["--export=coco,xml"], "--export is one of coco, yolo, csv, cvat, labelme, got 'xml'"),
         (["--save_crops=square"], "--save_crops is one of plain, aligned, got 'square'"),
         (

@@ -161,13 +161,17 @@ class VideoFile:
         Raises:
             OSError: the video cannot be encoded.
         """
+        # Codecs take frames of even size; the last row and column are repeated, not lost.
+        odd_rows, odd_columns = frame.shape[0] % 2, frame.shape[1] % 2
+        frame = cv2.copyMakeBorder(frame, 0, odd_rows, 0, odd_columns, cv2.BORDER_REPLICATE)
         if self._writer is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             codec, size = cv2.VideoWriter.fourcc(*"mp4v"), (frame.shape[1], frame.shape[0])
-            self._writer = cv2.VideoWriter(str(self._temporary), codec, self._frames_per_second, size)
-            if not self._writer.isOpened():
+            writer = cv2.VideoWriter(str(self._temporary), codec, self._frames_per_second, size)
+            if not writer.isOpened():
                 reason = f"OpenCV cannot encode it at {self._frames_per_second} frames/s"
                 raise OSError(errno.EIO, reason, str(self.path))
+            self._writer = writer
         self._writer.write(frame)
 
     def close(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -12,12 +10,11 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
-import cv2
 import numpy as np
 
 from utils.drawing import draw_detections
 from utils.errors import ConfigError, UserError
-from utils.results.face_files import FaceFileOptions, FaceFiles
+from utils.results.face_files import FaceFileOptions, FaceFiles, VideoFile
 from utils.results.files import OUTPUT_FOLDERS, ResultFiles, Summary, remove_output
 from utils.results.masks import HeadMask, crop
 from utils.results.records import Record, RecordIndex, RecordStore
@@ -117,7 +114,7 @@ class ResultWriter:
         self._count = len(names)
         self._files = ResultFiles(folder, experiment_name)
         self._store = RecordStore(folder / ".records" / experiment_name)
-        self._video: cv2.VideoWriter | None = None
+        self._video: VideoFile | None = None
         self._face_files = FaceFiles(folder, output.face_files, output.frames_per_second)
         # Number of images with a name, with or without suffix: `a.jpg` and `a.png` share `a`.
         has_crops = output.crops or output.face_files.crops
@@ -173,6 +170,8 @@ class ResultWriter:
         detections: Detections,
         heads: Sequence[HeadMask] | None = None,
         position: int | None = None,
+        tracks: Sequence[int] | None = None,
+        seconds: float | None = None,
     ) -> None:
         """Write the results of one image.
 
@@ -182,12 +181,20 @@ class ResultWriter:
             detections: its faces.
             heads: one for each face, or None without `--mask`.
             position: index of the image among all; None follows the previous one.
+            tracks: id of each face over the frames of a video.
+            seconds: since the beginning of the video.
 
         Raises:
             UserError: a file cannot be written; what was written before is complete.
         """
         with disk_errors(self.folder):
-            self._add_record(self._write_image_files(self._place(position), name, image, detections, heads))
+            record = self._write_image_files(self._place(position), name, image, detections, heads)
+            entry = record.entry or {}
+            for face, track in zip(entry["faces"], tracks or ()):  # noqa: B905, without tracks nothing is added
+                face["track"] = track
+            if seconds is not None:
+                entry["seconds"] = round(seconds, 3)
+            self._add_record(record)
 
     def skip(self, name: str, reason: str, position: int | None = None) -> None:
         """Record why an image could not be read; see `add`."""
@@ -228,8 +235,7 @@ class ResultWriter:
     def _close_shard(self) -> None:
         with disk_errors(self.folder):
             if self._video is not None:
-                self._video.release()
-                os.replace(self._video_path.with_suffix(".tmp.mp4"), self._video_path)
+                self._video.close()
                 self._video = None
             self._face_files.close()
             self._records.close()
@@ -314,21 +320,12 @@ class ResultWriter:
         return [self._write(f"result_images/{name if is_writable else f'{name}.png'}", drawing)]
 
     def _write_frame(self, name: str, drawing: np.ndarray, frames_per_second: float) -> list[str]:
-        files = []
+        relative = f"result_images/{name.rsplit('_', 1)[0]}.mp4"
+        is_first = self._video is None
         if self._video is None:
-            files = [f"result_images/{name.rsplit('_', 1)[0]}.mp4"]
-            self._video = self._open_video(files[0], drawing, frames_per_second)
+            self._video = VideoFile(self.folder / relative, frames_per_second)
         self._video.write(drawing)
-        return files
-
-    def _open_video(self, relative: str, frame: np.ndarray, frames_per_second: float) -> cv2.VideoWriter:
-        self._video_path = self.folder / relative
-        temporary = make_folder(self._video_path.parent) / self._video_path.with_suffix(".tmp.mp4").name
-        codec = cv2.VideoWriter.fourcc(*"mp4v")
-        video = cv2.VideoWriter(str(temporary), codec, frames_per_second, (frame.shape[1], frame.shape[0]))
-        if not video.isOpened():
-            raise OSError(errno.EIO, f"OpenCV cannot encode it at {frames_per_second} frames/s", relative)
-        return video
+        return [relative] if is_first else []
 
     def _write(self, relative: str, pixels: np.ndarray) -> str:
         write_image(self.folder / relative, pixels)

@@ -38,12 +38,14 @@ class InputImage:
         pixels: (H, W, 3) uint8 BGR, or None if the image could not be read.
         problem: why it could not be read.
         position: index among all images of the source, from 0.
+        seconds: of a frame since the beginning of the video, by its time stamp.
     """
 
     name: str
     pixels: np.ndarray | None
     problem: str | None = None
     position: int = 0
+    seconds: float | None = None
 
 
 class Source(Protocol):
@@ -198,6 +200,7 @@ class VideoFrames:
         if not self._capture.isOpened():
             remedy = "no such camera, or it is in use" if isinstance(source, int) else "not a video that OpenCV reads"
             raise SourceError(f"{self.description}: cannot be opened; {remedy}")
+        self._capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)  # telephones write how to rotate the frames
         self.frames_per_second: float | None = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
         frames = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
         known = max(frames, 0) if isinstance(source, Path) else 0
@@ -206,13 +209,19 @@ class VideoFrames:
     def __iter__(self) -> Iterator[InputImage]:
         positions = range(self.max_frames) if self.max_frames else count()
         # One thread, because frames are decoded one after another; it reads ahead.
-        with closing(map_in_order(lambda _: self._capture.read()[1], positions, threads=1)) as frames:
+        with closing(map_in_order(self._read, positions, threads=1)) as frames:
             number = -1
-            for number, frame in enumerate(takewhile(lambda frame: frame is not None, frames)):
-                yield InputImage(f"{self.stem}_{number + 1:06d}.jpg", frame, position=number)
+            for number, (frame, seconds) in enumerate(takewhile(lambda read: read[0] is not None, frames)):
+                yield InputImage(f"{self.stem}_{number + 1:06d}.jpg", frame, position=number, seconds=seconds)
         self._capture.release()
         if number < 0:
             raise SourceError(f"{self.description}: holds no frame that OpenCV reads")
+
+    def _read(self, number: int) -> tuple[np.ndarray | None, float | None]:
+        """The next frame, and its time stamp if the source has time stamps."""
+        frame = self._capture.read()[1]
+        milliseconds = self._capture.get(cv2.CAP_PROP_POS_MSEC)
+        return frame, milliseconds / 1000 if milliseconds > 0 or number == 0 else None
 
 
 def read_images(files: Iterable[tuple[str, Path]]) -> Iterator[InputImage]:

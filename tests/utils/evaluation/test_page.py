@@ -96,6 +96,8 @@ def test_browser_shows_misses_by_threshold(measured: tuple[Measurement, dict[str
         browser.settle()
         kinds = "[...document.querySelectorAll('#grid rect')].map(box => box.getAttribute('class'))"
         assert browser.evaluate(kinds) == ["hit", "missed"]
+        caption = "document.querySelector('.card span').textContent"
+        assert browser.evaluate(caption) == "1 found, 1 missed, 100x80"
         browser.evaluate("document.querySelector('input[value=hit]').click()")
         assert browser.evaluate(kinds) == ["missed"]
         assert browser.evaluate("document.querySelector('.report img').naturalWidth") == 700

@@ -144,7 +144,7 @@ def test_threshold_hides_boxes_and_orders_are_what_they_say(browser: Browser, fo
     change(browser, "search", "B.J")
     assert names(browser) == ["b.jpg"]
     assert (
-        browser.evaluate("document.getElementById('count').textContent") == "Images 1 to 1 of 1, 0 faces in all of them"
+        browser.evaluate("document.getElementById('count').textContent") == "Images 1 to 1 of 1; in all of them 0 faces"
     )
     assert browser.problems() == []
 

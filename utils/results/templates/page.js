@@ -67,9 +67,17 @@ function overlay(entry, faces) {
   return svg;
 }
 
+const KIND_WORDS = { hit: "found", false: "false", missed: "missed" };
+
+function countFaces(faces) {
+  if (!kinds()) return `${faces.length} ${faces.length === 1 ? "face" : "faces"}`;
+  const counts = Object.entries(KIND_WORDS).map(([kind, word]) => [faces.filter((face) => face.kind === kind).length, word]);
+  return counts.filter(([count]) => count).map(([count, word]) => `${count} ${word}`).join(", ") || "no faces";
+}
+
 function describe(entry, faces) {
   if (entry.skipped !== undefined) return "skipped";
-  const words = [`${faces.length} ${faces.length === 1 ? "face" : "faces"}`, `${entry.width}x${entry.height}`];
+  const words = [countFaces(faces), `${entry.width}x${entry.height}`];
   if (entry.seconds !== undefined) words.push(`${entry.seconds.toFixed(2)} s`);
   return words.join(", ");
 }
@@ -110,9 +118,9 @@ function draw(pages) {
   const first = state.page * PER_PAGE;
   const part = state.shown.slice(first, first + PER_PAGE);
   byId("grid").replaceChildren(...part.map(card));
-  const faces = state.shown.reduce((sum, entry) => sum + entry.visible.length, 0);
+  const faces = state.shown.flatMap((entry) => entry.visible);
   const range = part.length ? `${first + 1} to ${first + part.length} of ` : "";
-  byId("count").textContent = `Images ${range}${state.shown.length}, ${faces} faces in all of them`;
+  byId("count").textContent = `Images ${range}${state.shown.length}; in all of them ${countFaces(faces)}`;
   const near = [...Array(pages).keys()].filter((page) =>
     page === 0 || page === pages - 1 || Math.abs(page - state.page) <= 3);
   byId("pager").replaceChildren(...(pages > 1 ? near : []).map((page) => {

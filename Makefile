@@ -8,7 +8,7 @@ SAMPLE_DATA ?= sample_widerface/
 
 demo: $(VENV)/runtime-installed
 	$(RUN) inference.py --save_img
-	@echo "Open the pictures in inference_results/result_images"
+	@echo "Open inference_results/index.html in a browser; the drawings are in inference_results/result_images"
 
 test: $(VENV)/dev-installed
 	$(RUN) -m pytest
@@ -47,7 +47,7 @@ $(VENV)/bin/python:
 		echo "error: Python 3.10, 3.11 or 3.12 is needed; choose one with make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/runtime-installed: requirements.txt | $(VENV)/bin/python
+$(VENV)/runtime-installed: requirements.txt requirements-inference.txt | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --requirement requirements.txt
 	@touch $@
 

@@ -25,6 +25,7 @@ from models.initialise import load_model
 from utils.options import Flags, parse_flags
 from utils.results.files import OUTPUT_FOLDERS
 from utils.results.masks import HeadMask, HeadSegmenter, InferenceResults
+from utils.results.reports import EXPORT_FOLDER
 from utils.runtime.cli import choose_device, run
 from utils.runtime.distributed import DistributedContext, distributed_context, run_on_all
 from utils.runtime.files import user_path
@@ -74,7 +75,7 @@ def resolve(flags: Flags, context: DistributedContext, stack: ExitStack) -> Infe
     detector = FaceDetector(load_model(checkpoint).to(device), flags.apply(checkpoint.inference), compute)
     folder = user_path(options.inference_save_folder).absolute()
     # Where the folder of the results is the one that is searched, the images that runs write there are left out.
-    exclude = {folder, *(folder / name for name in OUTPUT_FOLDERS)}
+    exclude = {folder, *(folder / name for name in (*OUTPUT_FOLDERS, EXPORT_FOLDER))}
     source = open_source(options.inference_dir, DATA, exclude, options.max_frames)
     segmenter_model = user_path(options.segmenter_model) if options.segmenter_model else None
     inference_run = InferenceRun(

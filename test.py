@@ -25,6 +25,7 @@ from utils.datasets.folders import find_dataset
 from utils.errors import ConfigError, UserError
 from utils.evaluation.ground_truth import EvaluationSet, open_evaluation_set
 from utils.evaluation.localisation import localisation_ap
+from utils.evaluation.page import write_evaluation_page
 from utils.evaluation.prediction_set import PredictionSet
 from utils.evaluation.predictions import prediction_file, read_predictions
 from utils.evaluation.report import (
@@ -51,7 +52,7 @@ GROUPS = (
 )
 # The flags that have a meaning where no detector runs.
 _WITH_PREDICTIONS = {
-    *("pred_dir", "gt_dir", "dataset", "save_errors", "bootstrap", "experiment_name", "gpu_num", "output_dir")
+    *("pred_dir", "gt_dir", "dataset", "save_errors", "page", "bootstrap", "experiment_name", "gpu_num", "output_dir")
 }
 _UNNAMED_RESULTS = Path("test_results")  # so that nothing is written into an experiment that nobody named
 
@@ -141,7 +142,10 @@ def report(
             from utils.evaluation.error_gallery import write_error_gallery  # the rest does without OpenCV
 
             write_error_gallery(results / "errors.png", measured, predictions, options.save_errors)
+        page = write_evaluation_page(results, measured, predictions) if options.page else None
     print(f"results are in {results}")
+    if page is not None:
+        print(f"open {page.resolve()} to see the images")
     print("\n".join(describe(measured)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.options import Options, option, require
+from utils.options import Options, option, parse_words, require
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ROOT / "experiments"
@@ -103,6 +103,7 @@ class EvaluationOptions(Options):
     )
     resume: bool = option(False, "keep the predictions of an interrupted run and process the remaining images")
     bootstrap: int = option(0, "resample the images N times (100 or more) for a standard error of the AP", minimum=0)
+    page: bool = option(True, "write index.html, a page of all images with hits, misses and false alarms")
     save_errors: int = option(0, "draw N false positives and N missed faces into errors.png", minimum=0)
 
     def __post_init__(self) -> None:
@@ -125,6 +126,27 @@ class InferenceOptions(Options):
     mask: bool = option(False, "segment the head of every face")
     save_mask: bool = option(False, "write masks and crops; needs --mask")
     segmenter_model: str | None = option(None, "a .tflite file for --mask (default: the one that mediapipe contains)")
+    page: bool = option(True, "write index.html, a page of all images with their faces, and its thumbnails")
+    export: tuple[str, ...] = option(
+        (),
+        "annotations for other tools, comma-separated: coco, yolo, csv, cvat, labelme",
+        choices=("coco", "yolo", "csv", "cvat", "labelme"),
+        parse=parse_words,
+    )
+    save_crops: tuple[str, ...] = option(
+        (),
+        "write a crop of every face: plain, with a margin, or aligned as face recognition expects it, or plain,aligned",
+        choices=("plain", "aligned"),
+        parse=parse_words,
+    )
+    crop_size: int = option(112, "side of aligned crops in pixels", minimum=1)
+    crop_margin: float = option(0.25, "margin around plain crops, relative to the longer side of the face", minimum=0)
+    anonymize: str | None = option(
+        None,
+        "write images or the video with every face made unrecognisable; shaped by the person with --mask",
+        choices=("blur", "pixelate", "solid"),
+    )
+    track: bool = option(False, "give every face of a video an id that it keeps over the frames")
     max_frames: int = option(0, "stop a video or camera after N frames; 0 is no limit", minimum=0)
     resume: bool = option(False, "keep the results of an interrupted run and process the remaining images")
 
@@ -132,6 +154,10 @@ class InferenceOptions(Options):
         super().__post_init__()
         require(self.mask or not self.save_mask, "--save_mask needs --mask: add it, or drop --save_mask")
         require(self.mask or not self.segmenter_model, "--segmenter_model needs --mask: add it, or drop the model")
+        revealing = "--save_mask" if self.save_mask else "--save_crops" if self.save_crops else ""
+        require(
+            not (self.anonymize and revealing), f"{revealing} writes recognisable faces; drop it, or drop --anonymize"
+        )
 
 
 @dataclass(frozen=True)

@@ -16,20 +16,25 @@ from config import ComputeOptions, InferenceOptions
 from engine.stream import BATCH_SIZE, detect_images
 from models.checkpoint import Checkpoint
 from models.detector import FaceDetector
+from utils.datasets.formats.registry import check_names
 from utils.errors import ConfigError, UserError
-from utils.options import to_dict
+from utils.options import require, to_dict
+from utils.results.face_files import FaceFileOptions
 from utils.results.files import OUTPUT_FOLDERS
 from utils.results.masks import HeadMask, HeadSegmenter
+from utils.results.page import PAGE_NAME, check_page_is_ours
+from utils.results.reports import Exports, InferencePage
 from utils.results.writer import OutputOptions, ResultWriter
 from utils.runtime.cli import show_progress
 from utils.runtime.distributed import DistributedContext, shard_positions
 from utils.runtime.manifest import file_digest
-from utils.runtime.sources import ImageFiles, InputImage, Source
+from utils.runtime.sources import ImageFiles, InputImage, Source, VideoFrames
 from utils.runtime.threads import BackgroundWorker
 from utils.structures import Detections
+from utils.tracking import FaceTracker
 
 # Fields of `InferenceOptions` on which the results do not depend.
-_IRRELEVANT_OPTIONS = ("inference_dir", "inference_save_folder", "segmenter_model", "max_frames", "resume")
+_IRRELEVANT_OPTIONS = ("inference_dir", "inference_save_folder", "segmenter_model", "max_frames", "resume", "export")
 
 DetectedHeads = tuple[InputImage, Detections, list[HeadMask] | None]
 
@@ -61,7 +66,10 @@ class InferenceRun:
     segmenter_model: Path | None
 
     def check(self, context: DistributedContext) -> None:
-        """Refuse to write over the input, and to shard or resume frames, which can only be read one after another.
+        """Refuse what the source, the model or the folder does not permit.
+
+        Results are not written over the input. Frames can only be read one after another, so they are neither shared
+        nor resumed.
 
         Raises:
             ConfigError: says what to do instead.
@@ -73,7 +81,13 @@ class InferenceRun:
                     f"{folder}: holds images to be read, but results are written there; choose another "
                     "--inference_save_folder"
                 )
+        if "aligned" in self.options.save_crops and not self.detector.model.model_config.landmarks:
+            raise ConfigError("--save_crops aligned needs landmarks, which this model does not predict; choose plain")
+        check_names(self.options.export, self.source.names)
+        if self.options.page:
+            check_page_is_ours(self.folder)
         if isinstance(self.source, ImageFiles):
+            require(not self.options.track, "--track follows faces over the frames of a video or camera; drop it")
             return
         if context.world_size > 1:
             raise ConfigError(
@@ -89,7 +103,7 @@ class InferenceRun:
 
     def settings(self) -> dict[str, Any]:
         """Everything that the results depend on, as JSON values."""
-        options = dataclasses.asdict(self.options)
+        options = to_dict(self.options)
         return {
             "experiment": self.name,
             "checkpoint": self.checkpoint.path.name,
@@ -107,6 +121,25 @@ class InferenceRun:
             "segmenter_sha256": file_digest(self.segmenter_model) if self.segmenter_model else None,
         }
 
+    def _output(self) -> OutputOptions:
+        options, source = self.options, self.source
+        images = source.folder if isinstance(source, ImageFiles) else None
+        video = Path(source.description) if isinstance(source, VideoFrames) else None
+        return OutputOptions(
+            drawings=options.save_img,
+            crops=options.save_mask,
+            frames_per_second=source.frames_per_second,
+            face_files=FaceFileOptions(
+                thumbnails=options.page,
+                crops=options.save_crops,
+                crop_side=options.crop_size,
+                crop_margin=options.crop_margin,
+                anonymize=options.anonymize,
+                video=video if video is not None and video.is_file() else None,
+            ),
+            reports=[*([InferencePage(images)] if options.page else []), Exports(options.export, images)],
+        )
+
     def open_writer(self, context: DistributedContext) -> ResultWriter:
         """Begin writing results, or continue an interrupted run."""
         options = self.options
@@ -117,7 +150,7 @@ class InferenceRun:
             self.name,
             self.settings(),
             names=self.source.names,
-            output=OutputOptions(options.save_img, options.save_mask, self.source.frames_per_second),
+            output=self._output(),
             threads=torch.get_num_threads() if depends_on_threads else None,
             resume=options.resume,
             context=context,
@@ -163,6 +196,8 @@ def run_inference(
     if run.source.ignored:
         say(f"{run.source.ignored} files without an image's suffix were skipped")
     say(f"results are in {run.folder.resolve()}")
+    if run.options.page:
+        say(f"open {run.folder.resolve() / PAGE_NAME} to see them")
     if context.is_main and not writer.start.is_complete and not writer.summary.images:
         raise UserError(f"{run.source.description}: no image could be read")
 
@@ -171,6 +206,7 @@ def _detect(run: InferenceRun, writer: ResultWriter, worker: BackgroundWorker) -
     """Detect in this process's share of the images, write the results in the background, and yield them."""
     batched = run.options.infer_imsize_same
     images, repeated, total = _own_images(run.source, writer, BATCH_SIZE if batched else 1)
+    tracker = FaceTracker(run.source.frames_per_second or 25) if run.options.track else None
     if writer.start.threads is not None:
         torch.set_num_threads(writer.start.threads)
     detected = detect_images(run.detector, images, batched)
@@ -182,7 +218,18 @@ def _detect(run: InferenceRun, writer: ResultWriter, worker: BackgroundWorker) -
         else:
             if run.segmenter is not None:
                 heads = [run.segmenter.segment(image.pixels, face) for face in detections.boxes.numpy()]
-            worker.submit(writer.add, image.name, image.pixels, detections, heads, image.position, image.note)
+            tracks = tracker.update(detections.boxes.numpy()) if tracker is not None else None
+            worker.submit(
+                writer.add,
+                image.name,
+                image.pixels,
+                detections,
+                heads,
+                image.position,
+                note=image.note,
+                tracks=tracks,
+                seconds=image.seconds,
+            )
         yield image, detections, heads
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+import functools
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 
@@ -18,10 +21,22 @@ from models.checkpoint import load_checkpoint, locate_checkpoint
 from models.initialise import load_model
 from models.retinaface import RetinaFace
 from utils.runtime.images import ImageLike, as_bgr_uint8, resize_to_limit
+from utils.runtime.threads import map_in_order
 from utils.structures import Detections
 
 # The default of callers in Python: starts at once and writes nothing.
 _TORCH = ComputeOptions(backend="torch")
+
+
+@functools.cache
+def _keep_forks_alive() -> None:
+    """Let a process that is forked from this one compute on one thread; the threads of this one do not exist there.
+
+    Without it PyTorch and OpenCV wait for them forever. ONNX Runtime and CUDA do not work after a fork at all.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
+        os.register_at_fork(after_in_child=functools.partial(cv2.setNumThreads, 0))
 
 
 class FaceDetector:
@@ -44,6 +59,7 @@ class FaceDetector:
         Raises:
             ConfigError: the backend is unavailable.
         """
+        _keep_forks_alive()
         self.model = model.eval().to(memory_format=torch.channels_last)
         self.config = config
         self.max_pixels = compute.max_pixels
@@ -121,7 +137,20 @@ class FaceDetector:
         """
         return self.detect_batch([image])[0]
 
-    def detect_batch(self, images: Sequence[Any]) -> list[Detections]:
+    def detect_many(self, images: Iterable[ImageLike], workers: int | None = None) -> Iterator[Detections]:
+        """Detect the faces of a stream of images of any sizes, in its order, in several threads.
+
+        At most a few images more than there are threads are taken from the stream ahead of the results.
+
+        Args:
+            images: what `detect` accepts.
+            workers: number of threads; None makes best use of the machine.
+        """
+        workers = workers or self.num_workers
+        detector = self.for_worker() if workers > 1 else self
+        return map_in_order(detector.detect, images, workers)
+
+    def detect_batch(self, images: Sequence[ImageLike]) -> list[Detections]:
         """Detect the faces of images of the same size in one forward pass; see `detect`."""
         pixels = [as_bgr_uint8(image) for image in images]
         if len({each.shape for each in pixels}) > 1:

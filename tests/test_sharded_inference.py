@@ -79,7 +79,7 @@ def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     assert result.returncode == 0, result.stderr
     found = contents(out)
     assert {f"{RECORDS}/run.json", f"{RECORDS}/0.jsonl"} < found.keys()
-    assert len(found) == COUNT - 2 + 3 + 2
+    assert len(found) == 2 * (COUNT - 2) + 3 + 1 + 2  # drawings and thumbnails, tables, the page, records
     return found
 
 

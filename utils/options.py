@@ -128,6 +128,11 @@ def parse_integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"expected integers like 70,90, got {text!r}") from None
 
 
+def parse_words(text: str) -> tuple[str, ...]:
+    """Parse `coco,csv` to ("coco", "csv"), and the empty text to ()."""
+    return tuple(filter(None, (part.strip() for part in text.split(","))))
+
+
 @dataclass(frozen=True)
 class Flags:
     """The flags that were given on a command line, by name."""
@@ -178,7 +183,9 @@ def _add_flag(section: Any, name: str, declaration: Declaration, hint: Any, defa
     if _plain_type(hint) is bool:
         keywords |= {"nargs": "?", "const": True, "type": parse_bool, "metavar": "BOOL"}
     else:
-        keywords |= {"type": declaration.parse or _plain_type(hint), "choices": declaration.choices}
+        # Where a flag has several values, `Options` checks each.
+        choices = None if declaration.parse else declaration.choices
+        keywords |= {"type": declaration.parse or _plain_type(hint), "choices": choices}
     section.add_argument(*(f"--{each}" for each in (name, *declaration.aliases)), **keywords)
 
 

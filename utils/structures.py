@@ -115,6 +115,36 @@ class Detections:
             landmarks = torch.stack([width - x, y], dim=2)
         return Detections(torch.stack([width - x2, y1, width - x1, y2], dim=1), self.scores, landmarks)
 
+    def to_dict(self) -> dict[str, Any]:
+        """`{"faces": [{"box": [x1, y1, x2, y2], "score": ..., "landmarks": [[x, y], ...] or None}]}`, for JSON."""
+        landmarks = [None] * len(self) if self.landmarks is None else self.landmarks.tolist()
+        faces = zip(self.boxes.tolist(), self.scores.tolist(), landmarks, strict=True)
+        return {"faces": [{"box": box, "score": score, "landmarks": points} for box, score, points in faces]}
+
+    def crop(self, image: np.ndarray, margin: float = 0.25) -> list[np.ndarray]:
+        """The pixels of each face in the image, with a margin relative to its longer side; see `plain_crop`."""
+        from utils.alignment import plain_crop
+
+        return [plain_crop(image, box, margin) for box in self.boxes.numpy(force=True)]
+
+    def aligned(self, image: np.ndarray, side: int = 112) -> list[np.ndarray]:
+        """Each face upright and of the same size, as face recognition expects it; see `aligned_crop`.
+
+        Raises:
+            ValueError: the model predicts no landmarks.
+        """
+        from utils.alignment import aligned_crop
+
+        if self.landmarks is None:
+            raise ValueError("faces are aligned by their landmarks, which this model does not predict")
+        return [aligned_crop(image, landmarks, side) for landmarks in self.landmarks.numpy(force=True)]
+
+    def draw(self, image: np.ndarray) -> np.ndarray:
+        """A copy of the image with boxes, landmarks and scores drawn."""
+        from utils.drawing import draw_detections
+
+        return draw_detections(image, self.cpu())
+
 
 def image_size_xy(size_hw: tuple[int, int], like: Tensor) -> Tensor:
     """(2,) width and height with the device and type of `like`. Tracing passes tensors as sizes."""

@@ -16,7 +16,7 @@ from models.detector import FaceDetector
 from models.onnx_graph import missing_onnx_packages
 from models.retinaface import RetinaFace
 from tests.engine.whole import PICTURE, FindsTheWhole
-from utils.runtime.images import read_image
+from utils.runtime.images import ImageLike, read_image
 from utils.runtime.sources import InputImage
 from utils.structures import Detections
 
@@ -31,7 +31,7 @@ class ShortOfMemory(FaceDetector):
         super().__init__(model, ExperimentConfig().inference)
         self.error = error
 
-    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
+    def detect_batch(self, images: Sequence[ImageLike]) -> list[Detections]:
         if any(image is LARGE for image in images):
             raise self.error
         return super().detect_batch(images)
@@ -86,7 +86,7 @@ class CountingDetector(FaceDetector):
         super().__init__(RetinaFace(usual_config("mobilenet0.25")), ExperimentConfig().inference)
         self.passes: list[int] = []
 
-    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
+    def detect_batch(self, images: Sequence[ImageLike]) -> list[Detections]:
         self.passes.append(len(images))
         return [Detections(torch.zeros(0, 4), torch.zeros(0), None)] * len(images)
 
@@ -121,7 +121,7 @@ class TwoWorkers(FindsTheWhole):
     def for_worker(self) -> Worker:
         return Worker(self)
 
-    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
+    def detect_batch(self, images: Sequence[ImageLike]) -> list[Detections]:
         self.alone.append(len(images))
         return super().detect_batch(images)
 
@@ -131,7 +131,7 @@ class Worker(FindsTheWhole):
         super().__init__()
         self.whole = whole
 
-    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
+    def detect_batch(self, images: Sequence[ImageLike]) -> list[Detections]:
         self.whole.together.wait()
         if not images[0].any():
             raise RuntimeError("a bug")

@@ -3,6 +3,11 @@
     python -m utils.datasets.convert_labels FOLDER
     python -m utils.datasets.convert_labels labels.txt --to label.txt
 
+or convert between the forms of other tools and ours:
+
+    python -m utils.datasets.convert_labels annotations.xml --from cvat --to label.txt
+    python -m utils.datasets.convert_labels label.txt --to coco --output faces.json
+
 See data/README.md.
 """
 
@@ -21,6 +26,8 @@ import torch
 from torchvision.ops import box_iou
 
 from config import ROOT
+from utils.datasets.formats.convert import convert_annotations
+from utils.datasets.formats.registry import FORMATS
 from utils.datasets.labels import LabelledImage, read_labels, write_labels
 from utils.errors import UserError
 from utils.runtime.cli import run
@@ -42,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     source = user_path(arguments.source)
     landmarks = user_path(arguments.landmarks) if arguments.landmarks else None
-    if source.is_dir():
+    if (arguments.source_format or arguments.to in FORMATS) and source.exists():
+        parts = [part_of_annotations(source, arguments)]
+    elif source.is_dir():
         to = user_path(arguments.to) if arguments.to else ROOT / "data" / "widerface"
         parts = parts_of_wider_face(source, to, landmarks, arguments.copy)
     elif source.is_file():
@@ -63,6 +72,24 @@ def parts_of_wider_face(folder: Path, to: Path, landmarks: Path | None, copy: bo
         if landmarks and split == "train" and not labels.is_file():
             raise UserError(f"--landmarks is for the faces of {labels}, which does not exist")
     return [*parts, Part(folder / "eval_tools" / "ground_truth", to / "val" / "gt", copy_files)]
+
+
+def part_of_annotations(source: Path, arguments: argparse.Namespace) -> Part:
+    """What becomes of annotations in a form of `FORMATS`, or of labels that take such a form."""
+    target_format = arguments.to if arguments.to in FORMATS else None
+    output = arguments.output if target_format else arguments.to
+    if arguments.landmarks or arguments.copy:
+        raise UserError("--landmarks and --copy do nothing with --from and with --to=FORMAT; drop them")
+    if output is None:
+        missing = "--output must name" if target_format else "--to must be a form, or name"
+        raise UserError(f"{source}: {missing} the file or folder to write")
+    convert = partial(
+        convert_annotations,
+        source_format=arguments.source_format,
+        target_format=target_format,
+        images=user_path(arguments.images) if arguments.images else None,
+    )
+    return Part(source, user_path(output), convert)
 
 
 def part_of_label_file(source: Path, to: str | None, landmarks: Path | None, copy: bool) -> Part:
@@ -200,7 +227,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="the folder in which WIDER_train.zip, WIDER_val.zip, wider_face_split.zip and perhaps eval_tools.zip were "
         "unpacked, or a label file",
     )
-    parser.add_argument("--to", help="the dataset's folder (default: data/widerface), or the label file to write")
+    forms = ", ".join(FORMATS)
+    parser.add_argument(
+        "--to",
+        help="the dataset's folder (default: data/widerface), or the label.txt to write, or the form of what --output "
+        f"names: {forms}",
+    )
+    parser.add_argument(
+        "--from",
+        dest="source_format",
+        choices=tuple(FORMATS),
+        help=f"form of the source: {forms} (default: a label file, whose form is recognised)",
+    )
+    parser.add_argument("--output", metavar="PATH", help="the file or folder to write, with --to=FORM")
+    parser.add_argument(
+        "--images", metavar="FOLDER", help="folder that the images are relative to (default: images beside the source)"
+    )
     parser.add_argument(
         "--landmarks", metavar="FILE", help="labels of the training images with landmarks; faces at IoU 0.5 get theirs"
     )

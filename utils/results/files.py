@@ -16,7 +16,10 @@ from utils.results.records import Record, RecordIndex
 from utils.runtime.files import atomic_write, one_line
 
 # Folders of the images that a run writes; files elsewhere are never removed.
-OUTPUT_FOLDERS = ("result_images", "masks", "faces", "heads", "head_masks")
+OUTPUT_FOLDERS = (
+    *("result_images", "masks", "faces", "heads", "head_masks"),
+    *("thumbnails", "crops", "aligned", "anonymized"),
+)
 
 
 @dataclass

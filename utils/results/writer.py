@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
-import cv2
 import numpy as np
 
 from utils.drawing import draw_detections
 from utils.errors import ConfigError, UserError
+from utils.results.face_files import FaceFileOptions, FaceFiles, VideoFile
 from utils.results.files import OUTPUT_FOLDERS, ResultFiles, Summary, remove_output
 from utils.results.masks import HeadMask, crop
-from utils.results.records import Record, RecordStore
+from utils.results.records import Record, RecordIndex, RecordStore
 from utils.runtime.distributed import SINGLE_PROCESS, DistributedContext, run_on_all, run_on_main
 from utils.runtime.files import disk_errors, make_folder, remove_temporary_files, shortened
 from utils.runtime.images import WRITABLE_SUFFIXES, write_image
 from utils.runtime.manifest import first_difference, require_same_settings
 from utils.structures import Detections
+
+# Makes something from the folder of the results, the settings and the records when the final files are made.
+Report = Callable[[Path, Mapping[str, Any], RecordIndex], None]
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,15 @@ class OutputOptions:
         drawings: images with the detections drawn; of a video, one video.
         crops: masks and crops of every face.
         frames_per_second: of a video.
+        face_files: thumbnails, crops and anonymised images.
+        reports: called in this order when the final files are made.
     """
 
     drawings: bool = False
     crops: bool = False
     frames_per_second: float | None = None
+    face_files: FaceFileOptions = FaceFileOptions()  # noqa: RUF009, frozen
+    reports: Sequence[Report] = ()
 
 
 class ResultWriter:
@@ -109,9 +114,11 @@ class ResultWriter:
         self._count = len(names)
         self._files = ResultFiles(folder, experiment_name)
         self._store = RecordStore(folder / ".records" / experiment_name)
-        self._video: cv2.VideoWriter | None = None
+        self._video: VideoFile | None = None
+        self._face_files = FaceFiles(folder, output.face_files, output.frames_per_second)
         # Number of images with a name, with or without suffix: `a.jpg` and `a.png` share `a`.
-        labels = (label for name in names for label in {name.lower(), _stem(name).lower()}) if output.crops else ()
+        has_crops = output.crops or output.face_files.crops
+        labels = (label for name in names for label in {name.lower(), _stem(name).lower()}) if has_crops else ()
         self._name_counts = Counter(labels)
         self._names = {name.lower() for name in names} if output.drawings else set[str]()
         self._next_position = 0
@@ -170,6 +177,8 @@ class ResultWriter:
         heads: Sequence[HeadMask] | None = None,
         position: int | None = None,
         note: str | None = None,
+        tracks: Sequence[int] | None = None,
+        seconds: float | None = None,
     ) -> None:
         """Write the results of one image.
 
@@ -180,12 +189,19 @@ class ResultWriter:
             heads: one for each face, or None without `--mask`.
             position: index of the image among all; None follows the previous one.
             note: for the user, see `Record`.
+            tracks: id of each face over the frames of a video.
+            seconds: since the beginning of the video.
 
         Raises:
             UserError: a file cannot be written; what was written before is complete.
         """
         with disk_errors(self.folder):
             record = self._write_image_files(self._place(position), name, image, detections, heads)
+            entry = record.entry or {}
+            for face, track in zip(entry["faces"], tracks or ()):  # noqa: B905, without tracks nothing is added
+                face["track"] = track
+            if seconds is not None:
+                entry["seconds"] = round(seconds, 3)
             self._add_record(replace(record, note=note))
 
     def skip(self, name: str, reason: str, position: int | None = None) -> None:
@@ -227,9 +243,9 @@ class ResultWriter:
     def _close_shard(self) -> None:
         with disk_errors(self.folder):
             if self._video is not None:
-                self._video.release()
-                os.replace(self._video_path.with_suffix(".tmp.mp4"), self._video_path)
+                self._video.close()
                 self._video = None
+            self._face_files.close()
             self._records.close()
 
     def _finish(self, *, is_complete: bool) -> None:
@@ -242,6 +258,8 @@ class ResultWriter:
                     f"{self.folder}: holds results of {len(records)} of {self._count} images; --resume does the rest"
                 )
             self.summary = self._files.write(self._settings, records, self.start.done)
+            for report in self.output.reports:
+                report(self.folder, self._settings, records)
             if is_complete:
                 stale = set(self._store.run.get("former_files", []))
                 for record in records if stale else ():
@@ -278,9 +296,15 @@ class ResultWriter:
                     files += face["files"].values()
             faces.append(face)
             rows.append(f"{' '.join(str(int(value)) for value in box)} {score:f}")
+        shown = self._face_files.publishable(image, detections, heads)
+        written = self._face_files.write(position, name, self._crop_stem(name), image, shown, detections)
+        for face, crops in zip(faces, written.faces, strict=True):
+            if crops:
+                face["files"] = face.get("files", {}) | crops
+        files += written.files
         if self.output.drawings:
-            files += self._write_drawing(name, draw_detections(image, detections))
-        entry = {"name": name, "width": image.shape[1], "height": image.shape[0], "faces": faces}
+            files += self._write_drawing(name, draw_detections(shown, detections))
+        entry = {"name": name, "width": image.shape[1], "height": image.shape[0], "faces": faces, **written.entry}
         return Record(position, name, entry, rows, files)
 
     def _write_crops(self, file_name: str, image: np.ndarray, head: HeadMask) -> dict[str, str]:
@@ -305,24 +329,12 @@ class ResultWriter:
         return [self._write(f"result_images/{name}", drawing)]
 
     def _write_frame(self, name: str, drawing: np.ndarray, frames_per_second: float) -> list[str]:
-        files = []
-        # Codecs take frames of even size; the last row and column are repeated, not lost.
-        odd_rows, odd_columns = drawing.shape[0] % 2, drawing.shape[1] % 2
-        drawing = cv2.copyMakeBorder(drawing, 0, odd_rows, 0, odd_columns, cv2.BORDER_REPLICATE)
+        relative = f"result_images/{name.rsplit('_', 1)[0]}.mp4"
+        is_first = self._video is None
         if self._video is None:
-            files = [f"result_images/{name.rsplit('_', 1)[0]}.mp4"]
-            self._video = self._open_video(files[0], drawing, frames_per_second)
+            self._video = VideoFile(self.folder / relative, frames_per_second)
         self._video.write(drawing)
-        return files
-
-    def _open_video(self, relative: str, frame: np.ndarray, frames_per_second: float) -> cv2.VideoWriter:
-        self._video_path = self.folder / relative
-        temporary = make_folder(self._video_path.parent) / self._video_path.with_suffix(".tmp.mp4").name
-        codec = cv2.VideoWriter.fourcc(*"mp4v")
-        video = cv2.VideoWriter(str(temporary), codec, frames_per_second, (frame.shape[1], frame.shape[0]))
-        if not video.isOpened():
-            raise OSError(errno.EIO, f"OpenCV cannot encode it at {frames_per_second} frames/s", relative)
-        return video
+        return [relative] if is_first else []
 
     def _write(self, relative: str, pixels: np.ndarray) -> str:
         relative = shortened(relative)

@@ -50,6 +50,7 @@ class InputImage:
         problem: why it could not be read.
         position: index among all images of the source, from 0.
         note: what is to be said about an image that was read, such as that it has more pages.
+        seconds: of a frame since the beginning of the video, by its time stamp.
     """
 
     name: str
@@ -57,6 +58,7 @@ class InputImage:
     problem: str | None = None
     position: int = 0
     note: str | None = None
+    seconds: float | None = None
 
 
 class Source(Protocol):
@@ -264,13 +266,19 @@ class VideoFrames:
     def __iter__(self) -> Iterator[InputImage]:
         positions = range(self.max_frames) if self.max_frames else count()
         # One thread, because frames are decoded one after another; it reads ahead.
-        with closing(map_in_order(lambda _: self._capture.read()[1], positions, threads=1)) as frames:
+        with closing(map_in_order(self._read, positions, threads=1)) as frames:
             number = -1
-            for number, frame in enumerate(takewhile(lambda frame: frame is not None, frames)):
-                yield InputImage(f"{self.stem}_{number + 1:06d}.jpg", frame, position=number)
+            for number, (frame, seconds) in enumerate(takewhile(lambda read: read[0] is not None, frames)):
+                yield InputImage(f"{self.stem}_{number + 1:06d}.jpg", frame, position=number, seconds=seconds)
         self._capture.release()
         if number < 0:
             raise SourceError(f"{self.description}: holds no frame that OpenCV reads")
+
+    def _read(self, number: int) -> tuple[np.ndarray | None, float | None]:
+        """The next frame, and its time stamp if the source has time stamps."""
+        frame = self._capture.read()[1]
+        milliseconds = self._capture.get(cv2.CAP_PROP_POS_MSEC)
+        return frame, milliseconds / 1000 if milliseconds > 0 or number == 0 else None
 
 
 def read_images(files: Iterable[tuple[str, Path]]) -> Iterator[InputImage]:

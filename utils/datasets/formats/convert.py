@@ -1,0 +1,39 @@
+"""From one annotation format to another, or to and from label.txt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from utils.datasets.formats.annotations import with_size
+from utils.datasets.formats.registry import FORMATS, check_names
+from utils.datasets.labels import read_labels, write_labels
+
+
+def convert_annotations(
+    source: Path, target: Path, *, source_format: str | None, target_format: str | None, images: Path | None
+) -> str:
+    """Convert annotations, and say in a few words what the target is.
+
+    Args:
+        source: file or folder.
+        target: file or folder to write.
+        source_format: of `FORMATS`; None is a label file of any form that `read_labels` knows.
+        target_format: of `FORMATS`; None is label.txt.
+        images: folder that the images are relative to; None is `images` beside the source. It is needed where sizes
+            are: for every target but label.txt, and for `yolo` as the source.
+
+    Raises:
+        DatasetError: the source is malformed, or an image that is needed does not exist.
+        UserError: the target cannot hold these images.
+    """
+    read = FORMATS[source_format].read if source_format else None
+    labelled = read(source, images) if read else read_labels(source, Path())
+    if target_format is None:
+        write_labels(target, labelled, Path())
+    else:
+        folder = images or source.parent / "images"
+        check_names([target_format], [image.path.as_posix() for image in labelled])
+        FORMATS[target_format].write(target, [with_size(image, folder) for image in labelled], folder)
+    faces = sum(len(image.faces) for image in labelled)
+    known = sum(int(image.faces.has_landmarks.sum()) for image in labelled)
+    return f"{len(labelled)} images, {faces} faces, {known} with landmarks"

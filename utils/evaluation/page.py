@@ -1,0 +1,120 @@
+"""The page of an evaluation: every image with its hits, its false alarms and the faces that were missed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.datasets.formats.annotations import upright_size
+from utils.datasets.labels import DatasetError
+from utils.evaluation.report import CONFIDENT_SCORE, Measurement, recall_by_height
+from utils.evaluation.wider_eval import GroundTruth, Matches
+from utils.results.page import FaceKind, PageHead, Table, file_url, settings_rows, write_page
+
+# Of a score below this a prediction is not shown: WIDER FACE is measured down to 0.02, with a hundred boxes an image.
+_LOWEST_SCORE = 0.1
+_KINDS = (
+    FaceKind("hit", "hits"),
+    FaceKind("false", "false alarms"),
+    FaceKind("missed", "missed faces"),
+    FaceKind("ignored", "not counted"),
+)
+
+
+def write_evaluation_page(folder: Path, measured: Measurement, predictions: Mapping[str, np.ndarray]) -> Path | None:
+    """Write index.html, which shows the images where they are; None where there is no folder of images.
+
+    Args:
+        folder: of the results, with pr_curves.png.
+        measured: the evaluation.
+        predictions: by image, (N, 5) x, y, width, height, score.
+
+    Raises:
+        OSError: the page cannot be written.
+    """
+    if measured.faces.images is None:
+        return None
+    subset, evaluation = measured.faces.largest_subset, measured.evaluation
+    precisions = [(f"AP {name}", f"{value:.4f}") for name, value in evaluation.average_precisions.items()]
+    recall = Table(
+        f"Recall by face height ({subset} faces)",
+        ("height", "faces", "recall", f"score >= {CONFIDENT_SCORE}"),
+        [
+            (f"{row.heights} px", row.faces, f"{row.recall:.3f}", f"{row.recall_sure:.3f}")
+            for row in recall_by_height(measured.faces, evaluation)
+        ],
+    )
+    official = "" if measured.faces.official else "; not the official figure of WIDER FACE"
+    head = PageHead(
+        title=f"{measured.predicted.experiment} on {measured.faces.source_name}",
+        summary=f"{len(measured.faces.truths)} images; protocol: {measured.predicted.protocol}{official}",
+        lowest_score=_LOWEST_SCORE,
+        threshold=CONFIDENT_SCORE,
+        settings=settings_rows(measured.predicted.settings),
+        metrics=precisions,
+        figures=["pr_curves.png"],
+        tables=[recall],
+        kinds=_KINDS,
+    )
+    return write_page(folder, head, _entries(folder, measured, predictions), len(measured.faces.truths))
+
+
+def _entries(folder: Path, measured: Measurement, predictions: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
+    images, subset = measured.faces.images or [], measured.faces.largest_subset
+    lowest, span = _score_range(predictions)
+    problems = dict(measured.detected.skipped)
+    for truth, image, matches in zip(measured.faces.truths, images, measured.evaluation.matches, strict=True):
+        rows = predictions.get(truth.name, np.zeros((0, 5)))
+        try:
+            width, height = upright_size(image)
+        except DatasetError:
+            yield {"name": truth.name, "skipped": problems.get(truth.name, "the image cannot be read")}
+            continue
+        url = file_url(image, folder)
+        shown = {"name": truth.name, "width": width, "height": height, "thumbnail": url, "source": url}
+        yield shown | {"faces": list(image_faces(truth, matches, rows, subset, lowest, span))}
+
+
+def _score_range(predictions: Mapping[str, np.ndarray]) -> tuple[float, float]:
+    """What is subtracted from scores, and by what they are divided, so that they lie in [0, 1]; 0 and 1 if they do."""
+    scores = [rows[:, 4] for rows in predictions.values() if len(rows)]
+    if not scores:
+        return 0.0, 1.0
+    lowest, highest = min(float(part.min()) for part in scores), max(float(part.max()) for part in scores)
+    return (0.0, 1.0) if lowest >= 0 and highest <= 1 else (lowest, (highest - lowest) or 1.0)
+
+
+def image_faces(
+    truth: GroundTruth, matches: Matches, rows: np.ndarray, subset: str, lowest: float = 0.0, span: float = 1.0
+) -> Iterator[dict[str, Any]]:
+    """The predictions of an image and its labelled faces, with their kinds.
+
+    A labelled face is missed at every threshold above the score with which it is `found`.
+
+    Args:
+        truth: the labelled faces.
+        matches: what became of predictions and faces.
+        rows: (N, 5) predictions.
+        subset: whose faces count.
+        lowest: subtracted from scores.
+        span: by which they are divided then.
+    """
+    counted = truth.subsets[subset]
+    scores = (rows[:, 4] - lowest) / span
+    for index in np.flatnonzero(scores >= _LOWEST_SCORE):
+        face = matches.finds[index]
+        kind = "false" if face < 0 or not matches.is_first[index] else "hit"
+        kind = "ignored" if face >= 0 and not counted[face] else kind
+        yield {"box": _corners(rows[index]), "score": round(float(scores[index]), 4), "kind": kind}
+    for index, box in enumerate(truth.boxes):
+        found = (matches.face_scores[index] - lowest) / span
+        shown: dict[str, Any] = {"box": _corners(box), "kind": "missed" if counted[index] else "ignored"}
+        yield shown if np.isnan(found) else shown | {"found": round(float(found), 4)}
+
+
+def _corners(box: np.ndarray) -> list[float]:
+    x, y, width, height = (float(value) for value in box[:4])
+    return [round(value, 1) for value in (x, y, x + width, y + height)]

@@ -1,0 +1,182 @@
+"""Images that a run writes for every image or face besides drawings and masks."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import cv2
+import numpy as np
+
+from utils.alignment import ALIGNED_SIDE, aligned_crop, plain_crop
+from utils.results.anonymise import add_audio, anonymise
+from utils.results.masks import HeadMask
+from utils.runtime.files import shortened
+from utils.runtime.images import WRITABLE_SUFFIXES, write_image
+from utils.structures import Detections
+
+_THUMBNAIL_SIDE = 400
+_FRAME_SIDE = 960  # a frame of a video is in no file that the page could show instead
+
+
+@dataclass(frozen=True)
+class FaceFileOptions:
+    """What is written.
+
+    Attributes:
+        thumbnails: a small copy of every image; of a video, of one frame a second.
+        crops: `plain`, `aligned`, or both, of every face.
+        crop_side: of aligned crops in pixels.
+        crop_margin: around plain crops, relative to the longer side of the face.
+        anonymize: `blur`, `pixelate` or `solid`; None leaves faces recognisable.
+        video: file whose frames are processed, for its audio.
+    """
+
+    thumbnails: bool = False
+    crops: tuple[str, ...] = ()
+    crop_side: int = ALIGNED_SIDE
+    crop_margin: float = 0.25
+    anonymize: str | None = None
+    video: Path | None = None
+
+
+@dataclass
+class WrittenFiles:
+    """Files written for one image, relative to the folder of the results.
+
+    Attributes:
+        entry: those of the image by their kind, for `results.json`.
+        faces: those of each face.
+        files: all of them.
+    """
+
+    entry: dict[str, Any] = field(default_factory=dict)
+    faces: list[dict[str, str]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+
+
+class FaceFiles:
+    """Writes what `FaceFileOptions` ask for. Errors of files are `OSError`s."""
+
+    def __init__(self, folder: Path, options: FaceFileOptions, frames_per_second: float | None) -> None:
+        self.folder = folder
+        self.options = options
+        self.frames_per_second = frames_per_second
+        self._video: VideoFile | None = None
+
+    def publishable(self, image: np.ndarray, detections: Detections, heads: Sequence[HeadMask] | None) -> np.ndarray:
+        """The image itself, or with `anonymize` a copy without recognisable faces."""
+        if self.options.anonymize is None:
+            return image
+        return anonymise(image, detections.boxes.numpy(), self.options.anonymize, heads)
+
+    def write(
+        self, position: int, name: str, crop_stem: str, image: np.ndarray, shown: np.ndarray, detections: Detections
+    ) -> WrittenFiles:
+        """Write the files of one image.
+
+        Args:
+            position: index of the image among all.
+            name: of the image.
+            crop_stem: with which the names of its crops begin.
+            image: (H, W, 3) uint8 BGR.
+            shown: what `publishable` returned for it.
+            detections: its faces.
+        """
+        written = WrittenFiles()
+        if self.options.thumbnails and self._has_thumbnail(position):
+            written.entry["thumbnail"] = self._write(f"thumbnails/{position:06d}.jpg", self._thumbnail(shown))
+            written.files.append(written.entry["thumbnail"])
+        if self.options.anonymize is not None:
+            is_first = self._video is None
+            written.entry["anonymized"] = self._write_anonymised(name, shown)
+            if is_first or self.frames_per_second is None:
+                written.files.append(written.entry["anonymized"])
+        for index in range(len(detections)):
+            written.faces.append(self._write_crops(f"{crop_stem}_{index}.png", image, detections, index))
+            written.files += written.faces[-1].values()
+        return written
+
+    def close(self) -> None:
+        """Complete the video, if there is one."""
+        if self._video is None:
+            return
+        self._video.close()
+        problem = "without sound, because a camera has none"
+        if self.options.video is not None:
+            problem = add_audio(self._video.path, self.options.video) or ""
+        if problem:
+            print(f"note: {self._video.path}: {problem}")
+        self._video = None
+
+    def _has_thumbnail(self, position: int) -> bool:
+        return self.frames_per_second is None or position % max(1, round(self.frames_per_second)) == 0
+
+    def _thumbnail(self, image: np.ndarray) -> np.ndarray:
+        side = _THUMBNAIL_SIDE if self.frames_per_second is None else _FRAME_SIDE
+        height, width = image.shape[:2]
+        factor = side / max(height, width)
+        if factor >= 1:
+            return image
+        size = max(1, round(width * factor)), max(1, round(height * factor))
+        return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+    def _write_anonymised(self, name: str, shown: np.ndarray) -> str:
+        if self.frames_per_second is None:
+            is_writable = PurePosixPath(name).suffix.lower() in WRITABLE_SUFFIXES
+            return self._write(f"anonymized/{name if is_writable else f'{name}.png'}", shown)
+        relative = f"anonymized/{name.rsplit('_', 1)[0]}.mp4"
+        if self._video is None:
+            self._video = VideoFile(self.folder / relative, self.frames_per_second)
+        self._video.write(shown)
+        return relative
+
+    def _write_crops(self, file_name: str, image: np.ndarray, detections: Detections, index: int) -> dict[str, str]:
+        crops = {}
+        if "plain" in self.options.crops:
+            crops["crops"] = plain_crop(image, detections.boxes[index].numpy(), self.options.crop_margin)
+        if "aligned" in self.options.crops and detections.landmarks is not None:
+            crops["aligned"] = aligned_crop(image, detections.landmarks[index].numpy(), self.options.crop_side)
+        return {kind: self._write(f"{kind}/{file_name}", pixels) for kind, pixels in crops.items() if pixels.size}
+
+    def _write(self, relative: str, pixels: np.ndarray) -> str:
+        relative = shortened(relative)
+        write_image(self.folder / relative, pixels)
+        return relative
+
+
+class VideoFile:
+    """An .mp4 that has its name only when it is complete."""
+
+    def __init__(self, path: Path, frames_per_second: float) -> None:
+        self.path = path
+        self._frames_per_second = frames_per_second
+        self._temporary = path.with_suffix(".tmp.mp4")
+        self._writer: cv2.VideoWriter | None = None
+
+    def write(self, frame: np.ndarray) -> None:
+        """Append a frame; all have the size of the first.
+
+        Raises:
+            OSError: the video cannot be encoded.
+        """
+        # Codecs take frames of even size; the last row and column are repeated, not lost.
+        odd_rows, odd_columns = frame.shape[0] % 2, frame.shape[1] % 2
+        frame = cv2.copyMakeBorder(frame, 0, odd_rows, 0, odd_columns, cv2.BORDER_REPLICATE)
+        if self._writer is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            codec, size = cv2.VideoWriter.fourcc(*"mp4v"), (frame.shape[1], frame.shape[0])
+            writer = cv2.VideoWriter(str(self._temporary), codec, self._frames_per_second, size)
+            if not writer.isOpened():
+                reason = f"OpenCV cannot encode it at {self._frames_per_second} frames/s"
+                raise OSError(errno.EIO, reason, str(self.path))
+            self._writer = writer
+        self._writer.write(frame)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.release()
+            self._temporary.replace(self.path)

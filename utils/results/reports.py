@@ -1,0 +1,120 @@
+"""What is made from the records of a run besides its result files: the page, and annotations for other tools."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.datasets.formats.annotations import AnnotatedImage, FaceRow, labelled_image
+from utils.datasets.formats.registry import FORMATS
+from utils.results.page import PageHead, file_url, relative_url, settings_rows, write_page
+from utils.results.records import Record, RecordIndex
+
+EXPORT_FOLDER = "exports"
+
+
+@dataclass(frozen=True)
+class InferencePage:
+    """Writes the page of a run.
+
+    Attributes:
+        images: folder of the images that were read; None for a video or camera.
+    """
+
+    images: Path | None
+
+    def __call__(self, folder: Path, settings: Mapping[str, Any], records: RecordIndex) -> None:
+        images = faces = skipped = 0
+        for record in records:
+            images += record.entry is not None
+            faces += len(record.rows)
+            skipped += record.entry is None
+        threshold = float(settings.get("detection", {}).get("confidence_threshold", 0.0))
+        summary = f"{images} images, {faces} faces, {skipped} skipped"
+        if self.images is None:
+            summary = f"{images} frames, {faces} faces; one frame a second is shown"
+        name, source = settings.get("experiment", ""), settings.get("source", "")
+        head = PageHead(
+            title=f"Faces in {Path(source).name or source}",
+            summary=f"{summary}; detector {name}",
+            lowest_score=threshold,
+            threshold=threshold,
+            settings=settings_rows(settings),
+        )
+        write_page(folder, head, self._entries(folder, records), len(records))
+
+    def _entries(self, folder: Path, records: RecordIndex) -> Iterator[dict[str, Any]]:
+        for record in records:
+            entry = record.entry
+            if entry is None:
+                yield {"name": record.name, "skipped": record.problem or "unreadable"}
+            elif "thumbnail" in entry:
+                yield {
+                    **{key: entry[key] for key in ("name", "width", "height", "seconds") if key in entry},
+                    "thumbnail": relative_url(entry["thumbnail"]),
+                    "source": self._source(folder, record),
+                    "faces": [_page_face(face) for face in entry["faces"]],
+                }
+
+    def _source(self, folder: Path, record: Record) -> str:
+        """The URL of the image in full size; of an anonymised one if there is one."""
+        entry = record.entry or {}
+        if self.images is None:
+            return relative_url(entry["thumbnail"])
+        if "anonymized" in entry:
+            return relative_url(entry["anonymized"])
+        return file_url(self.images / record.name, folder)
+
+
+def _page_face(face: Mapping[str, Any]) -> dict[str, Any]:
+    shown: dict[str, Any] = {"box": face["box"], "score": round(face["score"], 4)}
+    if face.get("landmarks"):
+        shown["landmarks"] = face["landmarks"]
+    if "track" in face:
+        shown["track"] = face["track"]
+    kinds = [kind for kind in ("head_masks", "aligned") if kind in face.get("files", {})]
+    if kinds:
+        shown["files"] = {kind.replace("_", " ").rstrip("s"): relative_url(face["files"][kind]) for kind in kinds}
+    return shown
+
+
+@dataclass(frozen=True)
+class Exports:
+    """Writes annotations below `exports/`.
+
+    Attributes:
+        formats: names of `FORMATS`.
+        images: folder of the images that were read; None for a video or camera.
+    """
+
+    formats: Sequence[str]
+    images: Path | None
+
+    def __call__(self, folder: Path, settings: Mapping[str, Any], records: RecordIndex) -> None:
+        target = folder / EXPORT_FOLDER
+        for name in self.formats:
+            target.mkdir(exist_ok=True)
+            FORMATS[name].write(target / FORMATS[name].file, _AnnotatedRecords(records), self.images)
+
+
+@dataclass(frozen=True)
+class _AnnotatedRecords:
+    """The images that could be read, which may be iterated over several times."""
+
+    records: RecordIndex
+
+    def __iter__(self) -> Iterator[AnnotatedImage]:
+        for record in self.records:
+            if record.entry is not None:
+                faces = record.entry["faces"]
+                rows = [FaceRow(face["box"], face["landmarks"]) for face in faces]
+                labelled = labelled_image(record.name, rows)
+                # A box without area, as of a face at the border, is no label.
+                scores = np.array(
+                    [f["score"] for f in faces if f["box"][2] > f["box"][0] and f["box"][3] > f["box"][1]]
+                )
+                yield AnnotatedImage(record.name, record.entry["width"], record.entry["height"], labelled.faces, scores)

@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = flags.apply(RunOptions()).experiment_name or DEFAULT_EXPERIMENT
     path = locate_checkpoint(EXPERIMENTS, name, flags.apply(WeightOptions()).model_weight)
     checkpoint = load_checkpoint(path, flags.apply(ModelOverrides()))
+    if not checkpoint.model_config.has_onnx_graph:
+        raise ConfigError(f"{path}: has deformable convolutions, which ONNX lacks; such a model cannot be exported")
     model, config = fuse_batch_norm(load_model(checkpoint)), flags.apply(checkpoint.inference)
     output = user_path(options.output)
     if output.is_dir():

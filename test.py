@@ -81,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         detector = FaceDetector(model, flags.apply(checkpoint.evaluation), flags.apply(EVALUATION_COMPUTE))
         name = name or checkpoint.experiment_name(EXPERIMENTS)
         results = run_on_main(lambda: results_folder(flags, name, checkpoint.path))
-        evaluation = EvaluationRun(name, checkpoint, detector, flags.apply(ProtocolConfig()), results, options.resume)
+        evaluation = EvaluationRun(
+            name, checkpoint, detector, flags.apply(checkpoint.protocol), results, options.resume
+        )
         predicted, detected = predict(evaluation, faces, context)
         if context.is_main:
             report(predicted, detected, faces, flags, results)

@@ -19,9 +19,9 @@ from config.model import (
     ImagePyramidConfig,
     LevelConfig,
     ModelConfig,
-    ModelOverrides,
     StageConfig,
 )
+from config.overrides import ModelOverrides
 from config.run import (
     DATA,
     DEFAULT_EXPERIMENT,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from utils.options import Options, from_dict, option, parse_integers, parse_numbers, require, to_dict
+from utils.options import Options, from_dict, require, to_dict
 
 BACKBONES = ("mobilenet0.25", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
@@ -229,6 +228,11 @@ class ModelConfig(Options):
         return len(self.stages) > 1
 
     @property
+    def has_onnx_graph(self) -> bool:
+        """Whether ONNX has all operators of the model; it has no deformable convolution."""
+        return not (self.deformable_backbone or self.deformable_context)
+
+    @property
     def iou_aware(self) -> bool:
         return self.model_version == "tina"
 
@@ -290,65 +294,3 @@ class _FormerLevels(Options):
     def image_pyramid(self) -> ImagePyramidConfig:
         # The share of the native scale had a value without upsampled levels, too.
         return ImagePyramidConfig(self.fine_levels, self.context_share if self.fine_levels else 0.0, self.coarse_share)
-
-
-def parse_anchor_sizes(text: str) -> tuple[tuple[float, ...], ...]:
-    """Parse `16,32/64,128/256,512`: commas between the anchors of a cell, slashes between levels."""
-    try:
-        return tuple(tuple(float(size) for size in level.split(",")) for level in text.split("/"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected sizes like 16,32/64,128/256,512, got {text!r}") from None
-
-
-@dataclass(frozen=True)
-class ModelOverrides(Options):
-    """Architecture; an option that is not given is None and keeps the value of the experiment or checkpoint."""
-
-    backbone: str | None = option(None, "feature extractor", choices=BACKBONES)
-    model_version: str | None = option(
-        None, "tina adds the IoU-aware branch of TinaFace to retina", choices=("retina", "tina")
-    )
-    num_anchor: int | None = option(None, "anchors per cell", choices=tuple(USUAL_LEVELS))
-    cascade: bool | None = option(None, "two stages, or one")
-    landmark_loss: bool | None = option(None, "False: a model without landmarks")
-    anchor_sizes: tuple[tuple[float, ...], ...] | None = option(
-        None, "anchor sides in pixels, e.g. 16,32/64,128/256,512, one group a level", parse=parse_anchor_sizes
-    )
-    strides: tuple[int, ...] | None = option(
-        None, "strides of the pyramid levels, e.g. 4,8,16,32; needs --anchor_sizes", parse=parse_integers
-    )
-    match_iou: tuple[float, ...] | None = option(
-        None, "IoU from which a prior is positive, one number a stage, e.g. 0.7,0.5", parse=parse_numbers
-    )
-    negative_iou: tuple[float, ...] | None = option(
-        None,
-        "IoU below which a prior is negative, one number a stage (default: that of --match_iou)",
-        parse=parse_numbers,
-    )
-    force_match: bool | None = option(None, "also match the best prior of every face below --match_iou")
-    variances: tuple[float, ...] | None = option(
-        None, "divisors of the centre and the size deltas of boxes, e.g. 0.1,0.2", parse=parse_numbers
-    )
-    two_resolutions: bool | None = option(
-        None, "a second MobileNet of half the strides beside the first one, for smaller faces, at three times the cost"
-    )
-    fine_levels: int | None = option(
-        None, "pyramid levels computed on the image at twice its size, for smaller faces, at about five times the cost"
-    )
-    activation_slope: float | None = option(None, "negative slope of the LeakyReLUs")
-    fpn_channels: int | None = option(None, "channels of the feature pyramid and the context modules")
-    score_exponent: float | None = option(
-        None, "a in the score p^a * iou^(1-a) of a tina model; 1 disregards the IoU branch"
-    )
-    context_share: float | None = option(
-        None, "weight of the image at its own size in the face logits of --fine_levels, where more context is visible"
-    )
-    coarse_share: float | None = option(
-        None, "weight of the image at half its size in all face logits; 0 does without, which is a little faster"
-    )
-    refinement: str | None = option(
-        None,
-        "what the second stage corrects: sum, the box deltas of the first; rematch, its decoded boxes, which are its "
-        "anchors and matched at a higher IoU (RetinaFace)",
-        choices=("sum", "rematch"),
-    )

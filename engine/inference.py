@@ -22,9 +22,10 @@ from utils.options import require, to_dict
 from utils.results.face_files import FaceFileOptions
 from utils.results.files import OUTPUT_FOLDERS
 from utils.results.masks import HeadMask, HeadSegmenter
+from utils.results.output import OutputOptions
 from utils.results.page import PAGE_NAME, check_page_is_ours
 from utils.results.reports import Exports, InferencePage
-from utils.results.writer import OutputOptions, ResultWriter
+from utils.results.writer import ResultWriter
 from utils.runtime.cli import show_progress
 from utils.runtime.distributed import DistributedContext, shard_positions
 from utils.runtime.manifest import file_digest

@@ -39,8 +39,7 @@ from utils.runtime.experiment import Experiment
 from utils.runtime.logger import RunLog
 from utils.runtime.signals import StopRequest
 
-_LOG_EVERY_STEPS = 20
-_CHECK_STOP_EVERY_STEPS = 10  # in several processes, because agreeing costs a message
+_LOG_EVERY_STEPS, _CHECK_STOP_EVERY_STEPS = 20, 10  # the latter in several processes, because agreeing costs a message
 
 
 class Trainer:

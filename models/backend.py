@@ -134,17 +134,20 @@ def build_backend(model: RetinaFace, options: ComputeOptions) -> Backend:
     if options.amp and model.device.type != "cuda":
         raise ConfigError("--amp needs a CUDA device; drop it")
     fused = fuse_batch_norm(model)
-    name = _choose(options.backend, model.device)
+    name = _choose(options.backend, model)
     if name == "onnx":
         return OnnxBackend(raw_graph(fused), fused.priors)
     return _compile(fused, options.amp) if name == "compile" else TorchBackend(fused, amp=options.amp)
 
 
-def _choose(asked: str, device: torch.device) -> str:
+def _choose(asked: str, model: RetinaFace) -> str:
     """`torch`, `compile` or `onnx`; see `ComputeOptions.backend`."""
-    missing = missing_onnx_packages()
+    missing, device, config = missing_onnx_packages(), model.device, model.model_config
     if asked == "auto":
-        return "onnx" if device.type == "cpu" and not missing else "torch"
+        has_graph = device.type == "cpu" and not missing and config.has_onnx_graph
+        return "onnx" if has_graph else "torch"
+    if asked == "onnx" and not config.has_onnx_graph:
+        raise ConfigError("--backend=onnx: ONNX has no deformable convolutions, which this model has; use torch")
     if asked == "onnx" and missing:
         raise ConfigError(f"--backend=onnx needs {', '.join(missing)}; pip install them, or choose --backend=torch")
     if asked == "onnx" and device.type != "cpu":

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import ExperimentConfig, ModelConfig, ModelOverrides, PostprocessConfig
+from config import ExperimentConfig, ModelConfig, ModelOverrides, PostprocessConfig, ProtocolConfig
 from models.architecture import apply_overrides
 from models.foreign_checkpoint import CheckpointError, State, describe_anchors, read_foreign, recognise_backbone
 from models.image_pyramid import add_upsampled_stages
@@ -66,6 +66,11 @@ class Checkpoint:
     def evaluation(self) -> PostprocessConfig:
         """Thresholds for evaluation that were saved with the weights, or the usual ones."""
         return (self.experiment or ExperimentConfig()).evaluation
+
+    @property
+    def protocol(self) -> ProtocolConfig:
+        """Test protocol that was saved with the weights, or the usual one."""
+        return (self.experiment or ExperimentConfig()).protocol
 
 
 # ------------------------------------------------------------------------------------------------- locating

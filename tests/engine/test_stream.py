@@ -121,7 +121,7 @@ class TwoWorkers(FindsTheWhole):
     def for_worker(self) -> Worker:
         return Worker(self)
 
-    def detect_batch(self, images: Sequence[ImageLike]) -> list[Detections]:
+    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
         self.alone.append(len(images))
         return super().detect_batch(images)
 
@@ -131,7 +131,7 @@ class Worker(FindsTheWhole):
         super().__init__()
         self.whole = whole
 
-    def detect_batch(self, images: Sequence[ImageLike]) -> list[Detections]:
+    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
         self.whole.together.wait()
         if not images[0].any():
             raise RuntimeError("a bug")

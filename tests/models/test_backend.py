@@ -138,6 +138,13 @@ def test_automatic_choice_is_the_fastest_that_is_installed(
     assert with_options(plain).backend.name == "torch"
 
 
+def test_deformable_models_run_in_pytorch() -> None:
+    model = build_model(usual_config("mobilenet0.25", num_anchor=2, fpn_channels=16, deformable_context=True)).eval()
+    assert build_backend(model, ComputeOptions()).name == "torch"
+    with pytest.raises(ConfigError, match="ONNX has no deformable convolutions"):
+        build_backend(model, ComputeOptions(backend="onnx"))
+
+
 def test_backend_that_cannot_be_had_is_refused(plain: FaceDetector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.onnx_graph, "_ONNX_PACKAGES", ("no_such_package",))
     with pytest.raises(ConfigError, match=r"--backend=onnx needs no_such_package; pip install"):

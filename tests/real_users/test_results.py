@@ -15,7 +15,8 @@ import torch
 from config import ROOT
 from utils.evaluation.predictions import read_predictions, write_predictions
 from utils.results.masks import HeadMask
-from utils.results.writer import OutputOptions, ResultWriter
+from utils.results.output import OutputOptions
+from utils.results.writer import ResultWriter
 from utils.runtime.files import shortened
 from utils.structures import Detections
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -14,18 +14,16 @@ import numpy as np
 
 from utils.drawing import draw_detections
 from utils.errors import ConfigError, UserError
-from utils.results.face_files import FaceFileOptions, FaceFiles, VideoFile
+from utils.results.face_files import FaceFiles, VideoFile
 from utils.results.files import OUTPUT_FOLDERS, ResultFiles, Summary, remove_output
 from utils.results.masks import HeadMask, crop
-from utils.results.records import Record, RecordIndex, RecordStore
+from utils.results.output import OutputOptions
+from utils.results.records import Record, RecordStore
 from utils.runtime.distributed import SINGLE_PROCESS, DistributedContext, run_on_all, run_on_main
 from utils.runtime.files import disk_errors, make_folder, remove_temporary_files, shortened
 from utils.runtime.images import WRITABLE_SUFFIXES, write_image
 from utils.runtime.manifest import first_difference, require_same_settings
 from utils.structures import Detections
-
-# Makes something from the folder of the results, the settings and the records when the final files are made.
-Report = Callable[[Path, Mapping[str, Any], RecordIndex], None]
 
 
 @dataclass(frozen=True)
@@ -45,25 +43,6 @@ class RunStart:
     threads: int | None
     is_complete: bool
     note: str
-
-
-@dataclass(frozen=True)
-class OutputOptions:
-    """What is written for every image besides its record.
-
-    Attributes:
-        drawings: images with the detections drawn; of a video, one video.
-        crops: masks and crops of every face.
-        frames_per_second: of a video.
-        face_files: thumbnails, crops and anonymised images.
-        reports: called in this order when the final files are made.
-    """
-
-    drawings: bool = False
-    crops: bool = False
-    frames_per_second: float | None = None
-    face_files: FaceFileOptions = FaceFileOptions()  # noqa: RUF009, frozen
-    reports: Sequence[Report] = ()
 
 
 class ResultWriter:

@@ -15,8 +15,9 @@ import torch
 
 from utils.errors import UserError
 from utils.results.masks import HeadMask
+from utils.results.output import OutputOptions
 from utils.results.records import Record, RecordStore
-from utils.results.writer import OutputOptions, ResultWriter
+from utils.results.writer import ResultWriter
 from utils.runtime.images import read_image
 from utils.structures import Detections
 

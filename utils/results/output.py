@@ -1,0 +1,33 @@
+"""What is written for the images of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.results.face_files import FaceFileOptions
+from utils.results.records import RecordIndex
+
+# Makes something from the folder of the results, the settings and the records when the final files are made.
+Report = Callable[[Path, Mapping[str, Any], RecordIndex], None]
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written for every image besides its record.
+
+    Attributes:
+        drawings: images with the detections drawn; of a video, one video.
+        crops: masks and crops of every face.
+        frames_per_second: of a video.
+        face_files: thumbnails, crops and anonymised images.
+        reports: called in this order when the final files are made.
+    """
+
+    drawings: bool = False
+    crops: bool = False
+    frames_per_second: float | None = None
+    face_files: FaceFileOptions = FaceFileOptions()  # noqa: RUF009, frozen
+    reports: Sequence[Report] = ()

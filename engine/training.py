@@ -217,8 +217,7 @@ class Trainer:
         """Clip the gradients to the largest norm that is allowed, and return their norm."""
         self.scaler.unscale_(self.optimizer)
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        largest = self.config.train.clip_gradient or math.inf
-        return nn.utils.clip_grad_norm_(parameters, largest)
+        return nn.utils.clip_grad_norm_(parameters, self.config.train.clip_gradient or math.inf)
 
     def _optimizer_step(self) -> None:
         self.scaler.step(self.optimizer)

@@ -1,10 +1,10 @@
 """Write a detector for ONNX Runtime: python export.py --experiment_name=NAME --output=FILE.
 
-The file takes `images`, (B, H, W, 3) uint8 BGR of any number and size, and gives the raw outputs of the last stage, one
-row a prior: `class_logits`, `box_deltas` and, where the model has them, `landmark_deltas`, `iou_logits`, `priors`. The
-architecture, with anchors and variances to decode them by, is its metadata `model`, as JSON.
+The file takes `images`, (B, H, W, 3) uint8 BGR of any number and size, and returns the raw outputs of the last stage,
+one row per prior: `class_logits`, `box_deltas` and, where the model has them, `landmark_deltas`, `iou_logits` and
+`priors`. Its metadata `model` is the architecture as JSON, with the anchors and variances needed for decoding.
 
-With --with_nms it takes one image, (1, H, W, 3), and gives its faces, best first: `boxes` (N, 4) xyxy in pixels,
+With --with_nms it takes one image, (1, H, W, 3), and returns its faces, best first: `boxes` (N, 4) xyxy in pixels,
 `scores` and, where the model has them, `landmarks` (N, 5, 2). Large images are reduced within the file. Without
 --with_nms that is left to the caller: above --max_pixels of inference.py close-ups are missed.
 """
@@ -48,8 +48,8 @@ GROUPS = (RunOptions(), WeightOptions(), ExportOptions(), ExperimentConfig().inf
 _CHECKED_IMAGE = DATA / "sample_widerface/images/astronaut.jpg"
 _CHECKED_SHAPES = ((1, 160, 160, 3), (2, 97, 210, 3))
 _PIXEL_TOLERANCE = 0.05
-_LEAST_IOU = 0.9  # where the image is reduced, by filters that differ slightly
-_TOLERANCE = 1e-3  # of logits and deltas: a hundredth of a pixel in a box of 100
+_LEAST_IOU = 0.9  # for reduced images, because the two resizing filters differ slightly
+_TOLERANCE = 1e-3  # for logits and deltas: 0.01 pixels in a box of 100 pixels
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check(flags: Flags, options: ExportOptions) -> None:
-    """Refuse thresholds without the suppression that uses them, and missing packages."""
+    """Reject thresholds without --with_nms, and report missing packages."""
     idle = sorted({*declarations(PostprocessConfig), "max_pixels"} & set(flags.given))
     if idle and not options.with_nms:
         raise ConfigError(f"--{idle[0]} has no effect without --with_nms; add it, or drop --{idle[0]}")
@@ -92,7 +92,7 @@ def _check(flags: Flags, options: ExportOptions) -> None:
 
 @torch.inference_mode()
 def largest_difference(model: RetinaFace, graph: Path) -> float:
-    """Largest difference of any output of a model and of its graph, for noise of two sizes; relative above 1."""
+    """Largest difference between the outputs of a model and of its graph, for noise of two sizes; relative above 1."""
     in_torch, in_onnx = TorchBackend(model), OnnxBackend(graph, model.priors)
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
@@ -109,10 +109,10 @@ def largest_difference(model: RetinaFace, graph: Path) -> float:
 def largest_detection_difference(
     model: RetinaFace, graph: Path, config: PostprocessConfig, compute: ComputeOptions
 ) -> float:
-    """Largest difference of boxes, landmarks and scores of `FaceDetector` and of a graph with suppression.
+    """Largest difference between the detections of `FaceDetector` and of a graph with suppression.
 
-    Infinite where they find different numbers of faces in the sample image, or their boxes in the same image above
-    the limit of pixels overlap too little. Without the sample image, noise is looked at.
+    The result is infinite if they find different numbers of faces in the sample image, or if their boxes overlap too
+    little in the same image enlarged beyond `max_pixels`. If the sample image is missing, noise replaces it.
     """
     import onnxruntime  # an optional package
 

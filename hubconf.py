@@ -8,7 +8,7 @@ dependencies = ["torch", "torchvision", "cv2", "numpy"]
 
 
 def face_detector(**settings: Any) -> Any:
-    """The shipped detector; `settings` are those of `FaceDetector.from_experiment`."""
+    """Load the shipped detector; `settings` are the arguments of `FaceDetector.from_experiment`."""
     from models.detector import FaceDetector
 
     return FaceDetector.from_experiment(**settings)

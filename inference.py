@@ -47,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def inference(argv: Sequence[str] | None = None) -> InferenceResults:
-    """Do what the command does and return the results, for callers in Python. All masks are held in memory.
+    """Run the command and return its results, for callers in Python. All masks are held in memory.
 
     With `--resume`, and in one of several processes, the results are those of this call only.
 
     Raises:
-        UserError: says what cannot be done, why, and what to do about it.
+        UserError: an option, the checkpoint or the input cannot be used; the message says what to do.
     """
     results = InferenceResults([], [], [], [], [])
     _infer(argv, results.add)
@@ -74,7 +74,7 @@ def resolve(flags: Flags, context: DistributedContext, stack: ExitStack) -> Infe
     checkpoint = load_checkpoint(path, flags.apply(ModelOverrides()))
     detector = FaceDetector(load_model(checkpoint).to(device), flags.apply(checkpoint.inference), compute)
     folder = user_path(options.inference_save_folder).absolute()
-    # Where the folder of the results is the one that is searched, the images that runs write there are left out.
+    # If the folder of the results is also the input, the images that earlier runs wrote there are skipped.
     exclude = {folder, *(folder / name for name in (*OUTPUT_FOLDERS, EXPORT_FOLDER))}
     source = open_source(options.inference_dir, DATA, exclude, options.max_frames)
     segmenter_model = user_path(options.segmenter_model) if options.segmenter_model else None

@@ -50,11 +50,11 @@ GROUPS = (
     WeightOptions(),
     ModelOverrides(),
 )
-# The flags that have a meaning where no detector runs.
+# The flags that have an effect with --pred_dir, where no detector runs.
 _WITH_PREDICTIONS = {
     *("pred_dir", "gt_dir", "dataset", "save_errors", "page", "bootstrap", "experiment_name", "gpu_num", "output_dir")
 }
-_UNNAMED_RESULTS = Path("test_results")  # so that nothing is written into an experiment that nobody named
+_UNNAMED_RESULTS = Path("test_results")  # so that nothing is written into an experiment that was not named
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         predicted = open_predictions(flags, options.pred_dir)
         report(predicted, DetectionStats(), faces, flags)
         return
-    # PyTorch takes a second to import, which --pred_dir does without.
+    # PyTorch takes a second to import, and --pred_dir does not need it.
     from engine.evaluation import EvaluationRun, predict
     from models.checkpoint import load_checkpoint, locate_checkpoint
     from models.detector import FaceDetector
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def open_faces(options: EvaluationOptions, dataset_is_given: bool) -> EvaluationSet:
-    """The ground truth. Images are needed by a detector, and to show errors."""
+    """Open the ground truth; images are required to run a detector and to draw errors."""
     needs_images = options.pred_dir is None or options.save_errors > 0
     is_optional = options.gt_dir is not None and not dataset_is_given and not needs_images
     is_absent = is_optional and not (DATA / options.dataset).is_dir()
@@ -108,7 +108,7 @@ def open_predictions(flags: Flags, pred_dir: str) -> PredictionSet:
 
 
 def results_folder(flags: Flags, name: str, source: Path) -> Path:
-    """The folder of the results, which is made: the one that the user gave or named, or a new one for this source."""
+    """Create the folder of the results: the one given, that of the named experiment, or a new one for `source`."""
     output_dir, experiment = flags.apply(EvaluationOptions()).output_dir, flags.apply(RunOptions()).experiment_name
     if output_dir:
         return make_folder(user_path(output_dir).absolute())
@@ -141,7 +141,7 @@ def report(
         write_report(results, measured)
         append_to_table((EXPERIMENTS if results.is_relative_to(EXPERIMENTS) else results) / "results.csv", measured)
         if options.save_errors:
-            from utils.evaluation.error_gallery import write_error_gallery  # the rest does without OpenCV
+            from utils.evaluation.error_gallery import write_error_gallery  # only the gallery needs OpenCV
 
             write_error_gallery(results / "errors.png", measured, predictions, options.save_errors)
         page = write_evaluation_page(results, measured, predictions) if options.page else None

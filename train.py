@@ -50,14 +50,14 @@ GROUPS = (RunOptions(), StartOptions(), ModelOverrides(), DataConfig(), LossConf
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """Everything that a command line asks for.
+    """A resolved command line.
 
     Attributes:
         experiment: folder of the experiment.
-        config: of the experiment.
-        start: where training starts.
-        checkpoint: detector that it starts from, or None.
-        notes: lines for the user.
+        config: configuration of the experiment.
+        start: options that say where training starts.
+        checkpoint: checkpoint whose detector initialises the model, or None.
+        notes: messages for the user.
     """
 
     experiment: Experiment
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def resolve(flags: Flags) -> TrainingRun:
-    """The experiment's folder, its configuration, and the checkpoint that it starts from.
+    """Resolve the folder of the experiment, its configuration, and the checkpoint that it starts from.
 
     The configuration is the one saved in the folder, if training continues there, or that of the recipe, changed by
     the flags. A new experiment has the architecture that its name says, or else that of the checkpoint that it starts
@@ -114,10 +114,10 @@ def resolve(flags: Flags) -> TrainingRun:
 
 
 def check_architecture(experiment: Experiment, model_config: ModelConfig) -> None:
-    """Refuse to replace the configuration that the checkpoints of an experiment need.
+    """Ensure that the configuration of existing checkpoints is not replaced by another architecture.
 
     Raises:
-        ConfigError: the experiment is of another architecture.
+        ConfigError: the experiment has another architecture.
     """
     saved = load_config(experiment.config_file).model
     if saved != model_config:
@@ -128,10 +128,10 @@ def check_architecture(experiment: Experiment, model_config: ModelConfig) -> Non
 
 
 def describe_continuation(training: TrainingRun, resumed: Checkpoint) -> list[str]:
-    """What has no effect where training continues, for the user.
+    """Describe, for the user, the flags that have no effect because training continues.
 
     Raises:
-        ConfigError: other images are given to a run whose epochs are done, or the file is of another program.
+        ConfigError: the run is complete but --dataset differs, or the checkpoint has no training state.
     """
     if not {"epoch", "optimizer", "new_parameters"} <= resumed.training.keys():
         raise ConfigError(f"{resumed.path}: holds no state to continue from; give it as --pretrained_detector")
@@ -207,7 +207,7 @@ def open_data(config: DataConfig) -> TrainingData:
 
 
 def describe_faces(images: Sequence[LabelledImage]) -> str:
-    """How many faces are learnt from, and how many are not, and why."""
+    """The number of faces to train on, and the number of unused faces by reason."""
     faces = join_faces([image.faces for image in images])
     counts = {
         "used": len(faces) - int(faces.ignored.sum()),
@@ -237,7 +237,7 @@ def initialise(model: RetinaFace, training: TrainingRun) -> list[str]:
 
 
 def open_teacher(config: ExperimentConfig, device: torch.device) -> Teacher | None:
-    """The detector that `--teacher` names, at the scales of the image that give it the model's priors."""
+    """Open the detector that `--teacher` names, at the image scales at which its priors equal the model's."""
     if config.train.teacher is None:
         return None
     checkpoint = load_checkpoint(user_path(config.train.teacher))

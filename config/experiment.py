@@ -20,7 +20,7 @@ class PostprocessConfig(Options):
     top_k: int = option(0, "candidates that enter the suppression, best first; 0 is no limit", minimum=0)
     keep_top_k: int = option(0, "detections kept per image, best first; 0 is no limit", minimum=0)
     clip_boxes: bool = option(
-        True, "clip boxes and landmarks to the image; False keeps what reaches outside, as the original"
+        True, "clip boxes and landmarks to the image; False leaves them unclipped, like the original"
     )
 
 
@@ -83,7 +83,7 @@ class DataConfig(Options):
         0.5, "probability of a mosaic of four crops of half the side, for small faces", minimum=0, maximum=1
     )
     rotation_degrees: float = option(
-        0.0, "crops are rotated by up to this angle either way; 0 rotates none", minimum=0, maximum=180
+        0.0, "crops are rotated by up to this angle in either direction; 0 disables it", minimum=0, maximum=180
     )
     flip_probability: float = option(0.5, "probability that a crop is mirrored", minimum=0, maximum=1)
     colour_probability: float = option(0.5, "probability of each change of colour", minimum=0, maximum=1)
@@ -127,7 +127,7 @@ class TrainConfig(Options):
     epochs: int = option(8000, "passes over the training images", above=0)
     batch_size: int = option(16, "images per batch, over all processes", above=0, aliases=("batch_sixe",))
     accumulate: int = option(1, "batches whose gradients are summed before an optimiser step", above=0)
-    optimizer: str = option("sgd", "optimiser; adamw wants a learning rate of about a tenth", choices=("sgd", "adamw"))
+    optimizer: str = option("sgd", "optimiser; adamw needs a tenth of the learning rate", choices=("sgd", "adamw"))
     learning_rate: float = option(1e-2, "peak learning rate; a hundredth of it suits fine-tuning", above=0)
     backbone_rate_factor: float = option(1.0, "learning rate of the backbone relative to the rest", minimum=0)
     freeze_backbone_epochs: int = option(0, "epochs at the start in which the backbone is frozen", minimum=0)
@@ -161,8 +161,8 @@ class TrainConfig(Options):
         None, "batch normalisation over all processes together (default: with several CUDA devices under torchrun)"
     )
     amp: bool = option(False, "automatic mixed precision, on CUDA: bfloat16 where the device has it, else float16")
-    ema_decay: float = option(0.0, "decay of the averaged weights that are validated and kept; 0 averages none")
-    clip_gradient: float = option(10.0, "largest gradient norm; 0 does not clip", minimum=0)
+    ema_decay: float = option(0.0, "decay of the moving average of the weights, which is validated and saved; 0: none")
+    clip_gradient: float = option(10.0, "largest gradient norm; 0 disables clipping", minimum=0)
     eval_every: int = option(
         0,
         "validate every N epochs; the last epoch is always validated. 0 chooses N so that validation takes about a "
@@ -171,11 +171,11 @@ class TrainConfig(Options):
     )
     best_metric: str = option(
         "mean",
-        "AP that decides which checkpoint is the best: of a subset, or the mean of all",
+        "AP that selects the best checkpoint: that of a subset, or the mean over all",
         choices=("mean", "easy", "medium", "hard"),
     )
-    patience: int = option(0, "stop after N validations without improvement; 0 never does", minimum=0)
-    save_minutes: float = option(10.0, "write ckpt-last every N minutes within an epoch; 0 does not", minimum=0)
+    patience: int = option(0, "stop after N validations without improvement; 0 disables it", minimum=0)
+    save_minutes: float = option(10.0, "write ckpt-last every N minutes within an epoch; 0 disables it", minimum=0)
     seed: int = option(0, "seed of weights, order and augmentation")
 
     def __post_init__(self) -> None:
@@ -213,6 +213,6 @@ class ExperimentConfig(Options):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     inference: PostprocessConfig = PostprocessConfig()
-    # Score threshold and NMS of the published WIDER FACE figures of biubug6/Pytorch_Retinaface.
+    # Score and NMS thresholds of the published WIDER FACE figures of biubug6/Pytorch_Retinaface.
     evaluation: PostprocessConfig = PostprocessConfig(confidence_threshold=0.02, nms_threshold=0.4)
     protocol: ProtocolConfig = ProtocolConfig()

@@ -18,8 +18,8 @@ class LevelConfig(Options):
 
     Attributes:
         stride: pixels per cell, a power of two from 4 to 128.
-        anchor_sizes: sides in pixels of the anchors of a cell; of anchors that are not square, the root of the area.
-        channels: width of the level; None is `ModelConfig.fpn_channels`.
+        anchor_sizes: side of each anchor of a cell in pixels; the square root of the area if it is not square.
+        channels: number of channels of the level; None means `ModelConfig.fpn_channels`.
     """
 
     stride: int
@@ -39,7 +39,7 @@ class StageConfig(Options):
     A prior is positive if its IoU with a face is at least `match_iou` and negative if it is below `negative_iou`.
     Priors in between are ignored. Without a `negative_iou` there are none in between. With `force_match` every face
     also gets the prior with which it has the highest IoU, even below `match_iou`. With `ignore_unreachable` the priors
-    around a face that none of them reaches are ignored; without, they are negatives.
+    around a face that no prior matches are ignored; otherwise they are negatives.
     """
 
     match_iou: float = 0.35
@@ -64,7 +64,7 @@ class StageConfig(Options):
 
 @dataclass(frozen=True)
 class ImagePyramidConfig(Options):
-    """At which other scales of the image a model is evaluated as well, within one forward pass.
+    """The other scales of the image at which a model is evaluated within one forward pass.
 
     Attributes:
         upsampled_levels: number of pyramid levels, finest first, that are computed on the image at twice its size.
@@ -114,10 +114,10 @@ class ModelConfig(Options):
         deformable_context: deformable 3x3 convolutions in context modules and between levels (RetinaFace).
         fpn: `merged` (RetinaFace) or `output` (arXiv:1612.03144, TinaFace); see `models.net`.
         upsampling: interpolation between levels, `nearest` or `bilinear`.
-        head: `ssh`, a context module and 1x1 predictors a level, or `tower`, that of TinaFace.
+        head: `ssh`, a context module and 1x1 predictors per level, or `tower`, the head of TinaFace.
         model_version: `tina` adds the IoU-aware branch of TinaFace to `retina`.
-        levels: levels of the feature pyramid, finest first. Levels coarser than stride 32 are made by convolutions of
-            stride 2.
+        levels: levels of the feature pyramid, finest first. Levels coarser than stride 32 are computed by
+            convolutions of stride 2.
         anchor_ratio: height of the anchors relative to their width.
         anchor_offset: centre of the anchors from the corner of their cell, in cells.
         activation_slope: negative slope of the LeakyReLUs; 0 makes them ReLUs.
@@ -132,7 +132,7 @@ class ModelConfig(Options):
         pixel_mean: mean that is subtracted from the image, 0 to 255, in that order.
         pixel_std: standard deviation that the image is divided by, in that order.
         stages: stages of the cascade.
-        image_pyramid: other scales of the image at which the model is evaluated as well.
+        image_pyramid: other scales of the image at which the model is evaluated.
     """
 
     backbone: str = "resnet50"
@@ -238,7 +238,7 @@ class ModelConfig(Options):
 
     @property
     def name(self) -> str:
-        """The name that the original gives to an experiment of this architecture, as `resnet50_anc2_casT_fpn3`."""
+        """The original's name of an experiment with this architecture, such as `resnet50_anc2_casT_fpn3`."""
         version = "tina_iou_" if self.iou_aware else ""
         cascade = "T" if self.cascade else "F"
         cascade += "" if self.refinement == "sum" else f"-{self.refinement}"
@@ -292,5 +292,5 @@ class _FormerLevels(Options):
 
     @property
     def image_pyramid(self) -> ImagePyramidConfig:
-        # The share of the native scale had a value without upsampled levels, too.
+        # Earlier versions saved a weight of the native scale even without upsampled levels.
         return ImagePyramidConfig(self.fine_levels, self.context_share if self.fine_levels else 0.0, self.coarse_share)

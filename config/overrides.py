@@ -27,19 +27,19 @@ class ModelOverrides(Options):
     )
     num_anchor: int | None = option(None, "anchors per cell", choices=tuple(USUAL_LEVELS))
     cascade: bool | None = option(None, "two stages, or one")
-    landmark_loss: bool | None = option(None, "False: a model without landmarks")
+    landmark_loss: bool | None = option(None, "False builds a model without landmarks")
     anchor_sizes: tuple[tuple[float, ...], ...] | None = option(
-        None, "anchor sides in pixels, e.g. 16,32/64,128/256,512, one group a level", parse=parse_anchor_sizes
+        None, "anchor sides in pixels, e.g. 16,32/64,128/256,512, one group per level", parse=parse_anchor_sizes
     )
     strides: tuple[int, ...] | None = option(
         None, "strides of the pyramid levels, e.g. 4,8,16,32; needs --anchor_sizes", parse=parse_integers
     )
     match_iou: tuple[float, ...] | None = option(
-        None, "IoU from which a prior is positive, one number a stage, e.g. 0.7,0.5", parse=parse_numbers
+        None, "IoU from which a prior is positive, one number per stage, e.g. 0.7,0.5", parse=parse_numbers
     )
     negative_iou: tuple[float, ...] | None = option(
         None,
-        "IoU below which a prior is negative, one number a stage (default: that of --match_iou)",
+        "IoU below which a prior is negative, one number per stage (default: the value of --match_iou)",
         parse=parse_numbers,
     )
     force_match: bool | None = option(None, "also match the best prior of every face below --match_iou")
@@ -61,11 +61,11 @@ class ModelOverrides(Options):
         None, "weight of the image at its own size in the face logits of --fine_levels, where more context is visible"
     )
     coarse_share: float | None = option(
-        None, "weight of the image at half its size in all face logits; 0 does without, which is a little faster"
+        None, "weight of the image at half its size in all face logits; 0 skips it, which is slightly faster"
     )
     refinement: str | None = option(
         None,
-        "what the second stage corrects: sum, the box deltas of the first; rematch, its decoded boxes, which are its "
-        "anchors and matched at a higher IoU (RetinaFace)",
+        "what the second stage corrects: sum, the box deltas of the first; rematch, its decoded boxes, which become "
+        "its anchors and are matched at a higher IoU (RetinaFace)",
         choices=("sum", "rematch"),
     )

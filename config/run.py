@@ -1,4 +1,4 @@
-"""The options of one run of a command, which are no part of an experiment."""
+"""The options of one run of a command, which are not part of an experiment."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class ComputeOptions(Options):
     max_pixels: int = option(
         2_250_000,
         "larger images are reduced to N pixels for the model; boxes stay in pixels of the original. 0 is no limit: "
-        "small faces in large images are found, close-ups are not",
+        "small faces in large images are then found, but close-ups are missed",
         minimum=0,
     )
 
 
-# WIDER FACE is measured at the original size, whatever that is.
+# WIDER FACE is evaluated at the original size.
 EVALUATION_COMPUTE = ComputeOptions(max_pixels=16_000_000)
 
 
@@ -117,7 +117,7 @@ class InferenceOptions(Options):
 
     inference_dir: str = option(
         "sample_widerface/images/",
-        "folder (a name under data/ or any path), image, pattern such as 'photos/*.jpg', .txt with a path a line, "
+        "folder (a name under data/ or any path), image, pattern such as 'photos/*.jpg', .txt with one path per line, "
         "video, or index of a camera",
     )
     inference_save_folder: str = option("inference_results", "folder for the results")
@@ -125,7 +125,7 @@ class InferenceOptions(Options):
     save_img: bool = option(False, "write images with the detections drawn")
     mask: bool = option(False, "segment the head of every face")
     save_mask: bool = option(False, "write masks and crops; needs --mask")
-    segmenter_model: str | None = option(None, "a .tflite file for --mask (default: the one that mediapipe contains)")
+    segmenter_model: str | None = option(None, "a .tflite file for --mask (default: the one in mediapipe)")
     page: bool = option(True, "write index.html, a page of all images with their faces, and its thumbnails")
     export: tuple[str, ...] = option(
         (),

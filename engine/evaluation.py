@@ -36,12 +36,12 @@ class EvaluationRun:
     """Everything that a run of `test.py` needs to make predictions.
 
     Attributes:
-        name: of the experiment, which the results bear.
-        checkpoint: of the detector.
-        detector: on its device.
-        protocol: how images are shown to it.
+        name: name of the experiment, used in the results.
+        checkpoint: checkpoint of the detector.
+        detector: detector on the target device.
+        protocol: test protocol: how images are resized and padded.
         results: folder of the results.
-        resume: keep the predictions of an interrupted run.
+        resume: whether to keep the predictions of an interrupted run.
     """
 
     name: str
@@ -67,7 +67,7 @@ class EvaluationRun:
 def predict(
     run: EvaluationRun, faces: EvaluationSet, context: DistributedContext
 ) -> tuple[PredictionSet, DetectionStats]:
-    """Detect in this process's share of the images, and write the predictions as they come."""
+    """Detect faces in this process's shard of the images, and write the predictions as they are made."""
     protocol = describe_protocol(run.protocol, run.detector.config)
     predicted = PredictionSet.for_detector(
         run.results, run.name, run.checkpoint.path.name, protocol, run.settings(faces)
@@ -102,7 +102,7 @@ def predict(
 def predict_files(
     detector: BatchDetector, files: Iterable[tuple[str, Path]], folder: Path, integer_boxes: bool
 ) -> Generator[tuple[InputImage, Detections], None, None]:
-    """Detect in image files, and write the predictions of each below `folder`; see `write_predictions`.
+    """Detect faces in image files, and write the predictions below `folder`; see `write_predictions`.
 
     A thread writes them while the next ones are made; all are written when the generator ends, is closed or fails.
     Images that are yielded with a `problem` have no predictions.

@@ -45,14 +45,14 @@ class InferenceRun:
     """Everything that a run of `inference.py` needs.
 
     Attributes:
-        name: of the experiment, which the results bear.
-        checkpoint: of the detector.
-        detector: on its device.
-        compute: how the detector is computed.
-        source: the images.
-        folder: of the results.
-        options: what is written.
-        segmenter: of heads, with `--mask`.
+        name: name of the experiment, used in the names of the result files.
+        checkpoint: checkpoint of the detector.
+        detector: detector on the target device.
+        compute: backend and precision of the detector.
+        source: source of the images.
+        folder: folder of the results.
+        options: options that select what is written.
+        segmenter: head segmenter, with `--mask`.
         segmenter_model: file of the segmenter, if the user gave one.
     """
 
@@ -67,13 +67,13 @@ class InferenceRun:
     segmenter_model: Path | None
 
     def check(self, context: DistributedContext) -> None:
-        """Refuse what the source, the model or the folder does not permit.
+        """Check that the options fit the source, the model and the folder of the results.
 
-        Results are not written over the input. Frames can only be read one after another, so they are neither shared
-        nor resumed.
+        Results must not overwrite the input. Frames can only be read in sequence, so a video can neither be shared by
+        several processes nor resumed.
 
         Raises:
-            ConfigError: says what to do instead.
+            ConfigError: they do not; the message says what to do instead.
         """
         outputs = [(self.folder / name).resolve() for name in OUTPUT_FOLDERS]
         for folder in self.source.folders:
@@ -161,17 +161,17 @@ class InferenceRun:
 def run_inference(
     run: InferenceRun, context: DistributedContext, keep: Callable[[Detections, Sequence[HeadMask]], None]
 ) -> None:
-    """Detect in this process's share of the images, and write the results.
+    """Detect faces in this process's shard of the images, and write the results.
 
     Args:
-        run: what to do.
+        run: detector, images and output of the run.
         context: rank and number of processes.
         keep: called with the detections and head masks of every image that could be read.
 
     Raises:
         UserError: results cannot be written, or no image could be read.
     """
-    say = print if context.is_main else _say_nothing
+    say = print if context.is_main else _print_nothing
     if run.checkpoint.note:
         say(f"note: {run.checkpoint.note}")
     say(run.describe())
@@ -204,9 +204,9 @@ def run_inference(
 
 
 def _detect(run: InferenceRun, writer: ResultWriter, worker: BackgroundWorker) -> Iterator[DetectedHeads]:
-    """Detect in this process's share of the images, write the results in the background, and yield them."""
+    """Detect faces in this process's shard of the images, write the results in the background, and yield them."""
     batched = run.options.infer_imsize_same
-    images, repeated, total = _own_images(run.source, writer, BATCH_SIZE if batched else 1)
+    images, repeated, total = _shard_images(run.source, writer, BATCH_SIZE if batched else 1)
     tracker = FaceTracker(run.source.frames_per_second or 25) if run.options.track else None
     if writer.start.threads is not None:
         torch.set_num_threads(writer.start.threads)
@@ -234,11 +234,13 @@ def _detect(run: InferenceRun, writer: ResultWriter, worker: BackgroundWorker) -
         yield image, detections, heads
 
 
-def _own_images(source: Source, writer: ResultWriter, block: int) -> tuple[Iterator[InputImage], set[int], int | None]:
-    """This process's images, the positions among them that are done already, and the number of the others.
+def _shard_images(
+    source: Source, writer: ResultWriter, block: int
+) -> tuple[Iterator[InputImage], set[int], int | None]:
+    """The images of this process, the positions of those already done, and the number of the others if it is known.
 
-    Images that are done are repeated where they share a batch with one that is not, because the last digits of that
-    one may depend on the batch.
+    Images that are done are processed again if they share a batch with one that is not, because the last digits of
+    its results may depend on the batch.
     """
     if not isinstance(source, ImageFiles):
         return iter(source), set(), source.total
@@ -247,5 +249,5 @@ def _own_images(source: Source, writer: ResultWriter, block: int) -> tuple[Itera
     return source.read(positions), repeated, len(positions) - len(repeated)
 
 
-def _say_nothing(*words: object, **options: object) -> None:
-    """What processes other than the main one print."""
+def _print_nothing(*words: object, **options: object) -> None:
+    """Replace `print` in processes other than the main one."""

@@ -15,13 +15,13 @@ from config import TrainConfig
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
-_WARMUP_START = 0.01  # of the peak
+_WARMUP_START = 0.01  # relative to the peak learning rate
 
 
-def build_optimizer(network: nn.Module, config: TrainConfig, new_parameters: Sequence[str]) -> Optimizer:
-    """SGD or AdamW with rates of their own for the backbone and for the parameters named `new_parameters`."""
+def build_optimizer(model: nn.Module, config: TrainConfig, new_parameters: Sequence[str]) -> Optimizer:
+    """Build SGD or AdamW, with separate learning rates for the backbone and for `new_parameters`."""
     groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in network.named_parameters():
+    for name, parameter in model.named_parameters():
         factor = config.backbone_rate_factor if name.startswith("backbone.") else 1.0
         factor *= config.new_rate_factor if name in new_parameters else 1.0
         groups.setdefault(factor, []).append(parameter)
@@ -33,11 +33,11 @@ def build_optimizer(network: nn.Module, config: TrainConfig, new_parameters: Seq
     return SGD(options, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
-def build_average(network: nn.Module, decay: float) -> AveragedModel | None:
-    """An exponential moving average of the weights, and of batch normalisation's statistics; None for a decay of 0.
+def build_average(model: nn.Module, decay: float) -> AveragedModel | None:
+    """An exponential moving average of the weights and of batch normalisation's statistics; None for a decay of 0.
 
-    The decay is smaller in the first steps, (1 + n) / (10 + n) after n of them, or a short run would end with an
-    average in which the untrained weights still weigh.
+    After n steps the decay is at most (1 + n) / (10 + n), so that the initial weights do not dominate the average of a
+    short run.
     """
     if decay == 0:
         return None
@@ -47,13 +47,13 @@ def build_average(network: nn.Module, decay: float) -> AveragedModel | None:
         steps = int(count)
         get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averaged, current, count)
 
-    return AveragedModel(network, multi_avg_fn=average, use_buffers=True)
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 
 
 def build_scheduler(optimizer: Optimizer, config: TrainConfig, steps_per_epoch: int, steps_done: int = 0) -> LambdaLR:
-    """Linear warm-up, then steps, a cosine, or a cosine that starts again and again; it advances once a step.
+    """Linear warm-up, then step decay, a cosine or a cosine with restarts; the schedule advances once per step.
 
-    The rate depends on the number of the step alone, so a run that is continued with more epochs or another peak
+    The rate depends only on the number of the step, so a run that is continued with more epochs or another peak rate
     follows the new schedule from there on.
     """
     return LambdaLR(optimizer, rate_factor(config, steps_per_epoch), last_epoch=steps_done - 1)
@@ -81,11 +81,11 @@ def rate_factor(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], fl
     return factor
 
 
-def freeze_batch_norm(network: nn.Module, new_parameters: Sequence[str] = ()) -> None:
-    """Let batch normalisation use and keep its running statistics; its scale and shift still learn.
+def freeze_batch_norm(model: nn.Module, new_parameters: Sequence[str] = ()) -> None:
+    """Make batch normalisation use its running statistics unchanged; scale and shift are still trained.
 
-    Where its scale is among `new_parameters` it has no statistics yet, and goes on to gather them.
+    Layers whose scale is among `new_parameters` have no statistics yet, so they keep updating them.
     """
-    for name, module in network.named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" not in new_parameters:
             module.eval()

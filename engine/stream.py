@@ -19,7 +19,7 @@ from utils.runtime.threads import map_in_order
 from utils.structures import Detections
 
 BATCH_SIZE = 8  # images of the same size in one forward pass
-_MAX_PIXELS_IN_FLIGHT = 8 << 20  # of all images in work, unless a single one has more
+_MAX_PIXELS_IN_FLIGHT = 8 << 20  # of all images being processed, unless a single one has more
 _NO_DETECTIONS = Detections(torch.zeros(0, 4), torch.zeros(0), None)
 
 Detected = tuple[InputImage, Detections]
@@ -29,8 +29,8 @@ class BatchDetector(Protocol):
     """Detects faces in images of the same size, as `FaceDetector` and `TestTimeAugmentation` do.
 
     Attributes:
-        max_pixels: larger images are reduced to this number of pixels; 0 is no limit.
-        num_workers: number of threads that make best use of the machine, each calling its own `for_worker`.
+        max_pixels: larger images are reduced to this number of pixels; 0 means no limit.
+        num_workers: recommended number of threads, each of which calls the detector of its own `for_worker`.
     """
 
     @property
@@ -51,20 +51,20 @@ class BatchDetector(Protocol):
 
 
 def detect_files(detector: BatchDetector, files: Iterable[tuple[str, Path]]) -> Iterator[Detected]:
-    """Detect in image files, each given with its name, in their order; see `detect_images`."""
+    """Detect faces in image files, each given with its name, in their order; see `detect_images`."""
     return detect_images(detector, read_images(files), batch_same_sizes=True)
 
 
 def detect_images(detector: BatchDetector, images: Iterable[InputImage], batch_same_sizes: bool) -> Iterator[Detected]:
-    """Detect in a stream of images, in its order, in several threads where the detector asks for them.
+    """Detect faces in a stream of images, in its order, with `detector.num_workers` threads.
 
     An image that could not be read, or is too large for the memory, is yielded with its `problem` and no detections.
 
     Args:
-        detector: of faces.
-        images: the stream.
-        batch_same_sizes: detect in neighbours of the same size in one forward pass. They share a block of `BATCH_SIZE`
-            positions, so the batches do not depend on where a stream begins or what it leaves out.
+        detector: detector to run.
+        images: images to process.
+        batch_same_sizes: process neighbours of the same size in one forward pass. They share a block of `BATCH_SIZE`
+            positions, so the batches do not depend on where a stream begins or which images it omits.
     """
     limit = _MAX_PIXELS_IN_FLIGHT // detector.num_workers
     batch_size = BATCH_SIZE if batch_same_sizes else 1
@@ -78,7 +78,7 @@ def detect_images(detector: BatchDetector, images: Iterable[InputImage], batch_s
 
 
 def _with_note(images: Iterable[InputImage], max_pixels: int) -> Iterator[InputImage]:
-    """Yield the images, and print one note that names the first that is reduced."""
+    """Yield the images, and print one note that names the first image that is reduced."""
     is_noted = False
     for image in images:
         if not is_noted and image.pixels is not None and 0 < max_pixels < image.pixels[..., 0].size:
@@ -116,7 +116,7 @@ def _pixels(detector: BatchDetector, image: InputImage) -> int:
 
 
 def _detect(detector: BatchDetector, images: Sequence[InputImage]) -> list[Detected]:
-    """Detect in images of the same size, or in one that could not be read."""
+    """Detect faces in images of the same size; a single image may be one that could not be read."""
     pixels = [image.pixels for image in images if image.pixels is not None]
     if not pixels:
         return [(image, _NO_DETECTIONS) for image in images]
@@ -136,7 +136,7 @@ def _detect(detector: BatchDetector, images: Sequence[InputImage]) -> list[Detec
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether memory is used up, on the GPU or in PyTorch and ONNX Runtime on the CPU.
 
-    Other errors of CUDA speak of memory too, such as illegal accesses, after which no image can be detected in.
+    Other CUDA errors, such as illegal memory accesses, also mention memory, but the device is unusable after them.
     """
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True

@@ -39,7 +39,7 @@ from utils.runtime.experiment import Experiment
 from utils.runtime.logger import RunLog
 from utils.runtime.signals import StopRequest
 
-_LOG_EVERY_STEPS, _CHECK_STOP_EVERY_STEPS = 20, 10  # the latter in several processes, because agreeing costs a message
+_LOG_EVERY_STEPS, _CHECK_STOP_EVERY_STEPS = 20, 10  # the latter with several processes, which must communicate
 
 
 class Trainer:
@@ -65,14 +65,14 @@ class Trainer:
         """Prepare a run.
 
         Args:
-            model: on its device.
-            config: of the experiment.
+            model: model on the target device.
+            config: configuration of the experiment.
             experiment: folder of the checkpoints.
             data: training and validation images.
             log: receives lines and metrics.
             context: rank and number of processes.
-            new_parameters: names of the parameters that are randomly initialised while the others are not.
-            teacher: on the device of the model, with the same priors.
+            new_parameters: names of the randomly initialised parameters, if the others are pretrained.
+            teacher: teacher for distillation, on the device of the model and with the same priors.
 
         Raises:
             TrainingError: an option needs CUDA, or the batch cannot be shared by the processes.
@@ -162,7 +162,7 @@ class Trainer:
             freeze_batch_norm(self.model, self.new_parameters)
         if backbone_is_frozen:
             freeze_batch_norm(self.model.backbone)
-        # Wrapped again when the backbone is unfrozen, because the wrapper expects the gradients of its first epoch.
+        # DistributedDataParallel only handles parameters that were trainable when it was built: wrap after unfreezing.
         must_wrap = self.ddp_model is self.model or epoch == train.freeze_backbone_epochs + 1
         if self.context.world_size > 1 and must_wrap:
             devices = None if self.device.type == "cpu" else [self.device.index]
@@ -187,7 +187,7 @@ class Trainer:
                 self.bar.update(self.batch_size)
 
     def _train_step(self, batch: Batch, epoch: int, step: int) -> None:
-        """Forward, loss and backward of one batch; an optimiser step after every `accumulate` batches."""
+        """Run forward, loss and backward of one batch; step the optimiser after every `accumulate` batches."""
         train = self.config.train
         images = batch.images.to(self.device, non_blocking=True).float().contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
@@ -214,7 +214,7 @@ class Trainer:
         self.progress.position += self.batch_size
 
     def _clip_gradients(self) -> Tensor:
-        """Clip the gradients to the largest norm that is allowed, and return their norm."""
+        """Clip the gradients to the configured norm, and return the norm that they had before."""
         self.scaler.unscale_(self.optimizer)
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         return nn.utils.clip_grad_norm_(parameters, self.config.train.clip_gradient or math.inf)
@@ -260,7 +260,7 @@ class Trainer:
         return {**means, "learning_rate": self._learning_rate}
 
     def _validate_and_save_best(self, epoch: int) -> dict[str, float]:
-        """Validate where it is due, and save the model if it is the best so far; returns the metrics."""
+        """Validate if this epoch is due, and save the model if it is the best so far; returns the metrics."""
         train, progress, validation = self.config.train, self.progress, self.data.validation
         if validation is None:
             self._save("best", self.trained_model, epoch=epoch)
@@ -276,7 +276,7 @@ class Trainer:
         return metrics
 
     def _save_within_epoch(self, step: int) -> None:
-        """Save where time or a signal asks for it; after a signal, stop."""
+        """Save if enough time has passed or a signal has arrived; stop after a signal."""
         if step % self.config.train.accumulate or step == self.steps_per_epoch:
             return
         minutes = (time.monotonic() - self._saved_at) / 60
@@ -313,7 +313,7 @@ class Trainer:
         """Continue from a `ckpt-last` of the same experiment, with the learning rates of the configuration.
 
         Raises:
-            CheckpointError: it is of another architecture or of another kind of optimiser.
+            CheckpointError: the checkpoint has another architecture or another kind of optimiser.
         """
         saved = checkpoint.training
         if checkpoint.model_config != self.config.model:

@@ -1,4 +1,4 @@
-"""What a training run learns from, and how far it has come."""
+"""The data and the progress of a training run."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class TrainingError(UserError):
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run learns from, and what it is validated on.
+    """Training and validation data of a run.
 
     Attributes:
         images: labelled training images.
         weights: relative frequency of each image; None draws each once an epoch.
-        validation: decides which checkpoint is the best, or None.
+        validation: validation set that selects the best checkpoint, or None.
     """
 
     images: Sequence[LabelledImage]
@@ -42,10 +42,10 @@ class Progress:
 
     Attributes:
         epoch: number of completed epochs.
-        position: number of images of the current epoch that were learnt from, over all processes.
-        sums: of each loss term over the batches of the current epoch.
+        position: number of images of the current epoch that were trained on, over all processes.
+        sums: sum of each loss term over the batches of the current epoch.
         best_ap: highest validation AP.
-        validations_without_improvement: since the best one.
+        validations_without_improvement: number of validations since the best one.
         unreadable: path of each image that could not be read, and why.
     """
 
@@ -64,7 +64,7 @@ class Progress:
 def check_options(
     config: ExperimentConfig, data: TrainingData, device: torch.device, context: DistributedContext
 ) -> None:
-    """Refuse options that the device, the processes or the data do not allow; see `engine.training.Trainer`."""
+    """Reject options that the device, the processes or the data do not allow; see `engine.training.Trainer`."""
     train, world_size = config.train, context.world_size
     if train.amp and device.type != "cuda":
         raise TrainingError("--amp needs a CUDA device; drop it")
@@ -92,10 +92,10 @@ def choose_amp_dtype(train: TrainConfig, device: torch.device) -> torch.dtype | 
 
 
 def usual_eval_every(data: TrainingData) -> int:
-    """Number of epochs between validations with which they take about a tenth of the time.
+    """Number of epochs between validations for which validation takes about a tenth of the time.
 
-    Learning from a crop takes about three times as long as detecting in it, and validation images are about twice as
-    large as crops.
+    A training step on a crop takes about three times as long as detection in it, and validation images are about twice
+    as large as crops.
     """
     if data.validation is None:
         return 1
@@ -103,13 +103,13 @@ def usual_eval_every(data: TrainingData) -> int:
 
 
 def describe_loss_shares(metrics: Mapping[str, float]) -> str:
-    """The share of every weighted term in the loss of the first epoch, which shows what the gradient follows."""
+    """The share of every weighted term in the loss, which shows the terms that dominate the gradient."""
     terms = {name: value for name, value in metrics.items() if name.startswith("stage")}
     total = sum(terms.values()) or 1.0
     return "shares of the loss: " + ", ".join(f"{name} {value / total:.0%}" for name, value in terms.items())
 
 
 def describe_duration(epochs: int, seconds_per_epoch: float) -> str:
-    """How long the remaining epochs take at the rate of the first, without validation."""
+    """The time that the remaining epochs take at the speed of the first, without validation."""
     remaining = timedelta(seconds=round((epochs - 1) * seconds_per_epoch))
     return f"the remaining {epochs - 1} epochs take about {remaining} at this rate (--epochs sets their number)"

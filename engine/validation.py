@@ -19,7 +19,7 @@ from utils.runtime.logger import RunLog
 from utils.structures import Detections
 
 _IMAGES_IN_LOG = 4
-# An untrained model has candidates everywhere, whose suppression takes minutes; a trained one has fewer.
+# An untrained model has candidates everywhere, whose suppression would take minutes.
 _TOP_K = 10_000
 
 
@@ -31,15 +31,15 @@ def validate(
     log: RunLog,
     epoch: int,
 ) -> dict[str, float]:
-    """Detect in this process's share of the validation images, and evaluate the detections of all processes.
+    """Detect faces in this process's shard of the validation images, and evaluate those of all processes.
 
     Args:
         model: switched to evaluation mode.
-        config: of the experiment, for its thresholds.
+        config: configuration of the experiment, for its thresholds.
         faces: images and ground truth.
         context: rank and number of processes.
-        log: receives curves, and drawings of the first images.
-        epoch: for the log.
+        log: log for curves and for drawings of the first images.
+        epoch: number of the epoch, for the log.
 
     Returns:
         The mean average precision as `val/ap`, and where there are several subsets, the AP of each; where faces have

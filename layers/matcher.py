@@ -12,9 +12,9 @@ from utils.structures import FaceTargets
 
 BACKGROUND = -1
 IGNORED = -2
-# A face whose best prior has a lower IoU is out of reach: it is not forced to match.
+# A face whose best prior has a lower IoU is unreachable: it is not forced to match.
 MIN_FORCED_IOU = 0.2
-# A prior with a higher IoU with an ignored face, or one out of reach, is not taken for background.
+# A prior with a higher IoU with an ignored or unreachable face does not count as background.
 MAX_BACKGROUND_IOU = 0.1
 _FACES_AT_ONCE = 64  # bounds the memory of the IoU matrix in crowds
 
@@ -23,10 +23,10 @@ _FACES_AT_ONCE = 64  # bounds the memory of the IoU matrix in crowds
 def match_priors(targets: FaceTargets, priors: Tensor, stage: StageConfig) -> Tensor:
     """Assign a face, background or nothing to every prior of every image.
 
-    A prior takes the face of its image with which it has the highest IoU, the first of equals, if the IoU is at least
-    `match_iou`. It is background below `negative_iou` and ignored in between. With `force_match` every face also gets
-    its best prior, even below `match_iou` and down to `MIN_FORCED_IOU`; the last face wins a prior that is the best of
-    several. Faces that no prior reaches, and those that are labelled to be ignored, match nothing. The priors around
+    A prior is matched with the face of its image with which it has the highest IoU (the first of ties), if the IoU is
+    at least `match_iou`. It is background below `negative_iou` and ignored in between. With `force_match` every face
+    also gets its best prior, even below `match_iou` and down to `MIN_FORCED_IOU`; the last face wins a prior that is
+    the best of several. Faces that no prior reaches, and faces labelled as ignored, match nothing. The priors around
     them are ignored, because they would be the hardest negatives; see `StageConfig`.
 
     Args:
@@ -38,7 +38,7 @@ def match_priors(targets: FaceTargets, priors: Tensor, stage: StageConfig) -> Te
         (B, P) int64: row of the face in `targets`, `BACKGROUND` or `IGNORED`.
     """
     corners = box_convert(priors, "cxcywh", "xyxy")
-    # Contiguous x1, y1, x2 and y2 make the IoU several times as fast.
+    # Contiguous x1, y1, x2 and y2 make the IoU computation several times as fast.
     corners = corners.movedim(-1, 0).contiguous().movedim(0, -1)
     matches, first_row = [], 0
     parts = zip(targets.boxes.split(targets.counts), targets.ignored.split(targets.counts), strict=True)

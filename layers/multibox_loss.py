@@ -17,8 +17,8 @@ from utils.boxes import clamp_deltas, decode_boxes, encode_boxes, encode_landmar
 from utils.runtime.distributed import share_of_count
 from utils.structures import FaceTargets, StageOutput
 
-# Width and bend of the Wing loss in landmark deltas. A delta of 1 is a tenth of the prior's side (the first variance).
-# The bend keeps the paper's proportion of 10 to 2 pixels.
+# Width w and bend e of the Wing loss, in landmark deltas. A delta of 1 is a tenth of the prior's side (the first
+# variance). The bend keeps the paper's proportion of 10 to 2 pixels.
 WING_WIDTH = 1.0
 WING_BEND = 0.2
 
@@ -42,13 +42,13 @@ class MultiBoxLoss:
         image_size_hw: tuple[int, int],
         teacher_scores: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Weighted terms, `stage1/class` and so on. Their sum is the loss to minimise.
+        """Compute the weighted terms, `stage1/class` and so on. Their sum is the loss to minimise.
 
         On CUDA, gathering the positive priors takes one host-device synchronisation for all stages with the same
         priors and thresholds and one for each other stage. torchvision's IoU losses synchronise as well.
 
         Args:
-            outputs: one for each stage, of B images.
+            outputs: the raw outputs of each stage for B images.
             targets: faces of the B images, on the device of the outputs.
             image_size_hw: height and width of the model's input in pixels.
             teacher_scores: (B, P) face scores of a teacher in [0, 1].
@@ -94,7 +94,7 @@ class MultiBoxLoss:
         return ohem_cross_entropy(class_logits, matched.positive, matched.background, ratio) / matched.count
 
     def _box_losses(self, box_deltas: Tensor, matched: Matched, image_size_hw: tuple[int, int]) -> Tensor:
-        """(M, 4) deltas of the positive priors to (M,)."""
+        """(M,) losses of the (M, 4) deltas of the positive priors."""
         variances = self.model_config.variances
         if self.loss_config.box_regression == "smooth_l1":
             box_targets = encode_boxes(matched.boxes, matched.priors, variances)
@@ -108,7 +108,7 @@ class MultiBoxLoss:
         return losses
 
     def _landmark_losses(self, landmark_deltas: Tensor, matched: Matched) -> Tensor:
-        """(M, 10) deltas of the positive priors to (M,)."""
+        """(M,) losses of the (M, 10) deltas of the positive priors."""
         landmark_targets = encode_landmarks(matched.landmarks, matched.priors, self.model_config.variances)
         if self.loss_config.landmark_regression == "wing":
             return wing_loss(landmark_deltas - landmark_targets).sum(dim=1)
@@ -122,7 +122,7 @@ class Matched:
     Attributes:
         positive: (B, P) bool, priors matched with a face.
         background: (B, P) bool, negative priors; those that are neither are ignored.
-        count: number of positive priors, at least 1; in each of several processes, its share of the total.
+        count: number of positive priors, at least 1; with several processes, this process's share of the total.
         images, indices: (M,) int64, positions of the positive priors in (B, P).
         priors: (M, 4) cxcywh, the positive priors.
         boxes, landmarks, has_landmarks: (M, ...), of the face of each positive prior; see `FaceTargets`.
@@ -230,6 +230,6 @@ def wing_loss(errors: Tensor) -> Tensor:
 
 
 def _to_pixels(boxes: Tensor, image_size_hw: tuple[int, int]) -> Tensor:
-    """Normalised (M, 4) xyxy in pixels. Scaling by numbers avoids the synchronisation of a copy to the device."""
+    """Scale normalised (M, 4) xyxy boxes to pixels, by Python numbers to avoid the copy of a tensor to the device."""
     height, width = image_size_hw
     return torch.stack([side * size for side, size in zip(boxes.unbind(1), (width, height) * 2, strict=True)], dim=1)

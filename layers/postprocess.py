@@ -1,4 +1,4 @@
-"""From the raw outputs of a stage to detections in pixels."""
+"""Post-processing of the raw outputs of a stage to detections in pixels."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def fuse_scores(class_logits: Tensor, iou_logits: Tensor | None, exponent: float
 def postprocess(
     output: StageOutput, image_size_hw: tuple[int, int], model_config: ModelConfig, config: PostprocessConfig
 ) -> list[Detections]:
-    """Score, filter, decode and suppress.
+    """Compute scores, filter and decode boxes, and apply non-maximum suppression.
 
     Filtering and decoding run on the device of the output, the suppression on the CPU, which takes two host-device
     synchronisations per batch.
 
     Args:
-        output: of the stage whose boxes are wanted, B images of the same size.
+        output: raw outputs of the last stage for B images of the same size.
         image_size_hw: height and width of the model's input in pixels.
 
     Returns:
@@ -91,7 +91,7 @@ def filter_and_decode(
 
 
 def _least_logit(score_threshold: float, exponent: float) -> float:
-    """The difference of the class logits above which a score may exceed the threshold, whatever the IoU is.
+    """The smallest difference of class logits for which a score may exceed the threshold, whatever the IoU is.
 
     (p^a * iou^(1-a))^b > t requires p^(a b) > t, because the other factor is at most 1.
     """
@@ -104,7 +104,7 @@ def _least_logit(score_threshold: float, exponent: float) -> float:
 
 
 def apply_nms(candidates: Detections, image_size_hw: tuple[int, int], config: PostprocessConfig) -> Detections:
-    """Suppress the weaker of overlapping boxes of one image, and clip the others if asked to; best first."""
+    """Apply non-maximum suppression to the boxes of one image, best first, and clip them if configured."""
     if config.top_k:
         candidates = candidates.select(candidates.scores.argsort(descending=True)[: config.top_k])
     kept = pixel_nms(candidates.boxes, candidates.scores, config.nms_threshold)

@@ -27,17 +27,17 @@ def prior_boxes(
     ratio: float = 1.0,
     offset: float = 0.5,
 ) -> Tensor:
-    """Priors at the same place of every cell of every level, square ones at its centre by default.
+    """Priors of every cell of every level, by default squares at the centre of the cell.
 
-    The order is that of the outputs of the heads: level, row, column, anchor. Computed in double precision and rounded
-    once, so the result equals the usual definition by nested loops to the bit. The result is cached, because computing
-    it takes as long as a twentieth of a small detector; do not write to it.
+    The order is that of the outputs of the heads: level, row, column, anchor. Priors are computed in double precision
+    and rounded once, so the result equals the usual definition by nested loops bit for bit. The result is cached,
+    because computing it takes about 5 % of the time of a small detector; do not write to it.
 
     Args:
         image_size_hw: height and width of the model's input in pixels.
         levels: strides and anchor sizes, finest level first.
-        device: device of the result; None is the CPU.
-        ratio: height of the priors relative to their width; their area is that of the square.
+        device: device of the result; None means the CPU.
+        ratio: height of the priors relative to their width; their area is that of the square anchor.
         offset: centre of the priors from the corner of their cell, in cells.
 
     Returns:

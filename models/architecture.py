@@ -1,4 +1,4 @@
-"""The usual architectures, and what flags make of them."""
+"""The default architectures, and their modification by flags."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from config import USUAL_LEVELS, ImagePyramidConfig, LevelConfig, ModelConfig, ModelOverrides, StageConfig
 from utils.errors import ConfigError
 
-# The weight of the native scale where --fine_levels is given without --context_share.
+# The weight of the native scale if --fine_levels is given without --context_share.
 _NATIVE_SCALE_WEIGHT = 0.3
 
 
@@ -32,7 +32,7 @@ def usual_config(
 
 
 def usual_stages(cascade: bool, refinement: str = "sum") -> tuple[StageConfig, ...]:
-    """The stages that belong to `--cascade` and `--refinement`."""
+    """The stages that `--cascade` and `--refinement` select."""
     if not cascade:
         return (StageConfig(),)
     # RetinaFace's official cascade: decoded boxes fit better than priors, so the thresholds are higher.
@@ -47,7 +47,7 @@ _ORIGINAL_NAME = re.compile(
 
 
 def overrides_from_name(experiment_name: str) -> ModelOverrides | None:
-    """The architecture that a name of the original's form says, as `resnet_anc2_casT_fpn3`, or None for other names."""
+    """Parse an experiment's name in the original's form, such as `resnet_anc2_casT_fpn3`; None for other names."""
     name = _ORIGINAL_NAME.fullmatch(experiment_name)
     if name is None:
         return None
@@ -61,7 +61,7 @@ def overrides_from_name(experiment_name: str) -> ModelOverrides | None:
 
 
 def combine_overrides(overrides: ModelOverrides, experiment_name: str) -> ModelOverrides:
-    """The overrides together with those that the name of the experiment says.
+    """Combine the overrides with those that the name of the experiment implies.
 
     Raises:
         ConfigError: a flag contradicts the name.
@@ -93,11 +93,11 @@ def describe_architecture(config: ModelConfig) -> str:
 
 
 def apply_overrides(overrides: ModelOverrides, base: ModelConfig | None = None) -> ModelConfig:
-    """The architecture that the overrides ask for.
+    """Apply overrides to an architecture.
 
     Args:
-        overrides: what was asked for; None leaves a property as it is.
-        base: the architecture to change; None is the usual one of the backbone.
+        overrides: requested changes; None leaves a property as it is.
+        base: the architecture to change; None means the usual one of the backbone.
 
     Raises:
         ConfigError: the overrides contradict each other or the base.
@@ -143,7 +143,7 @@ def _usual_levels(num_anchor: int) -> tuple[LevelConfig, ...]:
 
 
 def _override_matching(overrides: ModelOverrides, stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
-    """The stages with other matching thresholds, of which there is one for each stage."""
+    """The stages with the matching thresholds of the overrides, one for each stage."""
     changes: list[dict[str, Any]] = [{} for _ in stages]
     for name in ("match_iou", "negative_iou"):
         values = getattr(overrides, name)

@@ -37,7 +37,7 @@ class MobileNetV1Stages(nn.Module):
         self.stage3 = nn.Sequential(separable(128, 256, stride=2), separable(256, 256))
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) to the features of 32, 64, 128 and 256 channels."""
+        """Map (B, 3, H, W) images to features of 32, 64, 128 and 256 channels."""
         early = self.stage1[:4](images)
         first = self.stage1[4:](early)
         second = self.stage2(first)
@@ -61,7 +61,7 @@ class MobileNetV1(MobileNetV1Stages):
             self.channels = {4: 64, 8: 64 + 128, 16: 128 + 256, 32: 256}
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
-        """(B, 3, H, W) to the features by stride."""
+        """Map (B, 3, H, W) images to features by stride."""
         features = self.features(images)
         if self.fine is not None:
             _, *fine = self.fine.features(images)
@@ -77,7 +77,7 @@ def _depthwise_separable(in_channels: int, out_channels: int, slope: float, stri
 
 
 class ResNet(nn.Module):
-    """torchvision's ResNet without its classifier, with group normalisation and deformable convolutions if asked for.
+    """torchvision's ResNet without its classifier, with group normalisation and deformable convolutions if configured.
 
     Deformable convolutions replace the 3x3 convolutions of `layer3` and `layer4`, as in TinaFace.
     """
@@ -103,7 +103,7 @@ class ResNet(nn.Module):
                 _make_deformable(block)
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
-        """(B, 3, H, W) to the features by stride."""
+        """Map (B, 3, H, W) images to features by stride."""
         feature = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         features = {}
         for stride, layer in zip(self.channels, (self.layer1, self.layer2, self.layer3, self.layer4), strict=True):
@@ -120,5 +120,5 @@ def _make_deformable(block: nn.Module) -> None:
 
 
 def build_backbone(config: ModelConfig) -> MobileNetV1 | ResNet:
-    """The randomly initialised backbone of a configuration."""
+    """Build the randomly initialised backbone of a configuration."""
     return MobileNetV1(config) if config.backbone == "mobilenet0.25" else ResNet(config)

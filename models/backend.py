@@ -28,8 +28,8 @@ class Backend(Protocol):
     """Computes the raw outputs of the last stage.
 
     Attributes:
-        name: of the backend, for the user.
-        num_workers: number of threads that make best use of the machine, each calling its own `for_worker`.
+        name: name of the backend, for the user.
+        num_workers: recommended number of threads, each of which calls the backend of its own `for_worker`.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Backend(Protocol):
         ...
 
     def __call__(self, images: Tensor) -> StageOutput:
-        """(B, H, W, 3) uint8 BGR on the model's device to the raw outputs of the last stage."""
+        """Map (B, H, W, 3) uint8 BGR images on the model's device to the raw outputs of the last stage."""
         ...
 
 
@@ -77,7 +77,7 @@ class OnnxBackend:
         Args:
             graph: a file or its content.
             priors: `RetinaFace.priors`, for graphs whose outputs do not contain them.
-            threads: number of threads of a call; None is as many as PyTorch uses.
+            threads: number of threads of a call; None means as many as PyTorch uses.
         """
         import onnxruntime  # an optional package
 
@@ -89,14 +89,14 @@ class OnnxBackend:
         options.intra_op_num_threads = self._threads
         # Threads that spin while they wait slow down the post-processing that runs next.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # A memory pattern is kept for every image size, and photographs come in many.
+        # A memory pattern would be kept for each of the many image sizes of photographs.
         options.enable_mem_pattern = False
         content = graph if isinstance(graph, bytes) else str(graph)
         self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self._names = [output.name for output in self._session.get_outputs()]
 
     def __reduce__(self) -> tuple[type[OnnxBackend], tuple[Any, ...]]:
-        """The session of ONNX Runtime cannot be pickled; a spawned worker opens its own."""
+        """Pickle the graph instead of the session, which cannot be pickled; a spawned worker opens its own."""
         return OnnxBackend, (self._graph, self._priors, self._threads)
 
     def for_worker(self) -> Backend:
@@ -111,7 +111,7 @@ class OnnxBackend:
     def __call__(self, images: Tensor) -> StageOutput:
         try:
             values = self._session.run(self._names, {"images": images.numpy()})
-        except Exception as error:  # its errors have no common base class; callers handle those of PyTorch
+        except Exception as error:  # its errors have no common base class; callers expect those of PyTorch
             raise RuntimeError(f"ONNX Runtime: {error}") from error
         tensors = {name: torch.from_numpy(value) for name, value in zip(self._names, values, strict=True)}
         if "priors" not in tensors:
@@ -126,7 +126,7 @@ class OnnxBackend:
 
 
 def build_backend(model: RetinaFace, options: ComputeOptions) -> Backend:
-    """The backend that `options` ask for, for a model in evaluation mode.
+    """Build the backend that `options` select, for a model in evaluation mode.
 
     Raises:
         ConfigError: the backend is not installed, or does not compute on the device of the model.
@@ -157,12 +157,12 @@ def _choose(asked: str, model: RetinaFace) -> str:
 
 @torch.inference_mode()
 def _compile(model: RetinaFace, amp: bool) -> TorchBackend:
-    """`model` compiled for any image size, or as it is, with a warning, where there is no compiler."""
+    """Compile `model` for any image size, or return it uncompiled, with a warning, where there is no compiler."""
     backend = TorchBackend(torch.compile(model, dynamic=True), "compile", amp)
     try:
         with quiet_exporter():
             backend(torch.zeros((2, 96, 128, 3), dtype=torch.uint8, device=model.device))
-    except Exception as error:  # whatever compilers and their absence raise
+    except Exception as error:  # compilers, and their absence, raise many types of exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"warning: --backend=compile: cannot compile here ({reason}); using torch", file=sys.stderr)
         return TorchBackend(model, amp=amp)

@@ -39,9 +39,9 @@ class Checkpoint:
         model_config: architecture that the weights belong to.
         state: tensors by name.
         kind: `own`, `original` or `biubug6`.
-        experiment: configuration of the experiment, of an own checkpoint.
-        training: state to resume training from, of an own checkpoint.
-        note: what had to be assumed, for the user.
+        experiment: configuration of the experiment; only in this project's own checkpoints.
+        training: state to resume training from; only in this project's own checkpoints.
+        note: assumptions made about the file, for the user.
     """
 
     path: Path
@@ -53,7 +53,7 @@ class Checkpoint:
     note: str | None = None
 
     def experiment_name(self, experiments: Path) -> str:
-        """The name that outputs bear: of the experiment whose folder contains the file, or else of the file itself."""
+        """The name for result files: the experiment whose folder contains the file, or else the name of the file."""
         folder = self.path.parent.parent
         return folder.name if folder.parent == experiments else self.path.stem
 
@@ -77,7 +77,7 @@ class Checkpoint:
 
 
 def locate_checkpoint(experiments: Path, experiment_name: str, model_weight: str) -> Path:
-    """The file that `--model_weight` means: a path, or a name in the experiment's `ckpt/`.
+    """Find the file that `--model_weight` names: a path, or a name in the experiment's `ckpt/`.
 
     In `ckpt/` the name may be prefixed by the backbone, as in the original's `resnet50_ckpt-best.pth`.
 
@@ -114,13 +114,13 @@ def load_checkpoint(path: Path, overrides: ModelOverrides | None = None) -> Chec
 
     Args:
         path: the file.
-        overrides: architecture that the user asked for. It must agree with the file, and decides what the tensors do
-            not tell (activation slope and anchor sizes of a foreign file). `--cascade False` takes the first stage of
+        overrides: architecture that the user requested. It must agree with the file, and sets what the tensors do not
+            determine (activation slope and anchor sizes of a foreign file). `--cascade False` takes the first stage of
             a two-stage checkpoint, `--landmark_loss False` leaves the landmarks out, and `--fine_levels` and
             `--coarse_share` add other scales of the image.
 
     Raises:
-        CheckpointError: see the class.
+        CheckpointError: the file is missing, unreadable, of an unknown kind, or contradicts the arguments.
     """
     overrides = overrides or ModelOverrides()
     content = _read(path)
@@ -131,7 +131,7 @@ def load_checkpoint(path: Path, overrides: ModelOverrides | None = None) -> Chec
             kind, model_config, state, note = read_foreign(path, _plain_state(content), overrides)
             checkpoint = Checkpoint(path, model_config, state, kind, note=note)
         return _adapt_to_overrides(checkpoint, overrides)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:  # parts of it are of the wrong kind
+    except (LookupError, TypeError, AttributeError, ValueError) as error:  # an entry has the wrong type
         raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from None
 
 
@@ -144,7 +144,7 @@ def load_backbone(path: Path, backbone: str) -> tuple[State, bool]:
         The tensors, and whether they are from ImageNet rather than from a detector.
 
     Raises:
-        CheckpointError: see the class.
+        CheckpointError: the file is missing, unreadable, of an unknown kind, or contradicts the arguments.
     """
     content = _read(path)
     state = _read_own(path, content).state if content.get("format") in _OWN_FORMATS else _plain_state(content)
@@ -163,7 +163,7 @@ def load_backbone(path: Path, backbone: str) -> tuple[State, bool]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with the file is said below
+            warnings.simplefilter("ignore")  # problems of the file are reported below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
@@ -207,9 +207,9 @@ def _read_own(path: Path, content: Mapping[str, Any]) -> Checkpoint:
 
 
 def _upgrade_levels(state: State, count: int) -> State:
-    """Rename the levels of a model with `count` upsampled levels, which were numbered before those of the native scale.
+    """Rename the levels of a model with `count` upsampled levels, which used to precede those of the native scale.
 
-    The heads of the finest levels served both scales, and serve each of them now.
+    The heads of the finest levels used to be shared by both scales; now each scale gets a copy.
     """
     if not count:
         return state
@@ -229,9 +229,9 @@ def _upgrade_levels(state: State, count: int) -> State:
 
 
 def _upgrade_landmarks(state: State, model_config: ModelConfig) -> State:
-    """Let later stages of `rematch` predict the landmarks of the first one.
+    """Give later stages of `rematch` the landmark heads of the first stage.
 
-    They used to predict landmarks relative to refined boxes, from weights that were learnt relative to priors.
+    They used to predict landmarks relative to refined boxes, with weights that were trained relative to priors.
     """
     if model_config.refinement != "rematch":
         return state
@@ -243,7 +243,7 @@ def _upgrade_landmarks(state: State, model_config: ModelConfig) -> State:
 
 
 def _adapt_to_overrides(checkpoint: Checkpoint, overrides: ModelOverrides) -> Checkpoint:
-    """Refuse overrides that contradict the checkpoint; drop or add the parts of it that they ask to drop or add."""
+    """Reject overrides that contradict the checkpoint; drop or add its parts as they request."""
     saved, asked = checkpoint.model_config, apply_overrides(overrides, checkpoint.model_config)
     kept = ("backbone", "model_version", "num_anchor", "levels", "activation_slope", "fpn_channels")
     for name in kept:
@@ -280,16 +280,16 @@ def _adapt_to_overrides(checkpoint: Checkpoint, overrides: ModelOverrides) -> Ch
 
 
 def save_checkpoint(path: Path, config: ExperimentConfig, state: Mapping[str, Tensor], **training: Any) -> None:
-    """Write a checkpoint of our own, atomically.
+    """Write a checkpoint atomically.
 
     Args:
-        path: where; its folder is created.
+        path: file to write; its folder is created.
         config: saved with the weights and verified when they are loaded.
         state: `RetinaFace.state_dict()`.
-        training: what else to keep: tensors, numbers, strings and containers of them.
+        training: further entries to save: tensors, numbers, strings and containers of them.
 
     Raises:
-        CheckpointError: the file cannot be written; what stood there before is intact.
+        CheckpointError: the file cannot be written; an earlier file at this path is intact.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:

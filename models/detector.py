@@ -24,15 +24,16 @@ from utils.runtime.images import ImageLike, as_bgr_uint8, resize_to_limit
 from utils.runtime.threads import map_in_order
 from utils.structures import Detections
 
-# The default of callers in Python: starts at once and writes nothing.
+# The default for callers in Python: it starts at once and writes no files.
 _TORCH = ComputeOptions(backend="torch")
 
 
 @functools.cache
 def _keep_forks_alive() -> None:
-    """Let a process that is forked from this one compute on one thread; the threads of this one do not exist there.
+    """Make processes that are forked from this one compute on a single thread.
 
-    Without it PyTorch and OpenCV wait for them forever. ONNX Runtime and CUDA do not work after a fork at all.
+    The threads of the parent do not exist in them, and PyTorch and OpenCV would wait for these threads forever. ONNX
+    Runtime and CUDA cannot be used after a fork at all.
     """
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
@@ -91,14 +92,14 @@ class FaceDetector:
 
         Args:
             path: the file.
-            device: where the model runs.
+            device: device on which the model runs.
             compute: backend, and size to which larger images are reduced.
-            max_pixels: replaces that size; 0 is no limit.
+            max_pixels: number of pixels that replaces that size; 0 means no limit.
             thresholds: fields of `PostprocessConfig` that replace those of the checkpoint, such as
                 `confidence_threshold=0.3`.
 
         Raises:
-            CheckpointError: the file does not exist, cannot be read or is of no known kind.
+            CheckpointError: the file does not exist, cannot be read or is of an unknown kind.
             ConfigError: the backend is unavailable.
         """
         checkpoint = load_checkpoint(Path(path))
@@ -109,7 +110,7 @@ class FaceDetector:
 
     @property
     def num_workers(self) -> int:
-        """Number of threads that should call `detect_batch` at the same time, each on its own `for_worker`."""
+        """Recommended number of threads that call `detect_batch` at the same time, each on its own `for_worker`."""
         return self.backend.num_workers
 
     def pixels_seen(self, size_hw: tuple[int, int]) -> int:
@@ -133,18 +134,18 @@ class FaceDetector:
             `Detections` in pixels of the image, on the CPU.
 
         Raises:
-            TypeError, ValueError: it is no image.
+            TypeError, ValueError: the argument is not an image.
         """
         return self.detect_batch([image])[0]
 
     def detect_many(self, images: Iterable[ImageLike], workers: int | None = None) -> Iterator[Detections]:
         """Detect the faces of a stream of images of any sizes, in its order, in several threads.
 
-        At most a few images more than there are threads are taken from the stream ahead of the results.
+        Only a few images more than there are threads are read from the stream ahead of the results.
 
         Args:
-            images: what `detect` accepts.
-            workers: number of threads; None makes best use of the machine.
+            images: images of the types that `detect` accepts.
+            workers: number of threads; None means `num_workers`.
         """
         workers = workers or self.num_workers
         detector = self.for_worker() if workers > 1 else self
@@ -171,7 +172,7 @@ class FaceDetector:
         return [each.clipped((height, width)) for each in found] if self.config.clip_boxes else found
 
     def _to_device(self, images: Sequence[np.ndarray]) -> torch.Tensor:
-        """Images of the same size as a (B, H, W, 3) tensor."""
+        """Copy images of the same size into a (B, H, W, 3) tensor on the device of the model."""
         stacked = torch.from_numpy(np.ascontiguousarray(images[0])[None] if len(images) == 1 else np.stack(images))
         if self.model.device.type != "cuda":
             return stacked.to(self.model.device)

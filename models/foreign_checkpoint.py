@@ -16,8 +16,8 @@ from utils.errors import ConfigError, UserError
 
 State = dict[str, Tensor]
 
-# The activation slope and anchors of biubug6's two MobileNet0.25 families, which the tensors do not tell, by the MD5 of
-# the published files.
+# The activation slope and anchors of biubug6's two MobileNet0.25 families, which the tensors do not determine, by the
+# MD5 of the published files.
 _PUBLISHED_FILES: dict[str, tuple[float, tuple[LevelConfig, ...]]] = {
     # biubug6/Pytorch_Retinaface, mobilenet0.25_Final.pth
     "d308262876f997c63f79c7805b2cdab0": (0.1, USUAL_LEVELS[2]),
@@ -33,7 +33,7 @@ _UNUSED_BY_THE_ORIGINAL = re.compile(r"fpn\.(output0|output4|merge0|merge3)\.")
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, unreadable, of an unknown kind, or contradicts what was asked for."""
+    """A checkpoint is missing, unreadable, of an unknown kind, or contradicts the requested architecture."""
 
 
 def read_foreign(path: Path, state: State, overrides: ModelOverrides) -> tuple[str, ModelConfig, State, str | None]:
@@ -42,13 +42,13 @@ def read_foreign(path: Path, state: State, overrides: ModelOverrides) -> tuple[s
     Args:
         path: the file, for its hash and for messages.
         state: tensors under the names of the other project.
-        overrides: decide what the tensors do not tell.
+        overrides: architecture that the tensors do not determine.
 
     Returns:
-        The kind (`original` or `biubug6`), the architecture, the renamed tensors, and what had to be assumed.
+        The kind (`original` or `biubug6`), the architecture, the renamed tensors, and a note on assumptions.
 
     Raises:
-        CheckpointError: the tensors are of no known detector, or contradict the overrides.
+        CheckpointError: the tensors belong to no known detector, or contradict the overrides.
     """
     if "ClassHead_1.0.conv1x1.weight" in state:
         kind, stages, class_head = "original", 2, "ClassHead_1.0.conv1x1.weight"
@@ -68,18 +68,18 @@ def read_foreign(path: Path, state: State, overrides: ModelOverrides) -> tuple[s
             cascade=stages == 2,
             fpn_channels=state["fpn.output1.0.weight"].shape[0],
             model_version="tina" if any(name.startswith("IoUHead") for name in state) else "retina",
-            # In neither project does the IoU branch take part in the score.
+            # Neither project uses the IoU branch in the score.
             score_exponent=1.0,
         )
     except (KeyError, ConfigError) as error:
         raise CheckpointError(f"{path}: looks like a checkpoint of {kind}, but lacks or contradicts {error}") from None
-    model_config, note = _fill_in_untold(path, usual, overrides)
+    model_config, note = _infer_missing(path, usual, overrides)
     renamed = {_own_name(name): value for name, value in state.items() if not _UNUSED_BY_THE_ORIGINAL.match(name)}
     return kind, model_config, renamed, note
 
 
-def _fill_in_untold(path: Path, model_config: ModelConfig, overrides: ModelOverrides) -> tuple[ModelConfig, str | None]:
-    """Activation slope and anchor sizes: from the overrides, from the published file's hash, or the usual ones."""
+def _infer_missing(path: Path, model_config: ModelConfig, overrides: ModelOverrides) -> tuple[ModelConfig, str | None]:
+    """Set activation slope and anchor sizes by the overrides, by the hash of a published file, or to the defaults."""
     asked = apply_overrides(
         ModelOverrides(activation_slope=overrides.activation_slope, anchor_sizes=overrides.anchor_sizes), model_config
     )
@@ -95,10 +95,10 @@ def _fill_in_untold(path: Path, model_config: ModelConfig, overrides: ModelOverr
         "activation_slope": model_config.activation_slope,
         "anchor_sizes": describe_anchors(model_config.levels),
     }
-    untold = [f"--{name}={value}" for name, value in assumed.items() if getattr(overrides, name) is None]
-    if model_config.backbone != "mobilenet0.25" or not untold:
+    unknown = [f"--{name}={value}" for name, value in assumed.items() if getattr(overrides, name) is None]
+    if model_config.backbone != "mobilenet0.25" or not unknown:
         return asked, None
-    return asked, f"{path.name}: not a published file; assuming {' and '.join(untold)}"
+    return asked, f"{path.name}: not a published file; assuming {' and '.join(unknown)}"
 
 
 def describe_anchors(levels: tuple[LevelConfig, ...]) -> str:

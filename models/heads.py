@@ -15,7 +15,7 @@ from models.net import ContextModule, conv_norm_act
 from utils.structures import LANDMARKS_PER_FACE, StageOutput
 
 _TOWER_CONVS = 4
-_PRIOR_PROBABILITY = 0.01  # of a face, at the start (arXiv:1708.02002, section 4.1)
+_PRIOR_PROBABILITY = 0.01  # initial face score of every prior (arXiv:1708.02002, section 4.1)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PredictionHead(nn.Module):
         self.iou_logits = nn.Conv2d(channels, anchors_per_cell, 1) if iou_aware else None
 
     def forward(self, feature: Tensor) -> LevelOutput:
-        """(B, channels, H, W) to the predictions of its H * W cells."""
+        """Map (B, channels, H, W) features to the predictions of their H * W cells."""
         return LevelOutput(
             class_logits=self.class_logits(feature),
             box_deltas=self.box_deltas(feature),
@@ -68,7 +68,7 @@ class Stage(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor]) -> list[LevelOutput]:
-        """(B, C_l, H_l, W_l) features of every level to the predictions of every level."""
+        """Map the (B, C_l, H_l, W_l) features of every level to its predictions."""
         return [
             head(context(feature)) for context, head, feature in zip(self.context, self.heads, features, strict=True)
         ]
@@ -77,8 +77,8 @@ class Stage(nn.Module):
 class TowerStage(nn.Module):
     """The head of TinaFace (arXiv:2011.13183) as a stage, with weights that all levels share.
 
-    A context module is followed by two towers of four convolutions. Class logits are predicted on the one, and boxes,
-    landmarks and IoU on the other, by 3x3 convolutions. The background logit is always zero, so that the softmax of
+    A context module is followed by two towers of four convolutions. 3x3 convolutions predict class logits from the
+    first, and boxes, landmarks and IoU from the second. The background logit is always zero, so that the softmax of
     both logits is the sigmoid of the face logit.
     """
 
@@ -102,7 +102,7 @@ class TowerStage(nn.Module):
         return tower
 
     def forward(self, features: Sequence[Tensor]) -> list[LevelOutput]:
-        """(B, C, H_l, W_l) features of every level to the predictions of every level."""
+        """Map the (B, C, H_l, W_l) features of every level to its predictions."""
         return [self._predict(self.context(feature)) for feature in features]
 
     def _predict(self, feature: Tensor) -> LevelOutput:
@@ -125,12 +125,12 @@ def _predictor(channels: int, values: int, bias: float = 0.0) -> nn.Conv2d:
 
 
 def build_stage(config: ModelConfig, levels: Sequence[LevelConfig], level_channels: Sequence[int]) -> nn.Module:
-    """A stage of the head that the configuration names."""
+    """Build a stage with the head that the configuration names."""
     return TowerStage(config, levels) if config.head == "tower" else Stage(config, levels, level_channels)
 
 
 def join_levels(levels: Sequence[LevelOutput], priors: Tensor) -> StageOutput:
-    """The predictions of all levels in the order of `prior_boxes`, with the priors that they are relative to."""
+    """Join the predictions of all levels in the order of `prior_boxes`, with the priors that they are relative to."""
     landmark_deltas = [level.landmark_deltas for level in levels if level.landmark_deltas is not None]
     iou_logits = [level.iou_logits for level in levels if level.iou_logits is not None]
     return StageOutput(
@@ -143,5 +143,5 @@ def join_levels(levels: Sequence[LevelOutput], priors: Tensor) -> StageOutput:
 
 
 def _join(levels: Sequence[Tensor], values: int) -> Tensor:
-    """(B, A * values, H_l, W_l) of every level to (B, sum of H_l * W_l * A, values)."""
+    """Join (B, A * values, H_l, W_l) predictions to (B, sum of H_l * W_l * A, values)."""
     return torch.cat([level.permute(0, 2, 3, 1).reshape(level.shape[0], -1, values) for level in levels], dim=1)

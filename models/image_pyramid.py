@@ -23,7 +23,7 @@ from utils.structures import StageOutput
 
 
 def build_model(model_config: ModelConfig) -> RetinaFace:
-    """A randomly initialised model; with other scales of the image if the configuration has any."""
+    """Build a randomly initialised model, with other scales of the image if the configuration has any."""
     pyramid = model_config.image_pyramid
     has_scales = pyramid.upsampled_levels or pyramid.half_scale_weight
     return ImagePyramid(model_config) if has_scales else RetinaFace(model_config)
@@ -46,8 +46,8 @@ def _scaled_level(level: LevelConfig, scale: float) -> LevelConfig:
 class ImagePyramid(RetinaFace):
     """A `RetinaFace` that also sees the image at twice and at half its size.
 
-    The finest levels are computed on the image at twice its size, by context modules and heads of their own. Of the
-    native scale, the levels from the coarsest upsampled stride on remain. Face logits of the upsampled levels are
+    The finest levels are computed on the image at twice its size, by context modules and heads of their own. They
+    replace the finest levels of the native scale; see `pyramid_levels`. Face logits of the upsampled levels are
     averaged with those of the native scale at the same place, and all face logits with those of the image at half its
     size, by the weights of `ImagePyramidConfig`.
     """
@@ -61,9 +61,9 @@ class ImagePyramid(RetinaFace):
         self._freeze_unused()
 
     def _freeze_unused(self) -> None:
-        """Exclude from training what no output depends on, as DistributedDataParallel requires.
+        """Freeze parameters that no output depends on, as DistributedDataParallel requires.
 
-        Of the native levels that upsampled ones replace, at most the face logits take part.
+        Native levels that upsampled ones replace contribute at most their face logits.
         """
         pyramid = self.model_config.image_pyramid
         if self.model_config.head == "tower":  # all levels share its weights
@@ -98,7 +98,7 @@ class ImagePyramid(RetinaFace):
         return [feature[..., :rows, :columns] for feature, (rows, columns) in features]
 
     def _half_features(self, images: Tensor) -> list[Tensor]:
-        """Features of the image at half its size, or none where they have no weight."""
+        """Features of the image at half its size, or an empty list if their weight is 0."""
         if not self.model_config.image_pyramid.half_scale_weight:
             return []
         height, width = images.shape[2:]
@@ -127,7 +127,7 @@ def _average_logits(
 ) -> list[LevelOutput]:
     """Average the class logits of outputs with those of another scale of the image, which have the given weight.
 
-    An anchor is averaged with the one of nearest size of the other scale, interpolated to its level.
+    Each anchor is averaged with the anchor of nearest size at the other scale, interpolated to its level.
     """
     if not weight:
         return list(outputs)
@@ -144,7 +144,7 @@ def _average_logits(
 
 
 def nearest_anchor(size: float, levels: Sequence[LevelConfig]) -> tuple[int, int]:
-    """Index of the level and of the anchor whose side is nearest to `size` in proportion, the finest of equals."""
+    """Index of the level and of the anchor whose side is nearest to `size` in ratio; the finest level wins ties."""
     distances = {
         (index, anchor): abs(math.log(other / size))
         for index, level in enumerate(levels)

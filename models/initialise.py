@@ -21,10 +21,10 @@ from utils.runtime.files import user_path
 
 
 def load_model(checkpoint: Checkpoint) -> RetinaFace:
-    """The model of a checkpoint with its weights; every tensor of the one must be a tensor of the other.
+    """Build the model of a checkpoint and load its weights; names and shapes of the tensors must be the same.
 
     Raises:
-        CheckpointError: names the first tensor that is missing, left over or of another shape.
+        CheckpointError: a tensor is missing, unexpected or of another shape; the message names the first.
     """
     model = build_model(checkpoint.model_config)
     load_strictly(model, checkpoint.state, checkpoint.path)
@@ -62,7 +62,7 @@ def initialise_backbone(model: RetinaFace, source: str) -> None:
 
     Raises:
         CheckpointError: the file does not fit the backbone.
-        UserError: torchvision has no weights for it, or they cannot be downloaded.
+        UserError: torchvision has no weights for the backbone, or they cannot be downloaded.
     """
     if source == "none":
         return
@@ -83,7 +83,7 @@ def initialise_backbone(model: RetinaFace, source: str) -> None:
 def _adapt_input(state: State, config: ModelConfig) -> State:
     """Rescale the first convolution for the input of the model, and shift the statistics that follow it.
 
-    At the border of the image the features differ slightly, because it is padded with another colour.
+    Features at the border of the image differ slightly, because zero padding then means another colour.
     """
     conv_name = "stage1.0.0" if config.backbone == "mobilenet0.25" else "conv1"
     norm_name = "stage1.0.1" if config.backbone == "mobilenet0.25" else "bn1"
@@ -100,7 +100,7 @@ def _adapt_input(state: State, config: ModelConfig) -> State:
 
 
 def _load_backbone(backbone: nn.Module, state: State, origin: Path, config: ModelConfig) -> None:
-    """Load the weights of a plain backbone, into one with other layers as far as they go.
+    """Load the weights of a standard backbone, as far as the layers of the model's backbone correspond to them.
 
     Deformable convolutions take the weights of the convolutions that they replace. Group normalisation keeps its
     initial scale and shift, and a second backbone its initial weights.
@@ -138,7 +138,7 @@ def _torchvision_weights(name: str) -> State:
 def initialise_from_detector(model: RetinaFace, checkpoint: Checkpoint) -> list[str]:
     """Copy the weights of a trained detector as far as the architectures correspond.
 
-    Levels correspond by their strides and anchors by their sizes; upsampled levels that the checkpoint lacks start as
+    Levels are matched by stride and anchors by size; upsampled levels that the checkpoint lacks start as
     copies of those of the native scale. A stage that the checkpoint lacks, or that corrects something else there
     (`ModelConfig.refinement`), starts as a copy of the first one with box corrections of zero, so that the new cascade
     begins by detecting what the old detector detected. Branches that the checkpoint lacks keep their random
@@ -177,7 +177,7 @@ _INTERPOLATION = ((0.75, 0.25, 0.0), (0.25, 0.75, 0.0), (0.0, 0.75, 0.25))
 
 
 def _add_fine_backbone(state: Mapping[str, Tensor], target: ModelConfig) -> State:
-    """The tensors of a model with one backbone for a model with two; see `ModelConfig.two_resolutions`.
+    """Convert the tensors of a model with one backbone to a model with two; see `ModelConfig.two_resolutions`.
 
     The second backbone starts with the features that the first one has in the image at twice its size. The levels do
     not use them yet, so that the new model begins by detecting what the old detector detected.
@@ -208,9 +208,9 @@ def _copies_of_first_stage(sources: Mapping[str, Tensor], number: int) -> State:
 
 
 def _restore_native_levels(state: State, before: int, after: int) -> State:
-    """Where fewer levels are upsampled than before, native levels take the weights of those that replaced them.
+    """Copy upsampled levels to the native levels that they replaced, where fewer levels are upsampled than before.
 
-    Their own have learnt face scores at most; see `ImagePyramid`.
+    The native levels were themselves trained for face scores at most; see `ImagePyramid`.
     """
     restored = dict(state)
     for name, tensor in state.items():
@@ -221,11 +221,11 @@ def _restore_native_levels(state: State, before: int, after: int) -> State:
 
 
 def _adapt_levels(state: State, levels: tuple[LevelConfig, ...], target: ModelConfig) -> State:
-    """A detector's tensors for the levels and anchors of another one.
+    """Convert the tensors of a detector to the levels and anchors of another one.
 
     Args:
         state: tensors of a model with the given levels.
-        levels: of the source.
+        levels: levels of the source.
         target: architecture of the new model.
     """
     if levels == target.levels:
@@ -250,7 +250,7 @@ def _adapt_levels(state: State, levels: tuple[LevelConfig, ...], target: ModelCo
 def _adapt_anchors(
     head: Tensor, name: str, source: LevelConfig, target: LevelConfig, variances: tuple[float, float]
 ) -> Tensor:
-    """Weights or biases of a prediction head for other anchors, each predicting what its nearest in size predicted.
+    """Convert the weights or biases of a prediction head to other anchors, each from the anchor nearest in size.
 
     Predictions are rescaled, because deltas are measured in sides of the anchor.
     """
@@ -271,7 +271,7 @@ def _adapt_anchors(
 
 
 def initialise_for_focal_loss(model: RetinaFace, probability: float = 0.01) -> None:
-    """Let an untrained model give every prior this score (arXiv:1708.02002, section 4.1).
+    """Initialise the class biases so that every prior has this score (arXiv:1708.02002, section 4.1).
 
     Otherwise the many negative priors, each with a score of one half, dominate the first steps of the focal loss.
     """

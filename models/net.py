@@ -17,7 +17,7 @@ _GROUPS = 32  # of group normalisation (arXiv:1803.08494)
 
 
 def norm_layer(kind: str) -> Callable[[int], nn.Module]:
-    """Makes a normalisation layer for a number of channels; `kind` is `batch` or `group`."""
+    """A function that makes a normalisation layer for a number of channels; `kind` is `batch` or `group`."""
     return nn.BatchNorm2d if kind == "batch" else partial(nn.GroupNorm, _GROUPS)
 
 
@@ -34,7 +34,7 @@ class DeformableConv(nn.Module):
         self.conv = DeformConv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
 
     def forward(self, feature: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, out_channels, H / stride, W / stride)."""
+        """Map (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride)."""
         result: Tensor = self.conv(feature, self.offsets(feature))
         return result
 
@@ -76,7 +76,7 @@ def conv_norm_act(
 
 
 class MergedFPN(nn.Module):
-    """Feature pyramid of RetinaFace, as biubug6/Pytorch_Retinaface has it.
+    """Feature pyramid of RetinaFace, as in biubug6/Pytorch_Retinaface.
 
     Every level has a 1x1 lateral convolution. A finer level is added to the upsampled coarser one, and merged by a 3x3
     convolution before it goes on to the next finer level. All convolutions have normalisation and activation.
@@ -110,7 +110,7 @@ class MergedFPN(nn.Module):
         self.extra = _extra_levels(in_channels, config, lambda i, o: conv_norm_act(i, o, 3, slope, 2, norm=norm))
 
     def forward(self, features: Mapping[int, Tensor]) -> list[Tensor]:
-        """Features of the backbone by stride to (B, C_l, H_l, W_l) of every level, finest first."""
+        """Map features of the backbone by stride to (B, C_l, H_l, W_l) features of every level, finest first."""
         strides = [level.stride for level in self.config.levels if level.stride in features]
         laterals = [conv(features[stride]) for conv, stride in zip(self.lateral, strides, strict=True)]
         levels = [laterals[-1]]
@@ -120,7 +120,7 @@ class MergedFPN(nn.Module):
 
 
 class OutputFPN(nn.Module):
-    """Feature pyramid of arXiv:1612.03144, as mmdetection and vedadet have it.
+    """Feature pyramid of arXiv:1612.03144, as in mmdetection and vedadet.
 
     Lateral features are added from the coarsest to the finest level, and each sum has a 3x3 output convolution. All
     convolutions have normalisation and none has an activation.
@@ -149,7 +149,7 @@ class OutputFPN(nn.Module):
 def _extra_levels(
     in_channels: Mapping[int, int], config: ModelConfig, make: Callable[[int, int], nn.Module]
 ) -> nn.ModuleList:
-    """Stride-2 convolutions for the levels that are coarser than the backbone, the first on its last feature."""
+    """Stride-2 convolutions for the levels that are coarser than the backbone; the first takes its last feature."""
     count = sum(level.stride not in in_channels for level in config.levels)
     widths = [in_channels[max(in_channels)], *([config.fpn_channels] * count)]
     return nn.ModuleList(make(before, after) for before, after in pairwise(widths))
@@ -182,7 +182,7 @@ class ContextModule(nn.Module):
         self.conv7x7_3 = conv_norm(quarter, quarter, 3, norm=norm, deformable=deformable)
 
     def forward(self, feature: Tensor) -> Tensor:
-        """(B, channels, H, W) to the same shape."""
+        """Map (B, channels, H, W) to the same shape."""
         shared = self.conv5x5_1(feature)
         branches = [self.conv3x3(feature), self.conv5x5_2(shared), self.conv7x7_3(self.conv7x7_2(shared))]
         return F.relu(torch.cat(branches, dim=1))

@@ -22,8 +22,8 @@ from utils.options import to_dict
 from utils.structures import Detections, image_size_xy
 
 _ONNX_PACKAGES = ("onnx", "onnxruntime")
-_OPSET = 18  # the first whose Resize can filter, as a reduction must
-_EXAMPLE_SIZE = (96, 128)  # height and width of the image that is traced
+_OPSET = 18  # the first opset whose Resize has antialiasing, which reduced images need
+_EXAMPLE_SIZE = (96, 128)  # height and width of the image used for tracing
 
 
 def missing_onnx_packages() -> list[str]:
@@ -34,7 +34,7 @@ def missing_onnx_packages() -> list[str]:
 def output_names(model_config: ModelConfig) -> list[str]:
     """Outputs of `raw_graph`, in order: the fields of the last `StageOutput` that the model predicts.
 
-    Priors are among them where they depend on the image, as they do in a cascade with `rematch`.
+    Priors are included if they depend on the image, as in a cascade with `rematch`.
     """
     present = {
         "class_logits": True,
@@ -52,7 +52,7 @@ def detector_output_names(model_config: ModelConfig) -> list[str]:
 
 
 class _RawOutputs(nn.Module):
-    """Images as OpenCV reads them to the tensors of the last `StageOutput`."""
+    """Maps images as OpenCV reads them to the tensors of the last `StageOutput`."""
 
     def __init__(self, model: RetinaFace) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class _RawOutputs(nn.Module):
 
 
 class _Detector(nn.Module):
-    """One image as OpenCV reads it, reduced if it is large, to its boxes, scores and landmarks."""
+    """Maps one image as OpenCV reads it, reduced if it is large, to its boxes, scores and landmarks."""
 
     def __init__(self, model: RetinaFace, config: PostprocessConfig, max_pixels: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class _Detector(nn.Module):
 
 
 def raw_graph(model: RetinaFace) -> bytes:
-    """An ONNX graph of a model in evaluation mode on the CPU.
+    """Export a model in evaluation mode on the CPU to an ONNX graph.
 
     Its input is `images`, (B, H, W, 3) uint8 BGR of any number and size. Its outputs are `output_names`, with the
     shapes of `StageOutput`. Its metadata `model` is the architecture as JSON.
@@ -105,11 +105,11 @@ def raw_graph(model: RetinaFace) -> bytes:
 
 
 def detector_graph(model: RetinaFace, config: PostprocessConfig, max_pixels: int = 0) -> bytes:
-    """An ONNX graph of a model with decoding and suppression; see `raw_graph`.
+    """Export a model with decoding and suppression to an ONNX graph; see `raw_graph`.
 
     Its input is `images`, (1, H, W, 3) uint8 BGR, which is reduced to `max_pixels` pixels if it has more, as
-    `FaceDetector` does; 0 is no limit. Its outputs are `detector_output_names`, with the shapes of `Detections`, in
-    pixels of the input, best first. The thresholds are constants of the graph, and its metadata `detection`.
+    `FaceDetector` does; 0 means no limit. Its outputs are `detector_output_names`, with the shapes of `Detections`, in
+    pixels of the input, best first. The thresholds are constants of the graph; its metadata `detection` lists them.
     """
     axes = {"images": {1: "height", 2: "width"}}
     axes |= {name: {0: "faces"} for name in detector_output_names(model.model_config)}
@@ -119,7 +119,7 @@ def detector_graph(model: RetinaFace, config: PostprocessConfig, max_pixels: int
 
 
 def _with_filter(graph: bytes) -> bytes:
-    """The graph with a filter in its first resize, that of the image, for which PyTorch's exporter has no flag."""
+    """Add antialiasing to the first Resize of the graph, that of the image; PyTorch's exporter cannot set it."""
     import onnx  # an optional package
 
     model = onnx.load_from_string(graph)
@@ -139,11 +139,11 @@ def _export(
 
     content = io.BytesIO()
     with quiet_exporter():
-        # By tracing, in a fraction of a second: the newer exporter (dynamo=True) takes about ten for the same graph.
+        # Tracing takes a fraction of a second; the newer exporter (dynamo=True) takes about ten seconds.
         torch.onnx.export(
             module.eval(),
             (torch.zeros(example_shape, dtype=torch.uint8),),
-            content,  # type: ignore[arg-type]  # it takes files as well as paths
+            content,  # type: ignore[arg-type]  # it accepts file objects as well as paths
             dynamo=False,
             opset_version=_OPSET,
             input_names=["images"],
@@ -157,7 +157,7 @@ def _export(
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Suppress the warnings that PyTorch's tracer and compiler log about their own workings."""
+    """Suppress the warnings that PyTorch's tracer and compiler log about their internals."""
     logger = logging.getLogger("torch")
     level = logger.level
     try:

@@ -1,4 +1,4 @@
-"""The detector network: backbone, feature pyramid and the stages of the cascade."""
+"""The detection model: backbone, feature pyramid and the stages of the cascade."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from utils.structures import StageOutput
 class RetinaFace(nn.Module):
     """RetinaFace (arXiv:1905.00641) as a cascade, with or without the IoU-aware branch of TinaFace (arXiv:2011.13183).
 
-    Parameters exist only for what the configuration asks for.
+    The model has only the parameters that the configuration needs.
 
     Attributes:
         model_config: the architecture.
@@ -39,7 +39,7 @@ class RetinaFace(nn.Module):
         self.fpn = fpn(self.backbone.channels, model_config)
         channels = model_config.level_channels
         self.stages = nn.ModuleList(build_stage(model_config, self.levels, channels) for _ in model_config.stages)
-        # The configuration owns mean and standard deviation, so checkpoints do not contain them.
+        # Mean and standard deviation are part of the configuration, so checkpoints do not contain them.
         for name in ("pixel_mean", "pixel_std"):
             values = torch.tensor(getattr(model_config, name)).view(1, 3, 1, 1)
             self.register_buffer(name, values, persistent=False)
@@ -68,14 +68,14 @@ class RetinaFace(nn.Module):
         return prior_boxes(size_hw, self.levels, images.device, config.anchor_ratio, config.anchor_offset)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) BGR images, 0 to 255, in the channel order and range of the model."""
+        """Convert (B, 3, H, W) BGR images, 0 to 255, to the channel order and range of the model."""
         if self.model_config.channel_order == "rgb":
             images = images.flip(1)
         centred = images - self.pixel_mean
         return centred if self.model_config.pixel_std == (1.0, 1.0, 1.0) else centred / self.pixel_std
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Normalised (B, 3, H, W) images to the (B, C, H_l, W_l) features of every pyramid level, finest first."""
+        """Map normalised (B, 3, H, W) images to (B, C, H_l, W_l) features of every pyramid level, finest first."""
         features: list[Tensor] = self.fpn(self.backbone(images))
         return features
 
@@ -83,14 +83,14 @@ class RetinaFace(nn.Module):
 def run_cascade(
     stage_levels: Sequence[Sequence[LevelOutput]], priors: Tensor, model_config: ModelConfig
 ) -> list[StageOutput]:
-    """Relate the predictions of every stage to those of the stage before it.
+    """Combine the predictions of every stage with those of the previous stage.
 
     With `sum`, box deltas of earlier stages are added and the priors stay the same. With `rematch`, the decoded boxes
     of a stage become the priors of the next one. Landmarks are predicted relative to the priors of the first stage.
 
     Args:
-        stage_levels: for each stage, the predictions of every level.
-        priors: (P, 4) cxcywh of the first stage.
+        stage_levels: predictions of every level, for each stage.
+        priors: (P, 4) cxcywh priors of the first stage, normalised to the image.
     """
     outputs: list[StageOutput] = []
     first_priors = priors

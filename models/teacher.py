@@ -14,20 +14,20 @@ from utils.errors import UserError
 class Teacher:
     """Face scores of a frozen detector, averaged over an image and its mirror image.
 
-    The average is what a test with flipping uses. It needs no labels, so knowledge that the teacher has of images that
-    are rare in a new training set is kept.
+    The average is the score of test-time flipping. It needs no labels, so the student can keep what the teacher has
+    learnt from images that are rare in a new training set.
     """
 
     def __init__(self, model: RetinaFace) -> None:
-        """Freeze a model, on its device."""
+        """Freeze a model on the target device."""
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) BGR, 0 to 255, to the face scores (B, P) of the last stage; see `RetinaFace.forward`.
+        """Map (B, 3, H, W) BGR images, 0 to 255, to the (B, P) face scores of the last stage.
 
         Raises:
-            UserError: the width is no multiple of every stride, so cells have no mirror image.
+            UserError: the width is not a multiple of every stride, so cells have no mirror image.
         """
         levels = self.model.levels
         height, width = images.shape[2:]

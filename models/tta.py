@@ -14,7 +14,7 @@ from utils.nms import vote_boxes
 from utils.structures import Detections
 
 _VGA_SIDE = 640
-# Short side, and longest side that is allowed, of the protocols that resize.
+# Short side and maximum long side of the protocols that resize.
 _SIDES = {"1600x2150": (1600, 2150), "1100x1650": (1100, 1650), "800x1200": (800, 1200)}
 # RetinaFace's image pyramid: short sides of 500 to 1700 pixels, relative to its usual 800 (insightface,
 # detection/retinaface/test_widerface.py). With --protocol=800x1200 it is exactly that.
@@ -28,7 +28,7 @@ class TestTimeAugmentation:
     best box.
     """
 
-    __test__ = False  # the name is the field's; pytest collects none of it
+    __test__ = False  # pytest would collect the class because of its name
 
     def __init__(self, detector: FaceDetector, protocol: ProtocolConfig) -> None:
         self.detector = detector
@@ -40,7 +40,7 @@ class TestTimeAugmentation:
 
     @property
     def max_pixels(self) -> int:
-        """Limit of images that are shown at their own size; 0 is no limit."""
+        """Largest number of pixels of images that are processed at their own size; 0 means no limit."""
         return self.detector.max_pixels if self.protocol.protocol == "original" else 0
 
     @property
@@ -48,7 +48,7 @@ class TestTimeAugmentation:
         return self.detector.num_workers
 
     def pixels_seen(self, size_hw: tuple[int, int]) -> int:
-        """Number of pixels that the model sees of an image of this height and width in its largest pass."""
+        """Number of pixels that the model sees in its largest pass of an image of this height and width."""
         factor = max(_SCALES) if self.protocol.multi_scale else 1.0
         height, width = resized_size(size_hw, self.protocol.protocol, factor)
         if self.protocol.protocol == "vga":
@@ -92,7 +92,7 @@ class TestTimeAugmentation:
         return found
 
     def _pad(self, image: np.ndarray, side: int) -> np.ndarray:
-        """The image in the top left corner of a square of the mean colour, which becomes zero in the model."""
+        """Pad an image at the right and bottom to a square with the mean colour, which becomes zero in the model."""
         mean = self.detector.model.model_config.pixel_mean
         canvas = np.broadcast_to(np.round(mean).astype(np.uint8), (side, side, 3)).copy()
         canvas[: image.shape[0], : image.shape[1]] = image
@@ -109,12 +109,12 @@ class TestTimeAugmentation:
 
 
 def resized_size(size_hw: tuple[int, int], protocol: str, factor: float) -> tuple[int, int]:
-    """Height and width at which a protocol shows an image.
+    """Height and width to which a protocol resizes an image.
 
     Args:
         size_hw: height and width of the image in pixels.
         protocol: a value of `ProtocolConfig.protocol`.
-        factor: scale relative to the protocol's own size, for multi-scale tests.
+        factor: scale relative to the size of the protocol, for multi-scale tests.
     """
     short, long = sorted(size_hw)
     if protocol == "vga":

@@ -1,6 +1,6 @@
 """Decoded training images kept between epochs, in memory or on disk.
 
-They take three bytes a pixel: 0.9 MB for 640 x 480, 2.7 GB for 3,000 of them. In memory they are shared by worker
+They take three bytes per pixel: 0.9 MB for 640 x 480, 2.7 GB for 3,000 of them. In memory they are shared by worker
 processes that are forked, as on Linux; where workers are spawned each has a copy, so the disk is better there. On disk
 they last from run to run and are memory-mapped; the folder may be deleted at any time.
 """
@@ -38,7 +38,7 @@ def open_images(paths: Sequence[Path], cache: str) -> ImageReader:
     """A reader for these images.
 
     Args:
-        paths: of all images.
+        paths: paths of all images.
         cache: `none`, `ram`, which reads all images now, or `disk`.
 
     Raises:
@@ -55,7 +55,7 @@ def cache_folder() -> Path:
 
 
 class Uncached:
-    """Decodes an image whenever it is asked for."""
+    """Decodes an image every time that it is read."""
 
     def read(self, path: Path) -> np.ndarray:
         return _read_only(path)
@@ -65,7 +65,7 @@ class MemoryCache:
     """Holds all images in memory, read before workers are forked so that they share them."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        """Read the images; those that cannot be read are tried again when they are asked for."""
+        """Read the images; those that cannot be read are tried again when they are needed."""
         with ThreadPoolExecutor() as pool:
             loaded = pool.map(_try_to_read, paths)
             bar = tqdm(loaded, total=len(paths), desc="reading images", leave=False, disable=None)
@@ -86,14 +86,14 @@ def _try_to_read(path: Path) -> np.ndarray | None:
 
 
 def _read_only(path: Path) -> np.ndarray:
-    """Read an image that cannot be written to by mistake, because it may be kept."""
+    """Read an image as a read-only array, because the array may be kept and shared."""
     image = read_image(path)
     image.flags.writeable = False
     return image
 
 
 class DiskCache:
-    """Keeps each image in a `.npy` file from the first time that it is asked for.
+    """Keeps each image in a `.npy` file after it is read for the first time.
 
     The file is named by path, time and size of the original, so an image that changes is read again.
     """
@@ -106,10 +106,10 @@ class DiskCache:
         try:
             image: np.ndarray = np.load(cached, mmap_mode="r")
             return image
-        except Exception:  # there is no such file, or NumPy raises whatever a damaged one leads it to
+        except Exception:  # the file does not exist, or is damaged, for which NumPy raises almost anything
             pass
         image = _read_only(path)
-        # A full disk makes training slower, which is no reason to end it.
+        # A full disk only makes training slower, so it is not an error.
         with suppress(OSError), atomic_write(cached) as temporary, temporary.open("wb") as file:
             np.save(file, image)
         return image

@@ -21,19 +21,19 @@ def write_contact_sheet(path: Path, batches: Iterable[Batch], count: int) -> Non
     """Draw the first `count` crops with their faces, or all if there are fewer, and write them as one image.
 
     Args:
-        path: its suffix decides the format, as in `write_image`.
+        path: file to write; its suffix selects the format, as in `write_image`.
         batches: crops and their faces.
         count: number of crops.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     tiles = list(islice(chain.from_iterable(map(draw_crops, batches)), count))
     write_image(path, arrange_tiles(tiles, math.ceil(math.sqrt(len(tiles)))))
 
 
 def draw_crops(batch: Batch) -> list[np.ndarray]:
-    """B crops, (T, T, 3) uint8 BGR of at most 320 pixels, with their boxes and landmarks."""
+    """Draw boxes and landmarks into B crops, each (T, T, 3) uint8 BGR of at most 320 pixels."""
     side = min(batch.images.shape[2], _LARGEST_TILE)
     targets, counts = batch.targets, batch.targets.counts
     boxes = (targets.boxes * side).split(counts)

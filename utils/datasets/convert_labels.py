@@ -1,9 +1,9 @@
-"""Turn WIDER FACE as it is downloaded, or a single label file of any form, into what train.py and test.py read:
+"""Convert WIDER FACE as it is downloaded, or a single label file of any format, for train.py and test.py:
 
     python -m utils.datasets.convert_labels FOLDER
     python -m utils.datasets.convert_labels labels.txt --to label.txt
 
-or convert between the forms of other tools and ours:
+or convert between the formats of other tools and label.txt:
 
     python -m utils.datasets.convert_labels annotations.xml --from cvat --to label.txt
     python -m utils.datasets.convert_labels label.txt --to coco --output faces.json
@@ -38,7 +38,7 @@ _MATCH_IOU = 0.5
 
 @dataclass(frozen=True)
 class Part:
-    """One thing to make: `write(source, target)` does it and says in a few words what the target is."""
+    """One output: `write(source, target)` creates it and returns a short description of the target."""
 
     source: Path
     target: Path
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parts_of_wider_face(folder: Path, to: Path, landmarks: Path | None, copy: bool) -> list[Part]:
-    """What becomes of the unpacked archives of WIDER FACE, whether they are all there or not."""
+    """The outputs for the unpacked archives of WIDER FACE, some of which may be absent."""
     parts = []
     for split in ("train", "val"):
         convert = partial(convert_labels, landmarks=landmarks if split == "train" else None)
@@ -75,7 +75,7 @@ def parts_of_wider_face(folder: Path, to: Path, landmarks: Path | None, copy: bo
 
 
 def part_of_annotations(source: Path, arguments: argparse.Namespace) -> Part:
-    """What becomes of annotations in a form of `FORMATS`, or of labels that take such a form."""
+    """The output for annotations in a format of `FORMATS`, or for labels that are converted to one."""
     target_format = arguments.to if arguments.to in FORMATS else None
     output = arguments.output if target_format else arguments.to
     if arguments.landmarks or arguments.copy:
@@ -103,10 +103,10 @@ def part_of_label_file(source: Path, to: str | None, landmarks: Path | None, cop
 
 
 def write_parts(parts: Sequence[Part], overwrite: bool) -> None:
-    """Write the parts whose source there is, a line for each.
+    """Write the parts whose source exists, and print one line for each.
 
     Raises:
-        UserError: there is none, or a target is there already and must not be replaced, or it cannot be written.
+        UserError: no source exists, or a target exists and must not be replaced, or a target cannot be written.
     """
     present = [part for part in parts if part.source.exists()]
     if not present:
@@ -128,7 +128,7 @@ def write_parts(parts: Sequence[Part], overwrite: bool) -> None:
 
 
 def convert_labels(source: Path, target: Path, landmarks: Path | None) -> str:
-    """Write labels of any form as label.txt, with the landmarks of another file if one is given."""
+    """Write labels of any format as label.txt, with the landmarks of another file if one is given."""
     images = read_labels(source, Path())
     if landmarks:
         images = add_landmarks(images, read_labels(landmarks, Path()))
@@ -143,14 +143,14 @@ def convert_labels(source: Path, target: Path, landmarks: Path | None) -> str:
 
 
 def add_landmarks(images: Sequence[LabelledImage], others: Sequence[LabelledImage]) -> list[LabelledImage]:
-    """Give the faces of `images` the landmarks of those that they match in the image of the same path of `others`."""
+    """Copy landmarks from `others` to the matching faces of `images`; images correspond by their path."""
     other_of = {other.path: other for other in others}
     return [_with_landmarks(image, other_of[image.path]) if image.path in other_of else image for image in images]
 
 
 def _with_landmarks(image: LabelledImage, other: LabelledImage) -> LabelledImage:
     indices, partners = match_faces(image.faces.boxes, other.faces.boxes)
-    # Faces without landmarks take part in the matching, or their boxes would be matched with the landmarks of others.
+    # Faces without landmarks take part in the matching; otherwise their boxes could match those of other faces.
     known = other.faces.has_landmarks[partners]
     landmarks, has_landmarks = image.faces.landmarks.copy(), image.faces.has_landmarks.copy()
     landmarks[indices[known]] = other.faces.landmarks[partners[known]]
@@ -184,7 +184,7 @@ def match_faces(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def link(source: Path, target: Path) -> str:
-    """Make a symbolic link in place of nothing or of a link; a folder of images is never deleted."""
+    """Make a symbolic link, replacing an existing link; a folder of images is never deleted."""
     if target.is_dir() and not target.is_symlink():
         raise UserError(f"{target}: is a folder; remove it to have a link in its place, or add --copy to copy into it")
     with atomic_write(target) as temporary:
@@ -193,9 +193,9 @@ def link(source: Path, target: Path) -> str:
 
 
 def copy_files(source: Path, target: Path) -> str:
-    """Copy what is in a folder into another; what else is there stays."""
+    """Copy the files of a folder into another; other files there are kept."""
     if target.is_symlink():
-        target.unlink()  # or the copies would be written where it points to
+        target.unlink()  # copies would otherwise be written to the target of the link
     files = [path for path in source.rglob("*") if path.is_file()]
     for file in files:
         copy = target / file.relative_to(source)
@@ -209,7 +209,7 @@ def copy_files(source: Path, target: Path) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Refuses in one line, as the other commands do."""
+    """Reports errors in one line, as the other commands do."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -244,7 +244,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--images", metavar="FOLDER", help="folder that the images are relative to (default: images beside the source)"
     )
     parser.add_argument(
-        "--landmarks", metavar="FILE", help="labels of the training images with landmarks; faces at IoU 0.5 get theirs"
+        "--landmarks", metavar="FILE", help="labels with landmarks, which are copied to the faces that match at IoU 0.5"
     )
     parser.add_argument("--copy", action="store_true", help="copy the images instead of linking to them")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")

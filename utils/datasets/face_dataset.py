@@ -28,9 +28,9 @@ class Batch:
 
     Attributes:
         images: (B, 3, S, S) uint8 BGR.
-        targets: their faces.
-        indices: of the labelled images that they show; more than B where there are mosaics.
-        replaced: unreadable images that others were taken for.
+        targets: faces of the crops.
+        indices: indices of the labelled images in the crops; more than B if there are mosaics.
+        replaced: unreadable images, which other images replaced.
     """
 
     images: Tensor
@@ -46,14 +46,14 @@ class Batch:
 class FaceDataset(Dataset[Batch]):
     """Augmented square crops of labelled images, each as a batch of one.
 
-    An item depends on its key alone: not on the process that makes it, nor on the items before it.
+    An item depends only on its key, not on the process that makes it or on the items before it.
     """
 
     def __init__(self, images: Sequence[LabelledImage], config: DataConfig, fill: Sequence[float]) -> None:
         """Open the images; `--cache=ram` reads them all.
 
         Args:
-            images: to train on.
+            images: labelled images to train on.
             config: augmentation and cache.
             fill: BGR colour around images that are smaller than the crop.
 
@@ -69,7 +69,7 @@ class FaceDataset(Dataset[Batch]):
         return len(self.images)
 
     def __getitem__(self, key: SampleKey) -> Batch:
-        """The item of the index of an image and a seed.
+        """Make the item of a key, the index of an image and a seed.
 
         Raises:
             DatasetError: no image can be read.
@@ -86,7 +86,7 @@ class FaceDataset(Dataset[Batch]):
         return _to_batch(sample, (index,), replaced)
 
     def _crop(self, index: int, side: int, rng: np.random.Generator, replaced: list[Replaced]) -> tuple[int, Sample]:
-        """The index of the image that is read, and an augmented crop of it."""
+        """Return the index of the image that was read, and an augmented crop of it."""
         index, pixels = self._read(index, replaced)
         return index, augment(Sample(pixels, self.images[index].faces), side, self.config, self.fill, rng)
 
@@ -103,8 +103,8 @@ class FaceDataset(Dataset[Batch]):
 
 
 def _to_batch(sample: Sample, indices: tuple[int, ...], replaced: Sequence[Replaced]) -> Batch:
-    """A batch of one."""
-    images = torch.from_numpy(np.stack(cv2.split(sample.image))[None])  # five times as fast as to permute
+    """Convert a sample to a batch of one."""
+    images = torch.from_numpy(np.stack(cv2.split(sample.image))[None])  # five times as fast as permuting
     height, width = sample.image.shape[:2]
     return Batch(images, FaceTargets.from_faces(sample.faces, (height, width)), indices, tuple(replaced))
 

@@ -1,4 +1,4 @@
-"""Folders of labelled images: where they are, and which part of them is asked for."""
+"""Finding folders of labelled images, and reading their `train` and `val` parts."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from utils.runtime.files import candidate_paths
 
 
 def find_datasets(names: str, data_root: Path) -> list[Path]:
-    """The folders that `--dataset` means: comma-separated, each as `find_dataset` finds it."""
+    """Find the comma-separated folders of `--dataset`; see `find_dataset`."""
     return [find_dataset(name, data_root) for name in list(filter(None, map(str.strip, names.split(",")))) or [""]]
 
 
 def find_dataset(name: str, data_root: Path) -> Path:
-    """A folder here, or, for a name that does not say where it is, below `data_root`; see `candidate_paths`.
+    """Find a folder by its path, or by its name below `data_root`; see `candidate_paths`.
 
     Raises:
-        DatasetError: it does not exist.
+        DatasetError: the folder does not exist.
     """
     candidates = candidate_paths(name, data_root)
     found = next((folder for folder in candidates if folder.is_dir()), None)
@@ -28,12 +28,12 @@ def find_dataset(name: str, data_root: Path) -> Path:
 
 
 def part_of(folder: Path, split: str) -> Path | None:
-    """Where the labels of `train` or `val` lie: in its own folder, or in the dataset's, if that is not divided."""
+    """The folder with the labels of `train` or `val`: a subfolder, or the dataset itself if it is not split."""
     return next((part for part in (folder / split, folder) if (part / "label.txt").is_file()), None)
 
 
 def read_split(folders: Sequence[Path], split: str) -> list[list[LabelledImage]]:
-    """By folder, the labelled images of its part `train` or `val`, or of the whole folder if it is not divided.
+    """Read, by folder, the labelled images of its part `train` or `val`, or of the whole folder if it is not split.
 
     Raises:
         DatasetError: no folder has that part, a label file is malformed, or an image that it names does not exist.
@@ -51,10 +51,10 @@ def _read_part(part: Path) -> list[LabelledImage]:
 
 
 def check_that_they_exist(images: Sequence[Path], named_by: Path) -> None:
-    """Refuse a list of image files of which some are missing.
+    """Check that all image files of a list exist.
 
     Raises:
-        DatasetError: says who names them, how many are missing, and the first.
+        DatasetError: images are missing; the message says how many, gives the first, and the file that names it.
     """
     missing = [image for image in images if not image.is_file()]
     if missing:

@@ -1,4 +1,4 @@
-"""Reading the labels of images in any of their usual forms, and writing label.txt."""
+"""Reading labels in any of the common formats, and writing label.txt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from utils.runtime.images import IMAGE_SUFFIXES
 from utils.structures import LANDMARKS_PER_FACE, Faces
 
 _BOX_VALUES = 4
-_LANDMARK_VALUES = 3 * LANDMARKS_PER_FACE  # x, y and a flag for each
+_LANDMARK_VALUES = 3 * LANDMARKS_PER_FACE  # x, y and a flag for each landmark
 _FACE_VALUES = _BOX_VALUES + _LANDMARK_VALUES
 _UNKNOWN_LANDMARKS = [-1.0] * _LANDMARK_VALUES
 _LARGEST_NORMALISED = 2.0  # the sum of a coordinate and a width, each at most 1
@@ -31,7 +31,7 @@ class DatasetError(UserError):
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image file and its labelled faces, in pixels of the image; `dropped` more were without area."""
+    """An image file and its labelled faces in pixels; `dropped` counts further faces, which have no area."""
 
     path: Path
     faces: Faces
@@ -39,21 +39,21 @@ class LabelledImage:
 
 
 def read_labels(label_file: Path, images: Path) -> list[LabelledImage]:
-    """Read a file of labels. Its first line tells which form it has; the paths in it are below `images`.
+    """Read a label file. Its first line determines the format; its paths are relative to the folder `images`.
 
-    - RetinaFace: `# path`, then a line for each face: `x y w h`, or that and 1 where the face is to be ignored, or that
-      and, for each of five landmarks, `x y flag`, or these and a score, or these and a difficulty, as SNU_FaceDetection
-      has it.
-    - SCRFD and libfacedetection (labelv2): `# path width height`, then a line for each face: its corners `x1 y1 x2 y2`,
-      or these and 1 where the face is to be ignored, or these and five landmarks, or these and one number more.
-    - WIDER FACE: the path, a line with the number of faces, then a line for each: `x y w h` and six attributes. Faces
-      marked invalid are ignored; a line of zeros stands for no face.
+    - RetinaFace: `# path`, then one line per face: `x y w h`, optionally followed by 1 if the face is ignored, or by
+      `x y flag` for each of five landmarks. After landmarks a score may follow, or a score and a difficulty, as in
+      SNU_FaceDetection.
+    - SCRFD and libfacedetection (labelv2): `# path width height`, then one line per face: corners `x1 y1 x2 y2`,
+      optionally followed by 1 if the face is ignored, or by five landmarks, after which one more number may follow.
+    - WIDER FACE: the path, a line with the number of faces, then one line per face: `x y w h` and six attributes. Faces
+      marked invalid are ignored; an image without faces may have one line of zeros.
 
-    Landmarks of -1 are unknown. Faces without area are left out; an image may have no faces; an image named twice has
-    the faces of both.
+    Landmarks of -1 are unknown. Faces without area are left out. An image may have no faces. If an image is named
+    twice, its faces are joined.
 
     Raises:
-        DatasetError: names the file, the line and what was expected.
+        DatasetError: the file is malformed; the message names the file, the line and what was expected.
     """
     lines = _read_lines(label_file)
     if not lines:
@@ -69,10 +69,10 @@ def read_labels(label_file: Path, images: Path) -> list[LabelledImage]:
 
 
 def write_labels(path: Path, images: Sequence[LabelledImage], root: Path) -> None:
-    """Write label.txt in RetinaFace's form; `read_labels(path, root)` gives the same images again.
+    """Write label.txt in RetinaFace's format; `read_labels(path, root)` inverts it.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     text = "".join(_format_image(image, root) for image in images)
     with atomic_write(path) as temporary:
@@ -87,18 +87,18 @@ class _Line(NamedTuple):
     text: str
 
 
-# An image's name and its faces: of each the corners, the landmarks with their flags, and whether it is ignored.
+# The name of an image, and for each face its corners, landmarks with flags, and whether it is ignored.
 _NamedFaces = tuple[str, list[list[float]]]
 
 
 @dataclass(frozen=True)
-class _HashForm:
-    """A form in which `#` and an image's path stand above its faces.
+class _HashFormat:
+    """A format in which `#` and the path of an image precede its faces.
 
     Attributes:
-        header: an example.
-        meanings: of a face's values, by how many there are.
-        corners: faces are given by two corners, not by a corner and a size.
+        header: example of a header line.
+        meanings: meaning of the values of a face, by their number.
+        corners: whether faces are given by two corners instead of a corner and a size.
     """
 
     header: str
@@ -106,7 +106,7 @@ class _HashForm:
     corners: bool
 
 
-_RETINAFACE = _HashForm(
+_RETINAFACE = _HashFormat(
     header="# folder/image.jpg",
     meanings={
         _BOX_VALUES: "x y w h",
@@ -117,7 +117,7 @@ _RETINAFACE = _HashForm(
     },
     corners=False,
 )
-_LABEL_V2 = _HashForm(
+_LABEL_V2 = _HashFormat(
     header="# folder/image.jpg width height",
     meanings={
         _BOX_VALUES: "x1 y1 x2 y2",
@@ -128,14 +128,14 @@ _LABEL_V2 = _HashForm(
     corners=True,
 )
 _WIDER_MEANINGS = {10: "x y w h blur expression illumination invalid occlusion pose"}
-_WIDER_INVALID = 7  # its place among them
+_WIDER_INVALID = 7  # index of `invalid` among them
 
 _SUFFIXES = tuple(sorted(IMAGE_SUFFIXES))
 _IMAGE_AND_SIZE = re.compile(rf"(.*(?:{'|'.join(map(re.escape, _SUFFIXES))}))\s+\d+\s+\d+", re.IGNORECASE)
 
 
 def _read_lines(label_file: Path) -> list[_Line]:
-    """The lines that are not blank."""
+    """Read the lines that are not blank."""
     try:
         lines = read_text(label_file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -145,10 +145,10 @@ def _read_lines(label_file: Path) -> list[_Line]:
 
 
 def _parse(lines: Sequence[_Line]) -> list[_NamedFaces]:
-    """Parse the lines in the form that the first of them tells."""
+    """Parse the lines in the format that the first line determines."""
     where, first = lines[0]
     if first.startswith("#"):
-        return _parse_hash_form(lines, _split_header(first)[1])
+        return _parse_hash_format(lines, _split_header(first)[1])
     if _is_image_path(first):
         return _parse_wider(lines)
     raise DatasetError(
@@ -157,7 +157,7 @@ def _parse(lines: Sequence[_Line]) -> list[_NamedFaces]:
     )
 
 
-def _parse_hash_form(lines: Sequence[_Line], form: _HashForm) -> list[_NamedFaces]:
+def _parse_hash_format(lines: Sequence[_Line], form: _HashFormat) -> list[_NamedFaces]:
     images: list[_NamedFaces] = []
     for line in lines:
         if line.text.startswith("#"):
@@ -167,14 +167,14 @@ def _parse_hash_form(lines: Sequence[_Line], form: _HashForm) -> list[_NamedFace
     return images
 
 
-def _split_header(text: str) -> tuple[str, _HashForm]:
-    """The path in a `#` line, and the form to which the line belongs."""
+def _split_header(text: str) -> tuple[str, _HashFormat]:
+    """Split a `#` line into the path and the format to which the line belongs."""
     rest = text[1:].strip()
     sized = _IMAGE_AND_SIZE.fullmatch(rest)
     return (sized[1], _LABEL_V2) if sized else (rest, _RETINAFACE)
 
 
-def _parse_header(line: _Line, form: _HashForm) -> str:
+def _parse_header(line: _Line, form: _HashFormat) -> str:
     name, own = _split_header(line.text)
     if own is not form:
         raise DatasetError(f"{line.where}: expected '{form.header}' as in the first line, got {line.text!r}")
@@ -183,7 +183,7 @@ def _parse_header(line: _Line, form: _HashForm) -> str:
     return name
 
 
-def _parse_face(line: _Line, form: _HashForm) -> list[float]:
+def _parse_face(line: _Line, form: _HashFormat) -> list[float]:
     values = _parse_numbers(line, form.meanings)
     box = values[:_BOX_VALUES] if form.corners else _corners(values)
     if len(values) == _BOX_VALUES + 1:
@@ -233,7 +233,7 @@ def _parse_numbers(line: _Line, meanings: Mapping[int, str]) -> list[float]:
 
 
 def _corners(values: Sequence[float]) -> list[float]:
-    """`x y w h ...` as `x1 y1 x2 y2`."""
+    """Convert `x y w h ...` to `x1 y1 x2 y2`."""
     x, y, width, height = values[:_BOX_VALUES]
     return [x, y, x + width, y + height]
 
@@ -265,7 +265,7 @@ def _format_image(image: LabelledImage, root: Path) -> str:
 
 def _format_face(box: Sequence[Decimal], landmarks: Sequence[Decimal] | None, ignored: bool) -> str:
     left, top, right, bottom = box
-    # Decimals, for the difference of two short ones is short and exact: 0.3 - 0.1 is 0.2.
+    # Decimals, because the difference of two short ones is short and exact: 0.3 - 0.1 is 0.2.
     words = [_plain(value) for value in (left, top, right - left, bottom - top)]
     if ignored:
         words.append("1")
@@ -276,7 +276,7 @@ def _format_face(box: Sequence[Decimal], landmarks: Sequence[Decimal] | None, ig
 
 
 def _decimals(values: np.ndarray) -> list[list[Decimal]]:
-    """(N, ...) float32 as N lists of the shortest decimals that are read back as the same."""
+    """Convert (N, ...) float32 to N lists of the shortest decimals that are read back as the same values."""
     return [[Decimal(word) for word in row.ravel().tolist()] for row in values.astype(str)]
 
 

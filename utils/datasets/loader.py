@@ -15,13 +15,13 @@ from utils.datasets.face_dataset import FaceDataset, collate
 from utils.datasets.labels import LabelledImage
 from utils.datasets.sampler import EpochSampler
 
-_MAX_WORKERS = 16  # more have no image to read in time
+_MAX_WORKERS = 16  # more would wait for batches to be consumed
 
 
 def build_loader(
     images: Sequence[LabelledImage], config: ExperimentConfig, sampler: EpochSampler, pin_memory: bool
 ) -> DataLoader[Any]:
-    """Batches of this process's share of the augmented crops, in the order of the sampler."""
+    """Build the loader of this process's share of the augmented crops, in the order of the sampler."""
     workers, mean = config.data.num_workers, config.model.pixel_mean
     if workers < 0:
         workers = max(1, min(_MAX_WORKERS, (os.cpu_count() or 2) - 1))

@@ -34,8 +34,9 @@ class EpochSampler(Sampler[SampleKey]):
         """Prepare for epoch 0.
 
         Args:
-            image_count: positive.
-            batch_size: of one process; reduced where there are fewer images than all processes take.
+            image_count: number of images, at least 1.
+            batch_size: batch size of one process; reduced if there are fewer images than one step needs.
+            seed: seed of the order and of the augmentation.
             weights: relative frequency of each image, drawn with replacement; None draws each image once.
         """
         super().__init__()
@@ -52,7 +53,7 @@ class EpochSampler(Sampler[SampleKey]):
 
         Args:
             epoch: number of the epoch.
-            start: number of keys of the epoch, over all processes, that were used before; a started step is repeated.
+            start: number of keys of the epoch, over all processes, already used; an incomplete step is repeated.
         """
         step = self.batch_size * self.world_size
         self._epoch = epoch
@@ -71,7 +72,7 @@ class EpochSampler(Sampler[SampleKey]):
         return iter(list(zip(order[own].tolist(), seeds[own].tolist(), strict=True)))
 
     def _draw_images(self, rng: np.random.Generator) -> np.ndarray:
-        """Indices of all images, or of as many as one step takes where there are fewer."""
+        """Draw indices of all images, or enough for one step if there are fewer."""
         count = max(self.image_count, self._end)
         if self.weights is None:
             return np.resize(rng.permutation(self.image_count), count)
@@ -82,7 +83,7 @@ def image_weights(dataset_weights: Sequence[float], image_counts: Sequence[int])
     """The weight of each image, folder after folder, or None without weights.
 
     Raises:
-        ConfigError: the number of weights is not that of the folders.
+        ConfigError: the number of weights differs from the number of folders.
     """
     if not dataset_weights:
         return None

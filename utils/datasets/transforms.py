@@ -14,7 +14,7 @@ from utils.structures import Faces, join_faces
 
 Generator = np.random.Generator
 _INTERPOLATIONS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4)
-# A face that is thinner than this in the crop has no pixels to learn from.
+# Faces thinner than this in the crop have no pixels to train on.
 _MIN_VISIBLE_SIDE = 1.0
 _CROP_TRIES = 250
 _MAX_BLUR_RADIUS = 4
@@ -30,7 +30,7 @@ class Sample:
 
 
 def augment(sample: Sample, side: int, config: DataConfig, fill: Sequence[float], rng: Generator) -> Sample:
-    """A random square crop of `side` pixels, randomly rotated, mirrored, coloured, blurred and compressed.
+    """Make a random square crop of `side` pixels, randomly rotated, mirrored, coloured, blurred and compressed.
 
     `fill` is the BGR colour outside the image.
     """
@@ -47,7 +47,7 @@ def augment(sample: Sample, side: int, config: DataConfig, fill: Sequence[float]
 
 
 def _augment_pixels(image: np.ndarray, config: DataConfig, rng: Generator) -> np.ndarray:
-    """Colour, blur and compression, in the order in which they happen to a photograph."""
+    """Apply colour changes, blur and compression, in the order in which they occur in photography."""
     image = change_colours(image, config.colour_probability, rng)
     if rng.random() < config.grey_probability:
         image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
@@ -59,7 +59,7 @@ def _augment_pixels(image: np.ndarray, config: DataConfig, rng: Generator) -> np
 
 
 def mosaic(quarters: Sequence[Sample]) -> Sample:
-    """Four square samples of the same size as the quarters of one: top left, top right, bottom left, bottom right.
+    """Join four square samples of the same size as quarters: top left, top right, bottom left, bottom right.
 
     It makes faces smaller without the flat padding of a zoomed-out image, which would shift the statistics of batch
     normalisation away from those of real images.
@@ -96,7 +96,7 @@ def crop_rotated(
     rotation = np.array([[cosine, sine], [-sine, cosine]])  # y points downwards
     old_centre, new_centre = np.array([x + width / 2, y + height / 2]), np.array([width / 2, height / 2])
 
-    # Only the surroundings that the rotation can reach, because OpenCV warps no image longer than 32,767 pixels.
+    # Only the surroundings that the rotation can reach, because OpenCV cannot warp images of over 32,767 pixels a side.
     reach = math.ceil(math.hypot(width, height) / 2) + 1
     corner = np.floor(old_centre).astype(int) - reach
     around = _crop_pixels(sample.image, (int(corner[0]), int(corner[1]), 2 * reach + 1, 2 * reach + 1), fill)
@@ -113,7 +113,7 @@ def crop_rotated(
 
 
 def _crop_pixels(image: np.ndarray, region_xywh: tuple[int, int, int, int], fill: Sequence[float]) -> np.ndarray:
-    """(H, W, 3) pixels of a region: a view where it lies within the image, padded elsewhere."""
+    """Crop the (H, W, 3) pixels of a region: a view if it lies within the image, otherwise padded."""
     x, y, width, height = region_xywh
     image_height, image_width = image.shape[:2]
     left, top = max(0, x), max(0, y)
@@ -147,19 +147,19 @@ def resize_square(sample: Sample, side: int, interpolation: int = cv2.INTER_LINE
 
 
 def ignore_small_faces(sample: Sample, min_size: float) -> Sample:
-    """Ignore the faces whose root of the area is below `min_size` pixels."""
+    """Ignore the faces for which the square root of the area is below `min_size` pixels."""
     sides = sample.faces.boxes[:, 2:] - sample.faces.boxes[:, :2]
     is_small = sides.prod(axis=1) < min_size**2
     return Sample(sample.image, replace(sample.faces, ignored=sample.faces.ignored | is_small))
 
 
 def mirror(sample: Sample) -> Sample:
-    """Mirror horizontally. Inverts itself."""
+    """Mirror horizontally. The transform is its own inverse."""
     return Sample(cv2.flip(sample.image, 1), sample.faces.mirrored(sample.image.shape[1]))
 
 
 def change_colours(image: np.ndarray, probability: float, rng: Generator) -> np.ndarray:
-    """Brightness, contrast, saturation and hue, each with `probability`, in the ranges of SSD (arXiv:1512.02325).
+    """Change brightness, contrast, saturation and hue, each with `probability`, by the ranges of SSD, arXiv:1512.02325.
 
     Look-up tables make it ten times as fast as torchvision's ColorJitter at 640 x 640.
     """
@@ -177,7 +177,7 @@ def change_colours(image: np.ndarray, probability: float, rng: Generator) -> np.
 
 
 def blur(image: np.ndarray, rng: Generator) -> np.ndarray:
-    """Gaussian or motion blur, with equal probability, of up to `_MAX_BLUR_RADIUS` pixels."""
+    """Apply Gaussian or motion blur, with equal probability, of up to `_MAX_BLUR_RADIUS` pixels."""
     radius = int(rng.integers(1, _MAX_BLUR_RADIUS, endpoint=True))
     if rng.random() < 0.5:
         return cv2.GaussianBlur(image, (2 * radius + 1, 2 * radius + 1), 0)
@@ -203,9 +203,9 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
 
 
 def random_crop_region(sample: Sample, config: DataConfig, rng: Generator) -> tuple[int, int, int, int]:
-    """A random square x, y, side, side that contains a face by `DataConfig.crop_rule`.
+    """Draw a random square (x, y, side, side) that contains a face by `DataConfig.crop_rule`.
 
-    Regions are drawn until one does. Where none is found, the region is the whole image, padded to a square.
+    Up to a limit, regions are drawn until one does. If none does, the region is the whole image, padded to a square.
     """
     height, width = sample.image.shape[:2]
     boxes = sample.faces.boxes[~sample.faces.ignored]
@@ -221,5 +221,5 @@ def random_crop_region(sample: Sample, config: DataConfig, rng: Generator) -> tu
 
 
 def _random_start(length: int, side: int, rng: Generator) -> int:
-    """Random start of an interval of `side` that lies within [0, length), or that contains it."""
+    """Draw the start of an interval of `side` that lies within [0, length), or that contains it."""
     return int(rng.integers(min(0, length - side), max(0, length - side), endpoint=True))

@@ -1,4 +1,4 @@
-"""What the annotation formats of other tools have in common."""
+"""Types and helpers that the annotation formats of other tools share."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _ROTATED_EXIF = (5, 6, 7, 8)  # orientations in which width and height are excha
 
 @dataclass(frozen=True)
 class AnnotatedImage:
-    """An image with faces, as it is written for other tools.
+    """An image with faces, to be written for other tools.
 
     Attributes:
         name: path relative to the folder of the images, with forward slashes.
-        width: in pixels, of the upright image.
-        height: likewise.
-        faces: in pixels.
-        scores: (N,) of detections; None for labels.
+        width: width of the upright image in pixels.
+        height: height of the upright image in pixels.
+        faces: faces in pixels of the upright image.
+        scores: (N,) scores of detections; None for labels.
     """
 
     name: str
@@ -38,7 +38,7 @@ class AnnotatedImage:
 
 
 class FaceRow(NamedTuple):
-    """One face that was read: its corners, its landmarks as (5, 2) or None, and whether it is ignored."""
+    """One face of a file: its corners, its landmarks as (5, 2) or None, and whether it is ignored."""
 
     box: Sequence[float]
     landmarks: Sequence[Sequence[float]] | None = None
@@ -46,7 +46,7 @@ class FaceRow(NamedTuple):
 
 
 def labelled_image(name: str, rows: Sequence[FaceRow]) -> LabelledImage:
-    """An image with the faces that were read; faces without area are left out."""
+    """Build an image with the faces of a file; faces without area are left out."""
     boxes = np.array([row.box for row in rows], np.float32).reshape(-1, 4)
     known = np.array([row.landmarks is not None for row in rows], bool)
     unknown = np.zeros((LANDMARKS_PER_FACE, 2))
@@ -61,32 +61,32 @@ def with_size(labelled: LabelledImage, images: Path) -> AnnotatedImage:
     """Add the size of the image file below `images`.
 
     Raises:
-        DatasetError: the file does not exist or is no image.
+        DatasetError: the file does not exist or is not an image.
     """
     width, height = upright_size(images / labelled.path)
     return AnnotatedImage(labelled.path.as_posix(), width, height, labelled.faces)
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image after its EXIF orientation is applied; only the header is read.
+    """Read the width and height of an image, after EXIF orientation, from its header.
 
     Raises:
-        DatasetError: the file does not exist or is no image.
+        DatasetError: the file does not exist or is not an image.
     """
     try:
         with Image.open(path) as image:
             width, height = image.size
             rotated = image.getexif().get(0x0112) in _ROTATED_EXIF
-    except Exception as error:  # Pillow raises whatever a damaged file leads it to
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
         raise DatasetError(f"{path}: its size cannot be read ({type(error).__name__}); give --images") from None
     return (height, width) if rotated else (width, height)
 
 
 def face_label(labels: Collection[str], where: str) -> str | None:
-    """The label of faces among those of a file: `face`, in any case, or the only one. None where there is none.
+    """Choose the label of faces: `face`, in any case, or the only label of the file; None if there are no labels.
 
     Raises:
-        DatasetError: there are several, and none is `face`.
+        DatasetError: there are several labels, and none is `face`.
     """
     distinct = sorted(set(labels))
     faces = [label for label in distinct if label.lower() == FACE]
@@ -96,5 +96,5 @@ def face_label(labels: Collection[str], where: str) -> str | None:
 
 
 def shortest(values: np.ndarray) -> list[float]:
-    """Numbers of any shape as a flat list of the shortest decimals that are read back as the same float32."""
+    """Flatten an array to the shortest decimals that are read back as the same float32 values."""
     return [float(str(value)) for value in np.asarray(values, np.float32).ravel()]

@@ -26,12 +26,12 @@ _VISIBLE = 2
 
 
 def write_coco(path: Path, images: Iterable[AnnotatedImage], folder: Path | None = None) -> None:
-    """Write annotations; `images` is iterated over twice, and `folder` is not needed.
+    """Write annotations; `images` is iterated over twice, and `folder` is unused.
 
-    Ignored faces are crowds (`iscrowd` 1), so that pycocotools neither rewards nor punishes detections of them.
+    Ignored faces are crowds (`iscrowd` 1), so that pycocotools counts detections of them neither as true nor as false.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the file cannot be written.
     """
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(f'{{"info": {{"description": "faces"}},\n"categories": {json.dumps([_CATEGORY])},\n"images": [')
@@ -84,7 +84,7 @@ def read_coco(path: Path, folder: Path | None = None) -> list[LabelledImage]:
     Faces have landmarks where they have five keypoints that are all labelled.
 
     Raises:
-        DatasetError: the file is not of this form, or none of its categories is `face`.
+        DatasetError: the file is not in this format, or none of its categories is `face`.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

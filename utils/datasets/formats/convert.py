@@ -1,4 +1,4 @@
-"""From one annotation format to another, or to and from label.txt."""
+"""Conversion between annotation formats, and to and from label.txt."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from utils.datasets.labels import read_labels, write_labels
 def convert_annotations(
     source: Path, target: Path, *, source_format: str | None, target_format: str | None, images: Path | None
 ) -> str:
-    """Convert annotations, and say in a few words what the target is.
+    """Convert annotations, and return a short description of the target.
 
     Args:
-        source: file or folder.
+        source: file or folder to read.
         target: file or folder to write.
-        source_format: of `FORMATS`; None is a label file of any form that `read_labels` knows.
-        target_format: of `FORMATS`; None is label.txt.
-        images: folder that the images are relative to; None is `images` beside the source. It is needed where sizes
-            are: for every target but label.txt, and for `yolo` as the source.
+        source_format: a name of `FORMATS`; None means a label file in any format of `read_labels`.
+        target_format: a name of `FORMATS`; None means label.txt.
+        images: folder that the images are relative to; None means `images` beside the source. It must exist where
+            sizes of images are needed: for every target but label.txt, and for `yolo` as the source.
 
     Raises:
         DatasetError: the source is malformed, or an image that is needed does not exist.
-        UserError: the target cannot hold these images.
+        UserError: the target format cannot represent these images.
     """
     read = FORMATS[source_format].read if source_format else None
     labelled = read(source, images) if read else read_labels(source, Path())

@@ -1,4 +1,4 @@
-"""CVAT for images 1.1: one XML file with a box a face, and its landmarks as points of the same group.
+"""CVAT for images 1.1: one XML file with a box for each face, and its landmarks as points of the same group.
 
 https://docs.cvat.ai/docs/manual/advanced/xml_format/
 """
@@ -19,7 +19,7 @@ from utils.runtime.files import atomic_write
 from utils.structures import LANDMARKS_PER_FACE
 
 _LANDMARKS = "landmarks"
-# What a CVAT task needs to take the file: the "Raw" form of its labels.
+# The labels of a CVAT task that accepts the file, in CVAT's "Raw" format.
 _LABELS = [
     {
         "name": FACE,
@@ -40,10 +40,10 @@ _LABELS = [
 
 
 def write_cvat(path: Path, images: Iterable[AnnotatedImage], folder: Path | None = None) -> None:
-    """Write a folder with annotations.xml, and labels.json to paste into the task; `folder` is not needed.
+    """Write a folder with annotations.xml, and labels.json to paste into the task; `folder` is unused.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the files cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)
     with atomic_write(path / "labels.json") as temporary:
@@ -83,12 +83,12 @@ def _text(value: float) -> str:
 
 
 def read_cvat(path: Path, folder: Path | None = None) -> list[LabelledImage]:
-    """Read an annotations.xml, or that of a folder. Boxes with another label than `face` are left out.
+    """Read an annotations.xml, or the one in a folder. Boxes with another label than `face` are left out.
 
     Five points are the landmarks of the box of their group, or of the one box that contains them all.
 
     Raises:
-        DatasetError: the file is not of this form.
+        DatasetError: the file is not in this format.
     """
     file = path / "annotations.xml" if path.is_dir() else path
     try:

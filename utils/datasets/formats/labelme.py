@@ -1,4 +1,4 @@
-"""labelme: a JSON file for every image, with a rectangle a face and its landmarks as points of the same group."""
+"""labelme: a JSON file per image, with a rectangle for each face and its landmarks as points of the same group."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from utils.datasets.formats.annotations import (
 from utils.datasets.labels import DatasetError, LabelledImage
 from utils.runtime.files import atomic_write
 
-_VERSION = "5.5.0"  # of labelme, whose form this is
+_VERSION = "5.5.0"  # version of labelme that defines this format
 
 
 def write_labelme(path: Path, images: Iterable[AnnotatedImage], folder: Path | None = None) -> None:
-    """Write a folder of JSON files; `folder` is that of the images, to which they refer.
+    """Write a folder of JSON files; they refer to the images in `folder`.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the files cannot be written.
     """
     for image in images:
         file = path / PurePosixPath(image.name).with_suffix(".json")
@@ -67,10 +67,10 @@ def _shape(label: str, kind: str, points: list[list[float]], group: int, descrip
 def read_labelme(path: Path, folder: Path | None = None) -> list[LabelledImage]:
     """Read the JSON files below a folder, or a single one. Rectangles with another label than `face` are left out.
 
-    The path of an image is that of its JSON file with the suffix of the image.
+    The path of an image is the path of its JSON file with the suffix of the image.
 
     Raises:
-        DatasetError: there is no such file, or one is not of this form.
+        DatasetError: there is no JSON file, or one is not in this format.
     """
     root = path if path.is_dir() else path.parent
     files = sorted(path.rglob("*.json")) if path.is_dir() else [path]

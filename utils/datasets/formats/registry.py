@@ -19,13 +19,13 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class Format:
-    """How annotations of a form are written and read.
+    """How annotations in a format are written and read.
 
     Attributes:
-        file: its file or folder among the exports of a run.
-        write: `(path, images, folder of the images or None)`; iterates over the images once or twice.
-        read: `(path, folder of the images or None)`; the paths of the images are relative to that folder.
-        has_file_per_image: its files are named by the images without their suffix.
+        file: name of the file or folder among the exports of a run.
+        write: function of `(path, images, folder of the images or None)`; iterates over the images once or twice.
+        read: function of `(path, folder of the images or None)`; the paths of the images are relative to that folder.
+        has_file_per_image: whether each image has a file, named after the image without its suffix.
     """
 
     file: str
@@ -44,10 +44,10 @@ FORMATS = {
 
 
 def check_names(formats: Sequence[str], names: Iterable[str]) -> None:
-    """Refuse images whose annotations would have the same file.
+    """Check that no two images would have the same annotation file.
 
     Raises:
-        UserError: names two of them.
+        UserError: two images would; the message names them.
     """
     needed = [name for name in formats if FORMATS[name].has_file_per_image]
     if not needed:

@@ -1,4 +1,4 @@
-"""CSV: a row a face, for spreadsheets and scripts. An image without faces has a row with empty fields."""
+"""CSV: one row per face, for spreadsheets and scripts. An image without faces has a row with empty fields."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _COLUMNS = ("image", "width", "height", *_BOX, "score", *_LANDMARKS, "ignored")
 
 
 def write_csv(path: Path, images: Iterable[AnnotatedImage], folder: Path | None = None) -> None:
-    """Write the table; `folder` is not needed.
+    """Write the table; `folder` is unused.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with (
         atomic_write(path) as temporary,
@@ -46,7 +46,7 @@ def read_csv(path: Path, folder: Path | None = None) -> list[LabelledImage]:
     """Read a table with the columns `image`, `x1`, `y1`, `x2` and `y2`; the others are optional.
 
     Raises:
-        DatasetError: a column is missing, or a field is no number.
+        DatasetError: a column is missing, or a field is not a number.
     """
     rows: dict[str, list[FaceRow]] = {}
     try:

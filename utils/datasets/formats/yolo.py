@@ -1,4 +1,4 @@
-"""YOLO-pose, as Ultralytics reads it: data.yaml, and a text file for every image with a line a face.
+"""YOLO-pose, as Ultralytics reads it: data.yaml, and a text file for every image with one line per face.
 
 A line is `0 x y w h`, the centre and size of the face relative to the image, and `x y visibility` of five landmarks.
 """
@@ -17,7 +17,7 @@ from utils.runtime.files import atomic_write
 from utils.runtime.images import IMAGE_SUFFIXES
 from utils.structures import LANDMARKS_PER_FACE, MIRRORED_LANDMARKS
 
-_BOX_VALUES = 5  # with the class
+_BOX_VALUES = 5  # including the class
 _DATA = f"""\
 # Faces with five landmarks, for Ultralytics: yolo pose train data=<path of this file> model=yolo11n-pose.pt
 train: train.txt
@@ -32,11 +32,11 @@ flip_idx: {MIRRORED_LANDMARKS}
 def write_yolo(path: Path, images: Iterable[AnnotatedImage], folder: Path | None = None) -> None:
     """Write a folder with data.yaml, train.txt and `labels/`, and `images`, a link to the folder of the images.
 
-    Boxes are clipped to the image. Ignored faces, which the form does not know, are left out, and so are landmarks of
-    which one lies outside the image.
+    Boxes are clipped to the image. Ignored faces, which the format does not have, are left out, and so are the
+    landmarks of a face if one of them lies outside the image.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: a file cannot be written.
     """
     names = []
     for image in images:
@@ -72,11 +72,11 @@ def _lines(image: AnnotatedImage) -> list[str]:
 
 
 def read_yolo(path: Path, folder: Path | None = None) -> list[LabelledImage]:
-    """Read a folder, or that of a data.yaml, with `labels/` and `images/`.
+    """Read a folder, or the folder of a data.yaml, with `labels/` and `images/`.
 
     Args:
         path: the folder or the data.yaml.
-        folder: of the images, whose sizes are needed; None is `images` beside `labels`.
+        folder: folder of the images, whose sizes are needed; None means `images` beside `labels`.
 
     Raises:
         DatasetError: there are no labels, a label has no image, or a line is malformed.
@@ -107,7 +107,7 @@ def _read_line(line: str, size: tuple[int, int], where: str) -> FaceRow:
         values = [float(word) for word in line.split()]
     except ValueError:
         raise DatasetError(f"{where}: expected numbers, got {line!r}") from None
-    # Predictions that were saved with their confidence have one number more.
+    # Predictions saved with their confidence have one more number.
     count = (len(values) - _BOX_VALUES) // LANDMARKS_PER_FACE
     if len(values) - _BOX_VALUES - count * LANDMARKS_PER_FACE not in (0, 1) or count not in (0, 2, 3):
         raise DatasetError(f"{where}: expected '0 x y w h' and perhaps five landmarks, got {len(values)} numbers")

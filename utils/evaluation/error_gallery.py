@@ -14,9 +14,9 @@ from utils.evaluation.report import CONFIDENT_SCORE, Measurement
 from utils.evaluation.wider_eval import Evaluation
 from utils.runtime.images import UnreadableImageError, read_image, write_image
 
-_SIDE = 220  # of a tile
+_SIDE = 220  # side of a tile in pixels
 _COLUMNS = 6
-_CONTEXT = 3.0  # side of the cut-out, in sides of the box
+_CONTEXT = 3.0  # side of the cut-out relative to the side of the box
 _CAPTION = 30
 _FACE_COLOUR, _IGNORED_COLOUR, _PREDICTION_COLOUR = (60, 220, 60), (160, 160, 160), (60, 60, 255)  # BGR
 _BACKGROUND = 32
@@ -24,12 +24,12 @@ _BACKGROUND = 32
 
 @dataclass(frozen=True)
 class Mistake:
-    """A box that should not be, or a face that no box finds.
+    """A false positive or a missed face.
 
     Attributes:
-        image: its number in the set.
+        image: index of the image in the evaluation set.
         box: x, y, width, height in pixels.
-        caption: what is wrong with it.
+        caption: text that describes the mistake.
     """
 
     image: int
@@ -40,7 +40,7 @@ class Mistake:
 def false_positives(
     faces: EvaluationSet, predictions: Mapping[str, np.ndarray], evaluation: Evaluation, limit: int
 ) -> list[Mistake]:
-    """Predictions that hit no face, or one that a better prediction has found, the surest first."""
+    """Predictions that match no face, or a face that a better prediction matches, most confident first."""
     mistakes = []
     for number, (truth, matches) in enumerate(zip(faces.truths, evaluation.matches, strict=True)):
         rows = predictions.get(truth.name, np.zeros((0, 5)))
@@ -52,7 +52,7 @@ def false_positives(
 
 
 def missed_faces(faces: EvaluationSet, evaluation: Evaluation, limit: int) -> list[Mistake]:
-    """Faces that count and that no prediction finds, however low its score, the tallest first."""
+    """Counted faces that no prediction of any score matches, tallest first."""
     mistakes = []
     for number, (truth, matches) in enumerate(zip(faces.truths, evaluation.matches, strict=True)):
         for index in np.flatnonzero(truth.subsets[faces.largest_subset] & np.isnan(matches.face_scores)):
@@ -62,10 +62,10 @@ def missed_faces(faces: EvaluationSet, evaluation: Evaluation, limit: int) -> li
 
 
 def write_error_gallery(path: Path, measured: Measurement, predictions: Mapping[str, np.ndarray], limit: int) -> None:
-    """Write the page of `draw_error_gallery` as a PNG.
+    """Write the image of `draw_error_gallery` as a PNG.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     write_image(path, draw_error_gallery(measured.faces, predictions, measured.evaluation, limit))
 
@@ -73,16 +73,16 @@ def write_error_gallery(path: Path, measured: Measurement, predictions: Mapping[
 def draw_error_gallery(
     faces: EvaluationSet, predictions: Mapping[str, np.ndarray], evaluation: Evaluation, limit: int
 ) -> np.ndarray:
-    """Up to `limit` false positives, then up to as many missed faces.
+    """Draw up to `limit` false positives and up to `limit` missed faces.
 
-    Faces that count are green, others grey, sure predictions red; the box in question is drawn thick.
+    Counted faces are green, other faces grey, confident predictions red; the box in question has a thick line.
 
     Returns:
         (H, W, 3) uint8 BGR.
     """
     wrong = false_positives(faces, predictions, evaluation, limit)
     missed = missed_faces(faces, evaluation, limit)
-    rows = [_heading(f"{len(wrong)} false positives, the surest first")]
+    rows = [_heading(f"{len(wrong)} false positives, the most confident first")]
     rows += _grid(wrong, lambda mistake: _tile(mistake, faces, predictions, _PREDICTION_COLOUR))
     rows += [_heading(f"{len(missed)} missed faces, the tallest first")]
     rows += _grid(missed, lambda mistake: _tile(mistake, faces, predictions, _FACE_COLOUR))
@@ -123,7 +123,7 @@ def _tile(
 
 
 def _cut_out(path: Path, box: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """The surroundings of a box as a tile, and what turns x, y, width, height of the image into those of the tile."""
+    """A tile of a box and its surroundings, and a function that maps x, y, width, height of the image to the tile."""
     side = max(32.0, _CONTEXT * float(max(box[2:])))
     scale = _SIDE / side
     corner = box[:2] + box[2:] / 2 - side / 2

@@ -1,4 +1,4 @@
-"""The images and faces that a detector is measured on."""
+"""The images and faces on which a detector is evaluated."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ ALL_FACES = "all"
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Faces by image, with the rules by which they count.
+    """The faces of each image, and the subsets in which they count.
 
     Attributes:
-        truths: by image.
-        images: the image files in the same order; None where there is no folder of images.
-        source: the folder or file that the faces come from.
-        labelled: the labelled faces by image, in the same order, which may have landmarks; None where the faces are
-            official ones, which have none.
+        truths: ground truth of each image.
+        images: image files in the same order; None if there is no folder of images.
+        source: folder or file of the faces.
+        labelled: labelled faces of each image, in the same order, which may have landmarks; None for the official
+            faces, which have none.
         official: whether these are the faces and subsets of the official WIDER FACE evaluation. Otherwise there is one
             subset, `ALL_FACES`, and boxes in images without faces are false.
     """
@@ -42,7 +42,7 @@ class EvaluationSet:
 
     @property
     def source_name(self) -> str:
-        """The source as results name it: without the place of this repository, if it lies in it."""
+        """The source as results name it: relative to this repository if it lies inside."""
         return (self.source.relative_to(ROOT) if self.source.is_relative_to(ROOT) else self.source).as_posix()
 
     @property
@@ -59,10 +59,10 @@ class EvaluationSet:
         return evaluate(predictions, self.truths, count_negatives=not self.official)
 
     def landmark_errors(self, detections: Mapping[str, Detections]) -> np.ndarray | None:
-        """Errors of the landmarks of all detected faces; None where no face has labelled landmarks.
+        """Landmark errors of all detected faces; None if no face has labelled landmarks.
 
         Args:
-            detections: by name of the image. Images that are absent are left out.
+            detections: detections by the name of the image; images without an entry are left out.
         """
         if self.labelled is None or not any(faces.has_landmarks.any() for faces in self.labelled):
             return None
@@ -71,18 +71,18 @@ class EvaluationSet:
         return np.concatenate([np.zeros(0), *errors])
 
     def standard_errors(self, predictions: dict[str, np.ndarray], samples: int) -> dict[str, float]:
-        """Of the average precisions, by `wider_eval.bootstrap`."""
+        """Standard errors of the average precisions; see `wider_eval.bootstrap`."""
         drawn = bootstrap(predictions, self.truths, count_negatives=not self.official, samples=samples)
         return {subset: float(values.std(ddof=1)) for subset, values in drawn.items()}
 
 
 def open_evaluation_set(dataset: Path | None, gt_dir: Path | None, *, need_images: bool) -> EvaluationSet:
-    """The official faces where there are any, the labelled ones otherwise.
+    """Open the official ground truth if there is any, otherwise the labelled faces.
 
     Args:
         dataset: a folder with `val/images` and either `val/gt`, the official `.mat` files, or `val/label.txt`; or one
-            that is not divided, with `images` and `label.txt`. None where only predictions are looked at.
-        gt_dir: official `.mat` files that lie elsewhere.
+            that is not split, with `images` and `label.txt`. None if only `gt_dir` is used.
+        gt_dir: folder of the official `.mat` files, if it is another one.
         need_images: whether every image must exist.
 
     Raises:
@@ -117,7 +117,7 @@ def open_evaluation_set(dataset: Path | None, gt_dir: Path | None, *, need_image
 
 
 def open_validation_set(datasets: Sequence[Path]) -> EvaluationSet | None:
-    """That of the first folder which has a `val` of its own, or None.
+    """Open the validation set of the first folder that has a `val` part; None if no folder has one.
 
     Raises:
         UserError: its ground truth is malformed, or an image that it names does not exist.
@@ -129,9 +129,10 @@ def open_validation_set(datasets: Sequence[Path]) -> EvaluationSet | None:
 
 
 def _ground_truths(labelled: Sequence[LabelledImage], folder: Path) -> list[GroundTruth]:
-    """Named without a suffix as WIDER FACE does it, unless two images differ in nothing else.
+    """Convert labels to ground truths named without suffix, as in WIDER FACE, unless names differ only in the suffix.
 
-    Images outside the folder are named by their whole path, so that no file named like them leaves another folder.
+    Images outside the folder are named by their absolute path, so that files named after them never leave the folder
+    of the results.
     """
     root = Path(os.path.normpath(folder.absolute()))
     absolute = [Path(os.path.normpath(image.path.absolute())) for image in labelled]

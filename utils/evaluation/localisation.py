@@ -1,4 +1,4 @@
-"""What the official AP at an IoU of 0.5 does not show: AP at higher IoUs, and the error of landmarks."""
+"""Measures that complement the official AP at an IoU of 0.5: AP at higher IoUs, and the error of landmarks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from utils.evaluation.wider_eval import GroundTruth
 from utils.structures import Detections, Faces
 
-# The largest number of detections of an image that counts; crowds have up to 2,000 faces.
+# Maximum number of detections per image that count; crowds have up to 2,000 faces.
 _MAX_DETECTIONS = 10_000
 
 
@@ -35,10 +35,10 @@ def localisation_ap(predictions: Mapping[str, np.ndarray], truths: Sequence[Grou
     """Evaluate predictions by `faster-coco-eval`, whose figures equal those of pycocotools.
 
     Args:
-        predictions: for each `GroundTruth.name`, (N, 5) x, y, width, height, score; absent is the same as empty.
-        truths: of one image or more.
+        predictions: for each `GroundTruth.name`, (N, 5) x, y, width, height, score; no entry means no predictions.
+        truths: ground truth of at least one image.
     """
-    from faster_coco_eval import COCO, COCOeval_faster  # takes a second
+    from faster_coco_eval import COCO, COCOeval_faster  # takes a second to import
 
     annotations: list[dict[str, Any]] = []
     detections: list[dict[str, Any]] = []
@@ -76,7 +76,7 @@ def landmark_errors(detections: Detections, faces: Faces) -> np.ndarray:
     4.5).
 
     Returns:
-        (K,) errors of the K detected faces that have labelled landmarks; none for a model without landmarks.
+        (K,) errors of the K detected faces that have labelled landmarks; K is 0 for a model without landmarks.
     """
     if detections.landmarks is None:
         return np.zeros(0)
@@ -84,7 +84,7 @@ def landmark_errors(detections: Detections, faces: Faces) -> np.ndarray:
     errors = []
     for index in np.flatnonzero(faces.has_landmarks & ~faces.ignored):
         face_box = faces.boxes[index]
-        hits = np.flatnonzero(_iou(boxes, face_box) >= 0.5)  # detections are in the order of their scores
+        hits = np.flatnonzero(_iou(boxes, face_box) >= 0.5)  # detections are in descending order of score
         if len(hits):
             size = np.sqrt(np.prod(face_box[2:] - face_box[:2]))
             errors.append(np.linalg.norm(landmarks[hits[0]] - faces.landmarks[index], axis=1).mean() / size)
@@ -92,7 +92,7 @@ def landmark_errors(detections: Detections, faces: Faces) -> np.ndarray:
 
 
 def _iou(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """(N,) IoU of (N, 4) boxes with a (4,) box, xyxy."""
+    """(N,) IoU of (N, 4) boxes with a (4,) box, all xyxy."""
     sides = np.clip(np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2]), 0, None)
     overlap = sides.prod(axis=1)
     union = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod() - overlap

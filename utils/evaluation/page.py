@@ -14,7 +14,7 @@ from utils.evaluation.report import CONFIDENT_SCORE, Measurement, recall_by_heig
 from utils.evaluation.wider_eval import GroundTruth, Matches
 from utils.results.page import FaceKind, PageHead, Table, file_url, settings_rows, write_page
 
-# Of a score below this a prediction is not shown: WIDER FACE is measured down to 0.02, with a hundred boxes an image.
+# Predictions of a lower score are not shown: WIDER FACE is evaluated down to 0.02, with a hundred boxes per image.
 _LOWEST_SCORE = 0.1
 _KINDS = (
     FaceKind("hit", "hits"),
@@ -25,12 +25,12 @@ _KINDS = (
 
 
 def write_evaluation_page(folder: Path, measured: Measurement, predictions: Mapping[str, np.ndarray]) -> Path | None:
-    """Write index.html, which shows the images where they are; None where there is no folder of images.
+    """Write index.html, which links to the image files; returns None if there is no folder of images.
 
     Args:
-        folder: of the results, with pr_curves.png.
-        measured: the evaluation.
-        predictions: by image, (N, 5) x, y, width, height, score.
+        folder: folder of the results, with pr_curves.png.
+        measured: evaluation to show.
+        predictions: (N, 5) x, y, width, height, score, by the name of the image.
 
     Raises:
         OSError: the page cannot be written.
@@ -79,7 +79,7 @@ def _entries(folder: Path, measured: Measurement, predictions: Mapping[str, np.n
 
 
 def _score_range(predictions: Mapping[str, np.ndarray]) -> tuple[float, float]:
-    """What is subtracted from scores, and by what they are divided, so that they lie in [0, 1]; 0 and 1 if they do."""
+    """Offset and divisor that map scores to [0, 1]; 0 and 1 if scores are in this range already."""
     scores = [rows[:, 4] for rows in predictions.values() if len(rows)]
     if not scores:
         return 0.0, 1.0
@@ -92,15 +92,15 @@ def image_faces(
 ) -> Iterator[dict[str, Any]]:
     """The predictions of an image and its labelled faces, with their kinds.
 
-    A labelled face is missed at every threshold above the score with which it is `found`.
+    A labelled face counts as missed at every threshold above the score with which it is `found`.
 
     Args:
-        truth: the labelled faces.
-        matches: what became of predictions and faces.
-        rows: (N, 5) predictions.
-        subset: whose faces count.
-        lowest: subtracted from scores.
-        span: by which they are divided then.
+        truth: labelled faces of the image.
+        matches: matches between predictions and faces.
+        rows: (N, 5) predictions, x, y, width, height, score.
+        subset: name of the subset whose faces count.
+        lowest: offset that is subtracted from scores.
+        span: divisor of the scores after the subtraction.
     """
     counted = truth.subsets[subset]
     scores = (rows[:, 4] - lowest) / span

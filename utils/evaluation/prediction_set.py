@@ -1,4 +1,4 @@
-"""The folder of the predictions that are evaluated, and how they were made."""
+"""The folder of predictions to be evaluated, and the settings with which they were made."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from utils.runtime.files import atomic_write, disk_errors, make_folder
 from utils.runtime.manifest import read_object, require_same_settings
 
 _FOLDER = "predictions"
-_RUN_FILE = "run.json"  # beside the folder, because other evaluators take everything inside it for an event
+_RUN_FILE = "run.json"  # beside the folder, because other evaluators treat everything inside it as an event
 
 
 @dataclass(frozen=True)
 class PredictionSet:
-    """Predictions and how they were made.
+    """Predictions and the settings with which they were made.
 
     Attributes:
         experiment: name of the folder of the results.
-        folder: holds `<event>/<image>.txt`.
-        checkpoint: name of the file, or None where it is not known.
+        folder: folder of the files `<event>/<image>.txt`.
+        checkpoint: name of the checkpoint file, or None if it is unknown.
         protocol: test protocol in one line.
         settings: everything that the predictions depend on.
     """
@@ -38,7 +38,7 @@ class PredictionSet:
 
     @classmethod
     def open(cls, folder: Path, experiment: str | None) -> PredictionSet:
-        """Existing predictions; those that this project made are described beside their folder.
+        """Open existing predictions; a file beside the folder describes those that this project made.
 
         Raises:
             UserError: there is no such folder.
@@ -55,7 +55,7 @@ class PredictionSet:
     def for_detector(
         cls, results: Path, experiment: str, checkpoint: str, protocol: str, settings: Mapping[str, Any]
     ) -> PredictionSet:
-        """Predictions to be made, below the folder `results`."""
+        """The predictions that a detector will make, below the folder `results`."""
         return cls(experiment, results / _FOLDER, checkpoint, protocol, settings)
 
     @property
@@ -67,8 +67,8 @@ class PredictionSet:
         """Create the folder, or continue an interrupted run.
 
         Args:
-            names: of all images.
-            resume: keep the predictions of an interrupted run instead of removing them.
+            names: names of all images.
+            resume: whether to keep the predictions of an interrupted run instead of removing them.
 
         Returns:
             Names of the images that have predictions already.
@@ -104,7 +104,7 @@ class PredictionSet:
 
 
 def describe_protocol(protocol: ProtocolConfig, config: PostprocessConfig) -> str:
-    """Everything that an AP depends on besides the model, in one line."""
+    """Describe in one line everything but the model that an AP depends on."""
     size = {"original": "original size", "vga": "VGA (640x640, padded)"}.get(protocol.protocol, protocol.protocol)
     passes = [name for name, on in (("flip", protocol.flip), ("multi-scale", protocol.multi_scale)) if on]
     parts = [

@@ -1,6 +1,6 @@
-"""Detections as WIDER FACE exchanges them: one text file an image, `<event>/<image>.txt`.
+"""Detections as WIDER FACE exchanges them: one text file per image, `<event>/<image>.txt`.
 
-The first line is the image's name, the second the number of boxes; then a box a line, `x y width height score`.
+The first line is the image's name, the second the number of boxes; then one box per line, `x y width height score`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _COLUMNS = 5
 
 
 def prediction_file(folder: Path, name: str) -> Path:
-    """Where the predictions of an image called `event/image` lie."""
+    """Path of the predictions of an image named `event/image`."""
     return folder / shortened(f"{name}.txt")
 
 
@@ -27,13 +27,13 @@ def write_predictions(folder: Path, name: str, rows: np.ndarray, *, integer_boxe
     """Write the predictions of one image, atomically.
 
     Args:
-        folder: of all predictions; the event's folder in it is made.
-        name: `event/image`.
+        folder: folder of all predictions; the folder of the event is created in it.
+        name: name of the image, `event/image`.
         rows: (N, 5) x, y, width, height, score, in pixels.
-        integer_boxes: cut the corners to whole pixels, as biubug6/Pytorch_Retinaface writes them.
+        integer_boxes: truncate the corners to whole pixels, as biubug6/Pytorch_Retinaface writes them.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     if integer_boxes:
         start, end = np.trunc(rows[:, :2]), np.trunc(rows[:, :2] + rows[:, 2:4])
@@ -47,15 +47,15 @@ def write_predictions(folder: Path, name: str, rows: np.ndarray, *, integer_boxe
 
 
 def read_predictions(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """The predictions of the named images that have a file; of those that have none, nothing.
+    """Read the predictions of the named images; images without a file are absent from the result.
 
     An empty file means no boxes.
 
     Returns:
-        By name, (N, 5) float64 x, y, width, height, score, in the order of the file.
+        (N, 5) float64 x, y, width, height, score, in the order of the file, by the name of the image.
 
     Raises:
-        UserError: a file cannot be read or is malformed; names the file, the line and what was expected.
+        UserError: a file is unreadable or malformed; the message names the file, the line and what was expected.
     """
     predictions = {}
     for name in names:
@@ -70,13 +70,13 @@ def read_predictions(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray
 
 
 def _parse(text: bytes, path: Path) -> np.ndarray:
-    """All boxes at once where the file is as it should be; otherwise line by line, to say which line is not."""
+    """Parse all boxes at once; if that fails, line by line, to report the line that is malformed."""
     _name, _, rest = text.partition(b"\n")
     count, _, body = rest.partition(b"\n")
     lines = body.strip().splitlines()
     if count.strip() == str(len(lines)).encode() and all(len(line.split()) == _COLUMNS for line in lines):
         with warnings.catch_warnings():
-            warnings.simplefilter("error", DeprecationWarning)  # numpy's word for text that is no number
+            warnings.simplefilter("error", DeprecationWarning)  # NumPy's warning about text that is not a number
             try:
                 values = np.fromstring(b" ".join(lines), sep=" ").reshape(-1, _COLUMNS)
             except (DeprecationWarning, ValueError):
@@ -103,7 +103,7 @@ def _parse_lines(text: bytes, path: Path) -> np.ndarray:
 
 
 def _parse_box(line: str, where: str) -> list[float]:
-    """x, y, width, height and score; what stands behind them is read past."""
+    """Parse x, y, width, height and score; further values are ignored."""
     try:
         row = [float(word) for word in line.split()[:_COLUMNS]]
     except ValueError:

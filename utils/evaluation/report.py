@@ -19,7 +19,7 @@ from utils.evaluation.prediction_set import PredictionSet
 from utils.evaluation.wider_eval import Curve, Evaluation
 from utils.runtime.files import atomic_write
 
-# Boundaries of the classes of face heights, in pixels of the original image.
+# Boundaries of the classes of face height, in pixels of the original image.
 _HEIGHTS = (16, 32, 64, 128)
 _SUSPICIOUS_AP = 0.1
 _LARGEST_NORMALISED = 2.0  # the sum of a coordinate and a width, each at most 1
@@ -31,13 +31,13 @@ _TABLE_COLUMNS = (
 
 @dataclass(frozen=True)
 class DetectionStats:
-    """What a detector did in this run.
+    """Statistics of the detector in this run.
 
     Attributes:
-        images: number of images it detected in.
-        seconds: that it took.
-        skipped: name of each image that could not be read, and why.
-        landmark_errors: (K,) of the K faces with labelled landmarks that it found; None where no face has any.
+        images: number of images that were processed.
+        seconds: duration of the detection.
+        skipped: name of each image that could not be read, and the reason.
+        landmark_errors: (K,) errors of the K detected faces with labelled landmarks; None if no face has any.
     """
 
     images: int = 0
@@ -51,7 +51,7 @@ class DetectionStats:
 
     @property
     def landmark_error(self) -> float | None:
-        """Mean error relative to the root of the area of the faces; None where nothing could be compared."""
+        """Mean error relative to the square root of the face's area; None if there is none to average."""
         errors = self.landmark_errors
         return None if errors is None or not len(errors) else float(errors.mean())
 
@@ -61,13 +61,13 @@ class Measurement:
     """An evaluation with everything that its report contains.
 
     Attributes:
-        predicted: the predictions and how they were made.
-        faces: the ground truth.
+        predicted: predictions and the settings with which they were made.
+        faces: ground truth.
         evaluation: result of the comparison.
-        detected: what the detector did; empty where predictions were given.
+        detected: statistics of the detector; empty if predictions were given.
         with_predictions: names of the images that have predictions, which may be empty.
         localisation: AP at higher IoUs than the official evaluation's.
-        standard_errors: of the AP, by subset; empty where they were not asked for.
+        standard_errors: standard error of the AP by subset; empty if not requested.
     """
 
     predicted: PredictionSet
@@ -85,7 +85,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class HeightClass:
-    """Number of counted faces of a range of heights, and their recall at any score and at `CONFIDENT_SCORE`."""
+    """Number of counted faces in a range of heights, and their recall at any score and at `CONFIDENT_SCORE`."""
 
     heights: str
     faces: int
@@ -94,12 +94,12 @@ class HeightClass:
 
 
 def suspected_form(predictions: Mapping[str, np.ndarray], faces: EvaluationSet, evaluation: Evaluation) -> str | None:
-    """What predictions that find next to no face look like instead of x, y, width, height in pixels, if anything.
+    """Guess the format of predictions that match almost no face and may not be x, y, width, height in pixels.
 
     Args:
-        predictions: as they were read.
-        faces: the ground truth.
-        evaluation: of these predictions.
+        predictions: predictions of the files, by the name of the image.
+        faces: ground truth.
+        evaluation: evaluation of these predictions.
     """
     rows = np.concatenate(list(predictions.values()))
     if len(rows) and np.median(rows[:, :4].max(axis=1)) <= _LARGEST_NORMALISED:
@@ -108,7 +108,7 @@ def suspected_form(predictions: Mapping[str, np.ndarray], faces: EvaluationSet, 
     if least > 2 * _SUSPICIOUS_AP:
         return None
     for name, shift in (("corners x1 y1 x2 y2", (0, 0, -1, -1)), ("centres x y width height", (-0.5, -0.5, 0, 0))):
-        # Of corners, x and y are subtracted from the last two; of centres, half of the last two from x and y.
+        # Corners become sizes by subtracting x and y; centres become corners by subtracting half of the size.
         other = {
             key: np.concatenate([_shifted(boxes, shift), boxes[:, 4:]], axis=1) for key, boxes in predictions.items()
         }
@@ -143,7 +143,7 @@ def recall_by_height(faces: EvaluationSet, evaluation: Evaluation) -> list[Heigh
 
 
 def describe(measured: Measurement) -> list[str]:
-    """The report in lines; the last one is the AP."""
+    """The lines of the report; the last one is the AP."""
     count, detected = len(measured.faces.truths), measured.detected
     lines = []
     if detected.images:
@@ -185,7 +185,7 @@ def write_report(folder: Path, measured: Measurement) -> None:
     """Write results.txt, results.json and pr_curves.png into a folder that exists.
 
     Raises:
-        OSError: one of them cannot be written.
+        OSError: a file cannot be written.
     """
     with atomic_write(folder / "results.txt") as temporary:
         temporary.write_text("\n".join(describe(measured)) + "\n", encoding="utf-8", errors="backslashreplace")
@@ -224,7 +224,7 @@ def append_to_table(path: Path, measured: Measurement) -> None:
     """Append a row to the table of all runs, which is created if necessary.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     precisions = {subset: f"{value:.4f}" for subset, value in measured.evaluation.average_precisions.items()}
     row = {
@@ -245,7 +245,7 @@ def append_to_table(path: Path, measured: Measurement) -> None:
 
 
 def _draw_curves(path: Path, curves: Mapping[str, Curve], title: str) -> None:
-    from matplotlib.figure import Figure  # no pyplot, so no display is looked for
+    from matplotlib.figure import Figure  # instead of pyplot, which may need a display
 
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.subplots()

@@ -1,8 +1,9 @@
 """The official WIDER FACE evaluation (Yang, Luo, Loy, Tang, CVPR 2016), vectorised.
 
-Scores are scaled to [0, 1] over the whole set; in each image predictions, best first, are matched to faces at an IoU
-of 0.5 or more, counting pixels; a match to a face outside the subset is neither right nor wrong; precision and recall
-are pooled over the set at 1,000 score thresholds, and the average precision is the area under the interpolated curve.
+Scores are scaled to [0, 1] over the whole set. In each image, predictions are matched with faces in descending order of
+score, at an IoU of at least 0.5 with inclusive pixel coordinates. A prediction that matches a face outside the subset
+counts neither as true nor as false positive. Precision and recall are pooled over the set at 1,000 score thresholds,
+and the average precision is the area under the interpolated curve.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from utils.errors import UserError
 SUBSETS = ("easy", "medium", "hard")
 _IOU_THRESHOLD = 0.5
 _THRESHOLDS = 1 - np.arange(1, 1001) / 1000
-_OVERLAPS_AT_ONCE = 2_000_000  # pairs of prediction and face; bounds the memory in crowds
+_OVERLAPS_AT_ONCE = 2_000_000  # pairs of a prediction and a face; bounds the memory in crowds
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class GroundTruth:
     Attributes:
         name: `event/image`, without a suffix.
         boxes: (N, 4) x, y, width, height in pixels.
-        subsets: for each subset's name, (N,) bool: the faces that count in it.
+        subsets: (N,) bool, which faces count, by the name of the subset.
     """
 
     name: str
@@ -39,12 +40,12 @@ class GroundTruth:
 
 @dataclass(frozen=True)
 class Curve:
-    """Precision and recall of one subset, from the strictest score threshold to the loosest.
+    """Precision and recall of one subset, from the highest to the lowest score threshold.
 
     Attributes:
-        precision: (1000,); 0 where nothing is proposed.
-        recall: (1000,); 0 where the subset has no face.
-        faces: how many faces count.
+        precision: (1000,); 0 where no prediction passes the threshold.
+        recall: (1000,); 0 if the subset has no face.
+        faces: number of faces that count.
     """
 
     precision: np.ndarray
@@ -53,7 +54,7 @@ class Curve:
 
     @property
     def average_precision(self) -> float:
-        """Area under the curve, precision being the best at this recall or a higher one (PASCAL VOC 2010)."""
+        """Area under the curve, with the highest precision at this or a higher recall (PASCAL VOC 2010)."""
         recall = np.concatenate([[0.0], self.recall, [1.0]])
         precision = np.concatenate([[0.0], self.precision, [0.0]])
         envelope = np.maximum.accumulate(precision[::-1])[::-1]
@@ -62,12 +63,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Matches:
-    """What became of the predictions and faces of one image, whatever the threshold.
+    """Matches between the predictions and the faces of one image, at any score threshold.
 
     Attributes:
-        face_scores: for each face, the score of the best prediction that finds it; NaN where none does.
-        finds: for each prediction, in its own order, the face that it hits; -1 where it hits none.
-        is_first: for each prediction, whether none of a better score hits the same face.
+        face_scores: (N,) score of the best prediction that matches each face; NaN if none does.
+        finds: (M,) index of the face that each prediction matches, in input order; -1 if it matches none.
+        is_first: (M,) bool, whether no prediction of a higher score matches the same face.
     """
 
     face_scores: np.ndarray
@@ -91,7 +92,7 @@ def load_ground_truth(folder: Path) -> list[GroundTruth]:
     """Read `wider_face_val.mat` and the `.mat` of the three subsets.
 
     Raises:
-        UserError: a file is missing or is no such file.
+        UserError: a file is missing or malformed.
     """
     try:
         faces = _load(folder / "wider_face_val.mat", "event_list", "file_list", "face_bbx_list")
@@ -105,7 +106,7 @@ def load_ground_truth(folder: Path) -> list[GroundTruth]:
                     subsets[subset] = np.zeros(len(boxes), bool)
                     subsets[subset][kept[subset][e, 0][i, 0].ravel().astype(int) - 1] = True  # Matlab counts from 1
                 truths.append(GroundTruth(f"{event[0]}/{image[0]}", boxes, subsets))
-    except Exception as error:  # scipy's reader raises whatever a damaged file leads it to
+    except Exception as error:  # a damaged file makes SciPy's reader raise almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{folder}: not the official ground truth of WIDER FACE val ({reason})") from None
     if not truths:
@@ -114,7 +115,7 @@ def load_ground_truth(folder: Path) -> list[GroundTruth]:
 
 
 def _load(path: Path, *variables: str) -> dict[str, np.ndarray]:
-    """Some of a file's variables; what is not needed is not decoded."""
+    """Read only the named variables of a .mat file."""
     return {name: value for name, value in loadmat(str(path), variable_names=variables).items() if name in variables}
 
 
@@ -123,13 +124,14 @@ def evaluate(
 ) -> Evaluation:
     """Compare predictions with the faces of a set.
 
-    Where all scores are equal, every prediction passes every threshold. Predictions of equal score keep their order.
+    If all scores are equal, every prediction passes every threshold. Predictions of equal score keep their order.
 
     Args:
-        predictions: for each `GroundTruth.name`, (N, 5) finite x, y, width, height, score; absent is the same as
-            empty. Scores may be of any range.
-        truths: of one image or more; all have the same subsets.
-        count_negatives: whether predictions in images without faces are false. The official tool leaves them out.
+        predictions: for each `GroundTruth.name`, (N, 5) finite x, y, width, height, score; a missing
+            entry means no predictions. Scores may have any range.
+        truths: ground truth of at least one image; all have the same subsets.
+        count_negatives: whether predictions in images without faces are false positives. The official tool ignores
+            them.
     """
     all_matches = []
     totals = np.zeros((len(truths[0].subsets), 2, len(_THRESHOLDS)))
@@ -152,13 +154,13 @@ def bootstrap(
     samples: int = 1000,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """How much the average precision depends on which images happen to be in the set.
+    """Estimate how much the average precision depends on the choice of images, by the bootstrap (Efron, 1979).
 
-    Images are drawn anew with replacement, as many as there are (Efron, 1979); scores stay scaled as over all of them.
-    Arguments are those of `evaluate`.
+    Each sample draws as many images as the set has, with replacement. Scores keep the scale of the whole set. Other
+    arguments are those of `evaluate`.
 
     Returns:
-        For each subset, (samples,) average precisions. Their standard deviation is the standard error.
+        (samples,) average precisions by subset. Their standard deviation is the standard error.
     """
     generator = np.random.default_rng(seed)
     counts = np.stack([each for _, each in _compare_images(predictions, truths, count_negatives)])
@@ -176,9 +178,9 @@ def bootstrap(
 def _compare_images(
     predictions: Mapping[str, np.ndarray], truths: Sequence[GroundTruth], count_negatives: bool
 ) -> Iterator[tuple[Matches, np.ndarray]]:
-    """For each image its matches and, by subset and threshold, how many boxes are proposed and how many faces found.
+    """Yield the matches of each image, and its numbers of predictions and of found faces by subset and threshold.
 
-    The counts are (S, 2, 1000).
+    The numbers are an (S, 2, 1000) array.
     """
     lowest, span = _score_range([predictions[truth.name] for truth in truths if truth.name in predictions])
     for truth in truths:
@@ -188,23 +190,23 @@ def _compare_images(
         counts = np.zeros((len(truth.subsets), 2, len(_THRESHOLDS)), np.float32)  # exact up to 2^24
         if len(rows) and (len(truth.boxes) or count_negatives):
             scaled = (rows[order, 4] - lowest) / span if span else np.ones(len(rows))
-            # How many predictions, best first, pass each threshold.
+            # Number of predictions, best first, that pass each threshold.
             passing = np.searchsorted(-scaled, -_THRESHOLDS, side="right")
             finds, is_first = matches.finds[order], matches.is_first[order]
             for number, counted in enumerate(truth.subsets.values()):
-                is_counted = np.append(counted, True)[finds]  # -1: a prediction that hits no face is false
-                counts[number, 0] = _sums_of_first(is_counted, passing)
-                counts[number, 1] = _sums_of_first(is_first & is_counted & (finds >= 0), passing)
+                is_counted = np.append(counted, True)[finds]  # -1: a prediction that matches no face is false
+                counts[number, 0] = _prefix_sums(is_counted, passing)
+                counts[number, 1] = _prefix_sums(is_first & is_counted & (finds >= 0), passing)
         yield matches, counts
 
 
 def _faces_by_image(truths: Sequence[GroundTruth]) -> np.ndarray:
-    """(I, S) how many faces of each image count in each subset."""
+    """(I, S) number of faces of each image that count in each subset."""
     return np.array([[int(counted.sum()) for counted in truth.subsets.values()] for truth in truths])
 
 
 def _score_range(predictions: Sequence[np.ndarray]) -> tuple[float, float]:
-    """The lowest score and how far the highest is above it."""
+    """The lowest score, and the difference between the highest and the lowest."""
     scores = [rows[:, 4] for rows in predictions if len(rows)]
     if not scores:
         return 0.0, 0.0
@@ -213,7 +215,7 @@ def _score_range(predictions: Sequence[np.ndarray]) -> tuple[float, float]:
 
 
 def _match(rows: np.ndarray, order: np.ndarray, faces: np.ndarray) -> Matches:
-    """Give every prediction the face that it overlaps most, if it overlaps that one enough."""
+    """Match every prediction with the face of highest IoU, if that IoU reaches the threshold."""
     face_scores = np.full(len(faces), np.nan)
     finds = np.full(len(rows), -1)
     is_first = np.zeros(len(rows), bool)
@@ -235,16 +237,16 @@ def _parts(length: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, length, size))
 
 
-def _sums_of_first(flags: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """For each of `counts`, how many of the first so many flags are set."""
+def _prefix_sums(flags: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """For each n of `counts`, the number of set flags among the first n."""
     return np.concatenate([[0], np.cumsum(flags)])[counts]
 
 
 def _pixel_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """IoU of (N, 4) with (M, 4), x, y, width, height, where x + width is the last pixel.
+    """(N, M) IoU of (N, 4) and (M, 4) boxes, x, y, width, height, where x + width is the last pixel.
 
-    0 for boxes of negative size. Sums are taken in the order of the official ports, so that an IoU of exactly 0.5
-    is one here too.
+    The IoU of boxes of negative size is 0. Terms are added in the order of the official ports, so that rounding at an
+    IoU of exactly 0.5 is the same.
     """
     starts, ends = boxes[:, None, :2], boxes[:, None, :2] + boxes[:, None, 2:]
     other_starts, other_ends = others[None, :, :2], others[None, :, :2] + others[None, :, 2:]

@@ -1,4 +1,4 @@
-"""What the scripts share: choosing a device, showing progress, and reporting errors in one line."""
+"""Helpers of the scripts: choosing a device, showing progress, and reporting errors in one line."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Item = TypeVar("Item")
 
 
 def choose_device(gpu_num: int) -> torch.device:
-    """The device that `--gpu_num` means: the index of a CUDA device, or -1 for the CPU.
+    """Choose the device of `--gpu_num`: the index of a CUDA device, or -1 for the CPU.
 
     Without CUDA the CPU is used, with a warning on standard error. Under torchrun each process has the device of its
     local rank, unless the CPU is asked for.
 
     Raises:
-        ConfigError: there is CUDA, but not this device.
+        ConfigError: CUDA is available, but this device does not exist.
     """
-    import torch  # takes a second, and not every command needs it
+    import torch  # takes a second to import, and not every command needs it
 
     if gpu_num == -1:
         return torch.device("cpu")
@@ -57,7 +57,7 @@ def show_progress(items: Iterable[Item], total: int | None) -> Iterator[Item]:
 
 
 def _open_closed_streams() -> None:
-    """Open what a parent process has closed, or files of the results would take the numbers of standard streams."""
+    """Reopen standard streams that the parent process closed, so that result files do not get their descriptors."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -77,7 +77,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
-    except BrokenPipeError:  # the reader of our output has gone, as in `inference.py | head`
+    except BrokenPipeError:  # the reader of the output has exited, as in `inference.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:

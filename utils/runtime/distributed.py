@@ -1,4 +1,4 @@
-"""Several processes that share one job, as torchrun starts them. A single process is the simplest case."""
+"""Communication between the processes that torchrun starts. All functions also work in a single process."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def distributed_context(device: torch.device) -> Iterator[DistributedContext]:
 
 
 def shard_positions(count: int, done: np.ndarray, block: int, context: DistributedContext) -> list[int]:
-    """The positions from 0 to `count` that this process has to process.
+    """The positions below `count` that this process has to process.
 
-    Positions are dealt out in blocks that start at multiples of `block`, so neighbours stay together whatever is done
-    already. A block of which a position is missing is processed whole.
+    Positions are assigned in blocks that start at multiples of `block`, so neighbours stay together, whatever is done
+    already. A block with a missing position is processed completely.
 
     Args:
         count: number of positions.
@@ -95,10 +95,10 @@ def reduce_mean(value: Tensor) -> Tensor:
 
 
 def share_of_count(count: Tensor) -> Tensor:
-    """This process's share of the total count of all processes, which is taken to be at least 1.
+    """This process's share of the total count of all processes, where the total is at least 1.
 
-    Sums divided by this share become, averaged over the processes as DistributedDataParallel averages gradients, the
-    mean over everything, as one process with the whole batch would compute it.
+    DistributedDataParallel averages gradients over the processes. With sums divided by this share, the average is the
+    mean over the whole batch, as a single process would compute it.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return count.clamp(min=1)
@@ -126,7 +126,7 @@ def gather_dicts(part: dict[str, Value]) -> dict[str, Value]:
 
 
 def broadcast_from_main(value: Value | None) -> Value:
-    """The value of the main process, in every process; the values of the others are disregarded."""
+    """The value of the main process, in every process; the values of the others are ignored."""
     values: list[Any] = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values)
@@ -137,7 +137,7 @@ def run_on_all(action: Callable[[], Value]) -> Value:
     """Run `action` in every process, and return its value once all have finished.
 
     Raises:
-        UserError: the action raised one here; where it did in several processes, only the first reports it.
+        UserError: the action raised one here; if it did so in several processes, only the first reports it.
         SystemExit: the action raised a `UserError` in another process, which reports it.
     """
     if not dist.is_initialized():

@@ -16,7 +16,7 @@ from utils.runtime.files import atomic_write
 
 @dataclass(frozen=True)
 class Experiment:
-    """`experiments/<name>/`, whether it exists or not."""
+    """The folder `experiments/<name>/`, which need not exist."""
 
     folder: Path
 
@@ -38,7 +38,7 @@ class Experiment:
 
     @property
     def can_continue(self) -> bool:
-        """Whether there is a state to continue training from, of any backbone."""
+        """Whether a state to continue training from exists, of any backbone."""
         return any((self.folder / "ckpt").glob("*ckpt-last.pth"))
 
     @property
@@ -57,8 +57,8 @@ class Recipe:
     """A published training recipe.
 
     Attributes:
-        description: the paper or repository that it follows.
-        published: the published AP and the protocol that gave it.
+        description: paper or repository that the recipe follows.
+        published: published AP and its test protocol.
         experiment: architecture, losses, data, optimisation, thresholds and test protocol.
     """
 
@@ -71,7 +71,7 @@ def load_recipe(name: str, folder: Path) -> Recipe:
     """Read `<folder>/<name>.json`.
 
     Raises:
-        ConfigError: there is no such recipe, or it is malformed.
+        ConfigError: the recipe does not exist or is malformed.
     """
     path = folder / f"{name}.json"
     known = sorted(file.stem for file in folder.glob("*.json"))

@@ -16,14 +16,14 @@ from tempfile import TemporaryFile
 from utils.errors import UserError
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
-_LONGEST_NAME = 255  # in bytes, of usual file systems
+_LONGEST_NAME = 255  # in bytes, in common file systems
 
 
 def user_path(text: str) -> Path:
-    """A path as the user typed it, with `~` expanded.
+    """Convert what the user typed to a path, with `~` expanded.
 
     Raises:
-        UserError: it names the home of a user who does not exist.
+        UserError: the path names the home of a user who does not exist.
     """
     try:
         return Path(text).expanduser()
@@ -32,10 +32,10 @@ def user_path(text: str) -> Path:
 
 
 def candidate_paths(name: str, data_root: Path) -> list[Path]:
-    """Where what the user typed may lie: here, and then, unless it says where it is, below `data_root`.
+    """The paths that a name given by the user may mean: itself and, unless it is absolute or `./...`, one in `data_root`.
 
     Raises:
-        UserError: it is empty, or names the home of a user who does not exist.
+        UserError: the name is empty, or names the home of a user who does not exist.
     """
     if not name.strip():
         raise UserError("an empty name was given where a file or folder is expected; '.' is the current folder")
@@ -45,7 +45,7 @@ def candidate_paths(name: str, data_root: Path) -> list[Path]:
 
 
 def missing(candidates: Sequence[Path]) -> str:
-    """That none of these exists, in a few words."""
+    """Part of an error message: that none of these paths exists."""
     return " and ".join(map(str, candidates)) + (" do not exist" if len(candidates) > 1 else " does not exist")
 
 
@@ -53,7 +53,7 @@ def make_folder(folder: Path) -> Path:
     """Create a folder and its parents if necessary.
 
     Raises:
-        UserError: it cannot be created or written to.
+        UserError: the folder cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def make_folder(folder: Path) -> Path:
 
 
 def path_exists(path: Path) -> bool:
-    """Whether there is such a file or folder; False for what cannot be a path, such as a name that is too long."""
+    """Whether a file or folder exists; False if the path is invalid, for example because its name is too long."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -73,23 +73,23 @@ def path_exists(path: Path) -> bool:
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
-    """The text of a file in UTF-8, or in UTF-16 where it begins with its mark, as PowerShell writes it.
+    """Read a text file in UTF-8, or in UTF-16 if it begins with a byte order mark, as PowerShell writes it.
 
     Raises:
-        OSError: it cannot be read.
-        UnicodeDecodeError: it is neither.
+        OSError: the file cannot be read.
+        UnicodeDecodeError: the file is in neither encoding.
     """
     data = path.read_bytes()
     return data.decode("utf-16" if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig", errors)
 
 
 def one_line(name: str) -> str:
-    """A file name as a line of text: the ends of lines in it are escaped."""
+    """Escape line breaks in a file name."""
     return name.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def shortened(relative: str) -> str:
-    """A relative path whose last name is shortened, if a file cannot bear it, and made unique by a digest of it."""
+    """Shorten the last name of a relative path if file systems do not permit it; a digest makes it unique."""
     parent, separator, name = relative.rpartition("/")
     if len(os.fsencode(name)) <= _LONGEST_NAME:
         return relative
@@ -99,10 +99,10 @@ def shortened(relative: str) -> str:
 
 
 def own_folder(folder: Path, owner: Path) -> Path:
-    """The first of `folder`, `<folder>_2`, ... that is new or was made for the same owner; it is made and says so.
+    """Create or find the first of `folder`, `<folder>_2`, ... that is new or marked with the same owner.
 
     Raises:
-        UserError: it cannot be created or written to.
+        UserError: the folder cannot be created or written to.
     """
     content = os.fsencode(owner.resolve())
     for number in count(1):
@@ -112,7 +112,7 @@ def own_folder(folder: Path, owner: Path) -> Path:
             with disk_errors(make_folder(candidate)):
                 mark.write_bytes(content)
             return candidate
-    raise AssertionError("there is no end of numbers")
+    raise AssertionError("unreachable")
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     >>> with atomic_write(folder / "results.txt") as temporary:
     ...     temporary.write_text("complete")
     """
-    # Short, because the name of the file may be as long as names can be, and unique across machines.
+    # Unique across machines, and short, because the name of the file may have the maximum length.
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
@@ -141,14 +141,14 @@ def remove_temporary_files(folder: Path) -> None:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Raise a `UserError` that names the file where writing fails in this block, as with a full disk.
+    """Turn an `OSError` in this block, such as that of a full disk, into a `UserError` that names the file.
 
-    `folder` is named where the error itself names no file.
+    The error names `folder` if the `OSError` names no file.
     """
     try:
         yield
     except OSError as error:
-        named = error.filename2 or error.filename or folder  # of a failed renaming, the new name
+        named = error.filename2 or error.filename or folder  # filename2 is the new name in a failed renaming
         if _TEMPORARY.fullmatch(Path(os.fsdecode(named)).name):
             named = folder
         raise UserError(f"{os.fsdecode(named)}: cannot be written ({error.strerror or error})") from None

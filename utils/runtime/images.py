@@ -19,7 +19,7 @@ IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .tif .tiff .webp .ppm .pgm .pbm .pnm .jp2 .avif .heic "
     ".heif".split()
 )
-# What a photographer may take for an image, but is none that can be read: a RAW file contains a small preview at most.
+# Formats of images that cannot be read; RAW files contain a small preview at most.
 UNSUPPORTED_SUFFIXES = frozenset(
     ".cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .dng .orf .rw2 .raf .pef .srw .raw .x3f .psd .jxl .exr .hdr .svg".split()
 )
@@ -35,16 +35,16 @@ _OPENCV_BEGINNINGS = (b"\xff\xd8", b"BM", *_DEEP_BEGINNINGS)
 _HEIF_BRANDS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"))
 _JPEG_END = b"\xff\xd9"
 _CHANNELS = ((), (1,), (3,), (4,))
-_LARGEST_UNIT = 2.0  # of values that mean 0 to 1 but overshoot, by a filter or a lossy compression
+_LARGEST_UNIT = 2.0  # values meant for 0 to 1 may overshoot after a filter or lossy compression
 _MOST_PIXELS = 1 << 30  # OpenCV's limit
 
 
-# What stands for an image in Python; see `as_bgr_uint8`.
+# Types that are accepted as an image in Python; see `as_bgr_uint8`.
 ImageLike = np.ndarray | Image.Image | str | os.PathLike[str]
 
 
 class UnreadableImageError(Exception):
-    """A file is missing, damaged or not an image. The message is only the reason, without the name of the file."""
+    """A file is missing, damaged or not an image. The message is the reason, without the name of the file."""
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -62,7 +62,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_image_with_note(path: Path) -> tuple[np.ndarray, str | None]:
-    """The same as `read_image`, and what the user should know about the file, such as that it has more pages."""
+    """`read_image`, and a note for the user or None; for example that the file has several pages."""
     if path.suffix.lower() in UNSUPPORTED_SUFFIXES:
         raise UnreadableImageError(UNSUPPORTED_REASON)
     try:
@@ -77,7 +77,7 @@ def read_image_with_note(path: Path) -> tuple[np.ndarray, str | None]:
     if data.startswith(_OPENCV_BEGINNINGS) and data.rstrip(b"\0").endswith(_COMPLETE_ENDINGS) and not is_special_png:
         return _decode_with_opencv(data), None
     try:
-        # Where OpenCV would fill a missing part with grey and say nothing, Pillow refuses.
+        # OpenCV would silently fill a missing part with grey; Pillow raises an error.
         pixels, note = _decode_with_pillow(data)
     except UnreadableImageError:
         if data.startswith(b"\xff\xd8") and _lacks_only_its_end(data):
@@ -99,7 +99,7 @@ def _decode_with_opencv(data: bytes) -> np.ndarray:
 
 
 def _decode_deep(data: bytes) -> np.ndarray | None:
-    """An image of more than 8 bits, reduced to 8 by its range; None where OpenCV cannot decode it, or it has 8 bits."""
+    """Decode an image of more than 8 bits and reduce it to 8 by its range; None if OpenCV cannot, or it has 8 bits."""
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     except cv2.error:
@@ -108,7 +108,7 @@ def _decode_deep(data: bytes) -> np.ndarray | None:
 
 
 def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, str | None]:
-    """The image, or the first of several, and a note that there are several."""
+    """Decode the image, or the first of several; also returns a note if there are several."""
     Image.MAX_IMAGE_PIXELS = _MOST_PIXELS
     try:
         if data[4:12] in _HEIF_BRANDS and importlib.util.find_spec("pillow_heif"):
@@ -123,26 +123,26 @@ def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, str | None]:
         needs_package = data[4:8] == b"ftyp"
         reason = "HEIC or AVIF, which needs another package: pip install pillow-heif" if needs_package else None
         raise UnreadableImageError(reason or "not an image, or damaged") from None
-    except Exception as error:  # its decoders raise whatever a damaged file leads them to
+    except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
         raise UnreadableImageError(str(error) or type(error).__name__) from None
 
 
 def _pixels_of(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8 BGR."""
-    if image.mode.startswith(("I", "F")):  # conversion would cut what exceeds 255
+    """Convert a Pillow image to (H, W, 3) uint8 BGR."""
+    if image.mode.startswith(("I", "F")):  # Pillow's conversion would clip at 255
         return cv2.cvtColor(to_8_bits(np.asarray(image)), cv2.COLOR_GRAY2BGR)
     return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
 
 
 def as_bgr_uint8(image: ImageLike) -> np.ndarray:
-    """What a caller in Python has for an image, as (H, W, 3) uint8 BGR.
+    """Convert an image in any form that callers may pass to (H, W, 3) uint8 BGR.
 
     Args:
         image: an array of grey (H, W) or (H, W, 1), BGR (H, W, 3) or BGRA (H, W, 4), with values of any type and range
             (see `to_8_bits`); a PIL image, as it is stored; or the path of a file.
 
     Raises:
-        TypeError, ValueError: says what is expected and what was given.
+        TypeError, ValueError: the argument is not an image; the message says what is expected and what was given.
     """
     if isinstance(image, (str, os.PathLike)):
         try:
@@ -163,7 +163,7 @@ def as_bgr_uint8(image: ImageLike) -> np.ndarray:
 
 
 def _lacks_only_its_end(data: bytes) -> bool:
-    """Whether a JPEG without its end marker is complete otherwise: then no pixel depends on bytes that follow."""
+    """Whether a JPEG lacks only its end marker, so that no pixel depends on missing bytes."""
     data = data[:-1] if data.endswith(b"\xff") else data
     try:
         image, *others = (_decode_with_pillow(data + tail + _JPEG_END)[0] for tail in (b"", b"\x55" * 64, b"\xaa" * 64))
@@ -173,7 +173,7 @@ def _lacks_only_its_end(data: bytes) -> bool:
 
 
 def to_8_bits(pixels: np.ndarray) -> np.ndarray:
-    """Pixels of any type as uint8, by the range that they use: 0 to 1 (floats), 8, 12 or 16 bits, or any other."""
+    """Convert pixels of any type to uint8 by the range that they use: 0 to 1, 8, 12 or 16 bits, or any other."""
     if pixels.dtype == np.uint8:
         return pixels
     values = np.nan_to_num(pixels.astype(np.float32), posinf=0, neginf=0)
@@ -191,7 +191,7 @@ def resize_to_limit(image: np.ndarray, max_pixels: int) -> np.ndarray:
 
     Args:
         image: (H, W, 3).
-        max_pixels: 0 is no limit.
+        max_pixels: largest number of pixels; 0 means no limit.
     """
     height, width = image.shape[:2]
     if not max_pixels or height * width <= max_pixels:
@@ -205,11 +205,11 @@ def write_image(path: Path, image: np.ndarray) -> None:
     """Encode an image in the format of the file's suffix and write it atomically.
 
     Args:
-        path: its suffix must be one of `WRITABLE_SUFFIXES`, in any case; its folder is created.
+        path: file to write; its suffix must be one of `WRITABLE_SUFFIXES`, in any case. Its folder is created.
         image: (H, W, 3) BGR or (H, W) grey, uint8.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     encodable, encoded = cv2.imencode(path.suffix.lower(), image)
     if not encodable:

@@ -1,4 +1,4 @@
-"""What a training run leaves to look at: log lines, a table, TensorBoard events and a picture of the curves."""
+"""The log of a training run: text lines, a table of metrics, TensorBoard events and a plot of the curves."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _CURVE_POINTS = 100
 class RunLog:
     """Writes `logs.txt`, `metrics.csv`, `curves.png` and TensorBoard events into a folder, and lines to the terminal.
 
-    A resumed run appends; rows of epochs that are trained again are replaced. Apart from the time of day, lines and
-    numbers in files are what two runs of one seed have in common; how fast they were is for the terminal.
+    A resumed run appends; rows of epochs that are trained again are replaced. Apart from the time of day, two runs
+    with the same seed write the same files; speeds are only printed on the terminal.
 
     Raises:
-        OSError: in all methods, where a file cannot be written.
+        OSError: a file cannot be written; all methods may raise this.
     """
 
     def __init__(self, folder: Path | None) -> None:
-        """`folder` exists; None, for processes that have nothing to say, records nothing."""
+        """`folder` must exist; None, for processes other than the main one, records nothing."""
         self.folder = folder
         if folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter  # a second to import, needed for training alone
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import, and only training needs it
 
         self._tensorboard = SummaryWriter(str(folder))
         self._logger = logging.getLogger(f"training.{folder}")
@@ -47,12 +47,12 @@ class RunLog:
         self._rows: dict[int, dict[str, float]] = _read_table(folder / "metrics.csv")
 
     def line(self, text: str, aside: str = "") -> None:
-        """Write a line; `aside` goes behind it on the terminal alone."""
+        """Write a line; `aside` is appended to it on the terminal only."""
         if self.folder:
             self._logger.info(text, extra={"aside": aside})
 
     def step(self, step: int, loss: float, learning_rate: float) -> None:
-        """Record how training goes within an epoch; steps are counted over all epochs."""
+        """Record loss and learning rate within an epoch; steps are counted over all epochs."""
         if self.folder:
             self._tensorboard.add_scalar("step/mean_loss", loss, step)
             self._tensorboard.add_scalar("step/learning_rate", learning_rate, step)
@@ -67,7 +67,7 @@ class RunLog:
         if not self.folder:
             return
         for subset, curve in curves.items():
-            shown = np.linspace(0, len(curve.recall) - 1, _CURVE_POINTS).round().astype(int)[::-1]  # loosest first
+            shown = np.linspace(0, len(curve.recall) - 1, _CURVE_POINTS).round().astype(int)[::-1]  # lowest score first
             precision, recall = curve.precision[shown], curve.recall[shown]
             hits = recall * curve.faces
             false = np.divide(hits * (1 - precision), precision, out=np.zeros_like(hits), where=precision > 0)
@@ -100,10 +100,10 @@ class RunLog:
 
 
 class _FileHandler(logging.FileHandler):
-    """Does not hide that the disk is full."""
+    """Raises errors such as a full disk, which `logging` would only print."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, the name is logging's
-        raise  # called where the error is being handled
+        raise  # called while the error is being handled
 
 
 def _read_table(path: Path) -> dict[int, dict[str, float]]:
@@ -123,8 +123,8 @@ def _write_table(path: Path, rows: Mapping[int, Mapping[str, float]]) -> None:
 
 
 def _draw_curves(path: Path, rows: Mapping[int, Mapping[str, float]]) -> None:
-    """Losses above, validation below, over the epochs."""
-    from matplotlib.figure import Figure  # no pyplot, so no display is looked for
+    """Plot losses above and validation metrics below, by epoch."""
+    from matplotlib.figure import Figure  # instead of pyplot, which may need a display
 
     figure = Figure(figsize=(8, 7), layout="constrained")
     losses, validation = figure.subplots(2, 1, sharex=True)

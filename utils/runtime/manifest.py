@@ -36,10 +36,10 @@ def first_difference(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> Diff
 
 
 def require_same_settings(saved: Mapping[str, Any], asked: Mapping[str, Any], results: Path) -> None:
-    """Refuse to continue a run whose settings were different.
+    """Check that a run to be continued has the same settings.
 
     Raises:
-        ConfigError: names the results, and the first setting that differs.
+        ConfigError: a setting differs; the message names the results and the first such setting.
     """
     changed = first_difference(saved, asked)
     if changed is not None:
@@ -50,7 +50,7 @@ def require_same_settings(saved: Mapping[str, Any], asked: Mapping[str, Any], re
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, or an empty one if it cannot be read."""
+    """Read the JSON object of a file; returns an empty dictionary if that fails."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

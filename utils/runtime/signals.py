@@ -1,4 +1,4 @@
-"""Stopping a run at a point where nothing is lost."""
+"""Stopping a run on Ctrl-C or SIGTERM without losing work."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ _LONGEST_CAMERA = 3  # digits; longer numbers are names of folders that are miss
 
 
 class SourceError(UserError):
-    """There is nothing to read at the place that the user gave."""
+    """The source that the user named does not exist, contains no image or cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class InputImage:
         pixels: (H, W, 3) uint8 BGR, or None if the image could not be read.
         problem: why it could not be read.
         position: index among all images of the source, from 0.
-        note: what is to be said about an image that was read, such as that it has more pages.
-        seconds: of a frame since the beginning of the video, by its time stamp.
+        note: remark about an image that was read, for example that the file has several pages.
+        seconds: time stamp of a frame, from the beginning of the video.
     """
 
     name: str
@@ -65,13 +65,13 @@ class Source(Protocol):
     """Images in a fixed order.
 
     Attributes:
-        description: for messages.
-        total: number of images, or None where it is not known in advance.
-        names: of all images, where they are known in advance.
-        folders: that hold the images; empty for a camera.
-        ignored: number of files that are not images by their suffix.
-        notes: what else was left out, a line each.
-        frames_per_second: of a video or camera; None for files.
+        description: name of the source, for messages.
+        total: number of images, or None if it is not known in advance.
+        names: names of all images; empty if they are not known in advance.
+        folders: folders that contain the images; empty for a camera.
+        ignored: number of files without an image's suffix.
+        notes: one line for each other reason why files were left out.
+        frames_per_second: frame rate of a video or camera; None for files.
     """
 
     description: str
@@ -92,12 +92,12 @@ def open_source(name: str, data_root: Path, exclude: Set[Path], max_frames: int)
 
     Args:
         name: a path, a folder or file below `data_root`, or the index of a camera.
-        data_root: where a name is looked for that is not found here; see `candidate_paths`.
+        data_root: folder in which other names are searched; see `candidate_paths`.
         exclude: folders that are not searched, because results are written there.
-        max_frames: of a video or camera; 0 is no limit.
+        max_frames: maximum number of frames of a video or camera; 0 means no limit.
 
     Raises:
-        SourceError: it does not exist, contains no image, or cannot be opened.
+        SourceError: the source does not exist, contains no image, or cannot be opened.
     """
     candidates = candidate_paths(name, data_root)
     found = next((path for path in candidates if path_exists(path)), None)
@@ -127,7 +127,7 @@ def _match_pattern(pattern: str, candidates: Sequence[Path]) -> Source:
 
 
 def _read_list(file: Path) -> Source:
-    """The images that a text file lists, one path a line, relative to the working directory or else to the file."""
+    """Open the images that a text file lists, one path per line, relative to the working directory or to the file."""
     try:
         lines = read_text(file, errors="surrogateescape").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -140,8 +140,8 @@ def _read_list(file: Path) -> Source:
 
 
 def _listed_images(paths: Sequence[Path], description: str) -> Source:
-    """Image files in the order given, each named by its path relative to their common folder."""
-    # Without `..`, so that no result of the same name lies outside the folder of the results.
+    """Open image files in the order given, each named by its path relative to their common folder."""
+    # Resolve `..`, so that no result of the same name is written outside the folder of the results.
     folders = {parent: Path(os.path.realpath(parent)) for parent in {path.parent for path in paths}}
     absolute = [folders[path.parent] / path.name for path in paths]
     folder = Path(os.path.commonpath(folders.values()))
@@ -149,7 +149,7 @@ def _listed_images(paths: Sequence[Path], description: str) -> Source:
 
 
 def _search_folder(folder: Path, exclude: Set[Path]) -> Source:
-    """All image files below a folder, sorted by path; hidden files and folders are skipped."""
+    """Open all image files below a folder, sorted by path; hidden files and folders are skipped."""
     names, left_out, files = list[str](), defaultdict[str, list[Path]](list), 0
     for path in _walk(folder, {path.resolve() for path in exclude}, left_out):
         suffix = path.suffix.lower()
@@ -175,12 +175,12 @@ def _and_more(count: int) -> str:
 def _is_pipe(path: Path) -> bool:
     try:
         return path.is_fifo()
-    except OSError:  # reading it will say why
+    except OSError:  # reading the file will report why
         return False
 
 
 def _walk(folder: Path, exclude: Set[Path], left_out: dict[str, list[Path]]) -> Iterator[Path]:
-    """The files below a folder. Folders that are left out, except hidden ones, are added to `left_out` by reason."""
+    """Yield the files below a folder. Skipped folders, except hidden ones, are added to `left_out` by reason."""
 
     def skip(error: OSError) -> None:
         if Path(error.filename) == folder:
@@ -256,7 +256,7 @@ class VideoFrames:
             no_camera = "no such camera, file or folder, or the camera is in use"
             remedy = no_camera if isinstance(source, int) else "not a video that OpenCV reads"
             raise SourceError(f"{self.description}: cannot be opened; {remedy}")
-        # Telephones store upright videos sideways; OpenCV rotates the frames only if it is told before the first one.
+        # Phones store upright videos sideways; OpenCV rotates the frames only if this is set before the first one.
         self._capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
         self.frames_per_second: float | None = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
         frames = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
@@ -265,7 +265,7 @@ class VideoFrames:
 
     def __iter__(self) -> Iterator[InputImage]:
         positions = range(self.max_frames) if self.max_frames else count()
-        # One thread, because frames are decoded one after another; it reads ahead.
+        # A single thread reads ahead, because frames must be decoded in order.
         with closing(map_in_order(self._read, positions, threads=1)) as frames:
             number = -1
             for number, (frame, seconds) in enumerate(takewhile(lambda read: read[0] is not None, frames)):
@@ -275,19 +275,19 @@ class VideoFrames:
             raise SourceError(f"{self.description}: holds no frame that OpenCV reads")
 
     def _read(self, number: int) -> tuple[np.ndarray | None, float | None]:
-        """The next frame, and its time stamp if the source has time stamps."""
+        """Read the next frame, and its time stamp if the source has time stamps."""
         frame = self._capture.read()[1]
         milliseconds = self._capture.get(cv2.CAP_PROP_POS_MSEC)
         return frame, milliseconds / 1000 if milliseconds > 0 or number == 0 else None
 
 
 def read_images(files: Iterable[tuple[str, Path]]) -> Iterator[InputImage]:
-    """Read image files, each given with its name, in their order. Threads read and decode the next few ahead."""
+    """Read image files, each given with its name, in their order. Threads decode the next few in advance."""
     return map_in_order(lambda file: read_named_image(file[1], file[0]), files, _READER_THREADS)
 
 
 def read_named_image(path: Path, name: str) -> InputImage:
-    """The image in a file under a name, or its `problem` if it cannot be read."""
+    """Read an image file under the given name; `problem` says why it cannot be read."""
     try:
         pixels, note = read_image_with_note(path)
         return InputImage(name, pixels, note=note)

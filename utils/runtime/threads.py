@@ -1,4 +1,4 @@
-"""Work in threads whose order is kept."""
+"""Threads that process work in order."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _QUEUE_SIZE = 4  # bounds the memory of waiting calls
 
 
 class BackgroundWorker:
-    """Runs calls one after the other in a thread. A context manager.
+    """Context manager that runs calls one after the other in a thread.
 
-    A call that fails is the last one. Its error is raised by the next `submit`, or on leaving the context. Leaving
-    waits for all calls, also while an exception such as Ctrl-C propagates; a second Ctrl-C drops the waiting calls.
+    No calls run after one that fails. Its error is raised by the next `submit`, or on leaving the context. Leaving
+    waits for all calls, even while an exception such as Ctrl-C propagates; a second Ctrl-C drops the waiting calls.
 
     >>> with BackgroundWorker() as worker:
     ...     worker.submit(writer.add, name, image)
@@ -39,7 +39,7 @@ class BackgroundWorker:
         """Queue a call; blocks while the queue is full.
 
         Raises:
-            what an earlier call raised.
+            Exception: an earlier call failed; this is its exception.
         """
         self._calls.put(lambda: function(*arguments, **keywords))
         if self._error is not None:
@@ -50,9 +50,9 @@ class BackgroundWorker:
             if self._error is None and not self._dropped:
                 try:
                     call()
-                except BaseException as error:  # for the caller's thread to handle
+                except BaseException as error:  # raised again in the caller's thread
                     self._error = error
-            del call  # and the image that it holds
+            del call  # frees the image that it refers to
 
     def __enter__(self) -> BackgroundWorker:
         self._thread.start()
@@ -83,7 +83,7 @@ def map_in_order(
     The threads work on the next few items while the caller handles a result; no more are held in memory.
 
     Raises:
-        what the function raised, in place of its result.
+        Exception: the function failed; its exception is raised in place of the result.
     """
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:

@@ -6,19 +6,19 @@ import cv2
 import numpy as np
 
 ALIGNED_SIDE = 112
-# Where ArcFace (arXiv:1801.07698) has the landmarks of an aligned face of 112 x 112 pixels.
+# Landmarks of an aligned face of 112 x 112 pixels in ArcFace (arXiv:1801.07698).
 _TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
 
 
 def plain_crop(image: np.ndarray, box: np.ndarray, margin: float) -> np.ndarray:
-    """The pixels of a face and its surroundings.
+    """Crop a face and its surroundings.
 
     Args:
         image: (H, W, 3).
         box: (4,) xyxy in pixels of the image.
-        margin: added on each side, relative to the longer side of the box.
+        margin: margin on each side, relative to the longer side of the box.
 
     Returns:
         (h, w, 3), clipped to the image, and empty for a face outside it.
@@ -30,12 +30,12 @@ def plain_crop(image: np.ndarray, box: np.ndarray, margin: float) -> np.ndarray:
 
 
 def aligned_crop(image: np.ndarray, landmarks: np.ndarray, side: int = ALIGNED_SIDE) -> np.ndarray:
-    """A face turned upright and scaled so that its landmarks lie where ArcFace's template has them.
+    """Rotate and scale a face so that its landmarks match ArcFace's template (arXiv:1801.07698).
 
     Args:
         image: (H, W, 3).
         landmarks: (5, 2) in pixels of the image.
-        side: of the crop in pixels; the template is scaled from 112.
+        side: side of the crop in pixels, to which the template is scaled.
 
     Returns:
         (side, side, 3); black outside the image.

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-# A box of more times the side of its prior, or of less than the reciprocal, comes from a network gone astray;
-# torchvision's detectors draw the line there too.
+# Maximum ratio between the sides of a box and of its prior, either way, as in torchvision's detectors. A model that
+# predicts more has diverged.
 MAX_SIZE_RATIO = 1000 / 16
 
 
 def encode_boxes(boxes: Tensor, priors: Tensor, variances: tuple[float, float]) -> Tensor:
-    """Boxes as regression targets relative to priors.
+    """Encode boxes as regression targets relative to priors.
 
     Args:
         boxes: (..., P, 4) xyxy, normalised to the image, of positive width and height.
@@ -49,7 +49,7 @@ def decode_boxes(deltas: Tensor, priors: Tensor, variances: tuple[float, float])
 
 
 def encode_landmarks(landmarks: Tensor, priors: Tensor, variances: tuple[float, float]) -> Tensor:
-    """Landmarks as regression targets relative to priors.
+    """Encode landmarks as regression targets relative to priors.
 
     Args:
         landmarks: (..., P, K, 2) x, y, normalised to the image.
@@ -69,16 +69,16 @@ def decode_landmarks(deltas: Tensor, priors: Tensor, variances: tuple[float, flo
 
 
 def clamp_deltas(deltas: Tensor, variances: tuple[float, float]) -> Tensor:
-    """Box deltas (..., 4) under which no side grows or shrinks by more than `MAX_SIZE_RATIO`: exp() stays finite."""
+    """Clamp (..., 4) box deltas so that sides change by at most `MAX_SIZE_RATIO`, which keeps exp() finite."""
     limit = math.log(MAX_SIZE_RATIO) / variances[1]
     return torch.cat([deltas[..., :2], deltas[..., 2:].clamp(-limit, limit)], dim=-1)
 
 
 def refine_priors(deltas: Tensor, priors: Tensor, variances: tuple[float, float]) -> Tensor:
-    """The boxes that deltas decode to, as priors of a next stage (the cascade of arXiv:1905.00641).
+    """Decode boxes to be the priors of the next stage of the cascade (arXiv:1905.00641).
 
     Args:
-        deltas: (..., P, 4) regression output; deltas of size are bounded.
+        deltas: (..., P, 4) regression output; size deltas are clamped.
         priors: (P, 4) cxcywh, normalised to the image.
 
     Returns:

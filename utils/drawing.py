@@ -18,9 +18,9 @@ _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
 def draw_detections(image: np.ndarray, detections: Detections) -> np.ndarray:
-    """A copy of an image with boxes, landmarks and scores drawn.
+    """Draw boxes, landmarks and scores into a copy of an image.
 
-    Lines and letters grow with the image. A score that is much wider than its face is left out.
+    Lines and letters scale with the image. A score that is much wider than its face is left out.
 
     Args:
         image: (H, W, 3) uint8 BGR.

@@ -1,4 +1,4 @@
-"""Non-maximum suppression as the reference implementations do it."""
+"""Non-maximum suppression as in the reference implementations."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _VOTERS_AT_ONCE = 4096  # bounds the memory in crowds
 
 
 def pixel_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Greedy suppression where boxes count pixels: a width is x2 - x1 + 1.
+    """Greedy non-maximum suppression with inclusive pixel coordinates: a width is x2 - x1 + 1.
 
-    The Fast R-CNN lineage (biubug6/Pytorch_Retinaface and the original among it) adds the pixel;
-    `torchvision.ops.nms` does not, and keeps other boxes unless it is added for it.
+    Descendants of Fast R-CNN, such as biubug6/Pytorch_Retinaface and the original, add the pixel.
+    `torchvision.ops.nms` does not, and keeps other boxes unless the caller adds it.
 
     Args:
         boxes: (N, 4) xyxy in pixels.
@@ -28,9 +28,9 @@ def pixel_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def vote_boxes(boxes: Tensor, scores: Tensor, iou_threshold: float) -> tuple[Tensor, Tensor]:
-    """Suppression in which what is suppressed votes for the place of the box that remains.
+    """Non-maximum suppression with box voting.
 
-    A box that remains becomes the mean, weighted by score, of itself and of those that it suppresses: box voting
+    A kept box becomes the mean, weighted by score, of itself and of the boxes that it suppresses
     (Gidaris and Komodakis, arXiv:1505.01749, section 5), as RetinaFace merges the passes of its test-time augmentation.
 
     Args:
@@ -39,7 +39,7 @@ def vote_boxes(boxes: Tensor, scores: Tensor, iou_threshold: float) -> tuple[Ten
         iou_threshold: a box votes for the best one with which its IoU, counting pixels, is greater.
 
     Returns:
-        Indices of the boxes that remain, best first, (K,); and the boxes that they become, (K, 4).
+        (K,) indices of the kept boxes, best first, and (K, 4) the boxes after voting.
     """
     kept = pixel_nms(boxes, scores, iou_threshold)
     if len(boxes) == 0:

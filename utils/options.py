@@ -60,7 +60,7 @@ def option(
     """Declare a dataclass field that is also a command-line flag of the same name.
 
     Args:
-        default: value of the field where no flag is given.
+        default: value of the field if the flag is not given.
         help: text for `--help`.
         choices: the permitted values; None permits all.
         above, minimum, maximum: bounds of a number, or of every element of a tuple of numbers.
@@ -82,7 +82,7 @@ class Options:
     """Base class of option dataclasses. Creating an instance checks every value against its declaration.
 
     Raises:
-        ConfigError: names the flag, what is permitted and what was given.
+        ConfigError: a value is not permitted; the message names the flag and what is permitted.
     """
 
     def __post_init__(self) -> None:
@@ -160,8 +160,8 @@ def parse_flags(description: str, groups: Sequence[Any], argv: Sequence[str] | N
 
     Args:
         description: text for `--help`.
-        groups: instances whose values `--help` shows as defaults, or classes whose defaults come with the experiment.
-        argv: words of the command line; None takes those of the program.
+        groups: instances, whose values `--help` shows as defaults, or classes, whose defaults the experiment sets.
+        argv: arguments of the command line; None means those of the process.
 
     Exits with status 2 and one line for an unknown or malformed flag.
     """
@@ -183,7 +183,7 @@ def _add_flag(section: Any, name: str, declaration: Declaration, hint: Any, defa
     if _plain_type(hint) is bool:
         keywords |= {"nargs": "?", "const": True, "type": parse_bool, "metavar": "BOOL"}
     else:
-        # Where a flag has several values, `Options` checks each.
+        # If a flag has several values, `Options` checks each.
         choices = None if declaration.parse else declaration.choices
         keywords |= {"type": declaration.parse or _plain_type(hint), "choices": choices}
     section.add_argument(*(f"--{each}" for each in (name, *declaration.aliases)), **keywords)
@@ -200,7 +200,7 @@ def _plain_type(hint: Any) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain dictionaries, lists, strings and numbers."""
+    """Convert a configuration to plain dictionaries, lists, strings and numbers."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return values
 
@@ -211,7 +211,7 @@ def from_dict(cls: type[Config], values: Any, where: str) -> Config:
     A class with a static method `upgrade`, which takes `values` and `where`, translates the fields of earlier versions.
 
     Raises:
-        ConfigError: names `where`, the field and what was expected.
+        ConfigError: a field is malformed; the message names `where`, the field and what was expected.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected an object with the fields of {cls.__name__}, got {values!r}")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Left eye, right eye, nose, left mouth corner, right mouth corner, as seen in the image.
 LANDMARKS_PER_FACE = 5
-# Left and right landmarks trade places in a mirrored face.
+# Left and right landmarks are swapped in a mirrored face.
 MIRRORED_LANDMARKS = [1, 0, 2, 4, 3]
 
 
@@ -27,7 +27,7 @@ class StageOutput:
 
     Attributes:
         class_logits: (B, P, 2) background, face.
-        box_deltas: (B, P, 4) relative to the priors; where stages sum, the deltas of earlier stages are included.
+        box_deltas: (B, P, 4) relative to the priors; if stages are summed, they include the deltas of earlier stages.
         landmark_deltas: (B, P, 10) x, y of five points relative to the priors, or None for a model without landmarks.
         iou_logits: (B, P) of the IoU-aware branch, or None for a model without it.
         priors: (P, 4) or (B, P, 4) cxcywh, normalised to the image.
@@ -88,7 +88,7 @@ class Detections:
         return Detections(self.boxes.cpu(), self.scores.cpu(), landmarks)
 
     def clone(self) -> Detections:
-        """A copy, outside of inference mode one that may be written to and differentiated."""
+        """A copy; outside of inference mode it may be written to and differentiated."""
         landmarks = None if self.landmarks is None else self.landmarks.clone()
         return Detections(self.boxes.clone(), self.scores.clone(), landmarks)
 
@@ -128,7 +128,7 @@ class Detections:
         return [plain_crop(image, box, margin) for box in self.boxes.numpy(force=True)]
 
     def aligned(self, image: np.ndarray, side: int = 112) -> list[np.ndarray]:
-        """Each face upright and of the same size, as face recognition expects it; see `aligned_crop`.
+        """Each face, upright and in the same size, as face recognition models expect it; see `aligned_crop`.
 
         Raises:
             ValueError: the model predicts no landmarks.
@@ -162,7 +162,7 @@ class Faces:
         boxes: (N, 4) float32 xyxy, of positive area.
         landmarks: (N, 5, 2) float32 x, y; zeros for faces without landmarks.
         has_landmarks: (N,) bool.
-        ignored: (N,) bool, faces that are neither to be detected nor to be taken for background.
+        ignored: (N,) bool, faces that count neither as positives nor as background.
     """
 
     boxes: np.ndarray
@@ -213,7 +213,7 @@ class FaceTargets:
         boxes: (N, 4) float xyxy, normalised to the image, of positive area.
         landmarks: (N, 5, 2) float x, y, normalised to the image; zeros for faces without landmarks.
         has_landmarks: (N,) bool.
-        ignored: (N,) bool, faces that are neither to be detected nor to be taken for background.
+        ignored: (N,) bool, faces that count neither as positives nor as background.
         counts: number of faces of each of the B images.
     """
 

@@ -1,4 +1,4 @@
-"""Following faces over the frames of a video: boxes are predicted by Kalman filters and matched by their overlap."""
+"""Face tracking over the frames of a video: Kalman filters predict boxes, which are matched by their IoU."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_iou
 
 _LEAST_IOU = 0.3
-# Standard deviations relative to the size of the face: of a detected box, and of the change of velocity in a frame.
+# Standard deviations relative to the size of the face: of a detected box, and of the change of velocity per frame.
 _MEASUREMENT_NOISE, _VELOCITY_NOISE = 0.05, 0.02
 
 
 class FaceTracker:
-    """Gives the faces of consecutive frames ids, so that a face has the same id as long as it is seen.
+    """Assigns ids to the faces of consecutive frames, so that a face keeps its id as long as it is visible.
 
-    A simple online tracker like SORT (arXiv:1602.00763). A face that is not detected for a while is expected to move on
-    as before; one that comes back where it is expected keeps its id.
+    A simple online tracker like SORT (arXiv:1602.00763). A face that is not detected for a while is assumed to keep its
+    velocity; if it reappears where it is expected, it keeps its id.
     """
 
     def __init__(self, frames_per_second: float, patience_seconds: float = 1.0) -> None:
-        """Begin a video.
+        """Start tracking in a video.
 
         Args:
-            frames_per_second: of the video.
-            patience_seconds: time after which a face that is not seen is forgotten.
+            frames_per_second: frame rate of the video.
+            patience_seconds: time after which a face that is not detected loses its id.
         """
         self._patience = max(1, round(frames_per_second * patience_seconds))
         self._tracks: list[_Track] = []
         self._next_id = 1
 
     def update(self, boxes: np.ndarray) -> list[int]:
-        """The ids of the faces of the next frame.
+        """Assign ids to the faces of the next frame.
 
         Args:
             boxes: (N, 4) xyxy in pixels, of positive area.
 
         Returns:
-            N ids, from 1 in the order of appearance.
+            N ids, numbered from 1 in the order of appearance.
         """
         expected = np.array([track.predict() for track in self._tracks], np.float32).reshape(-1, 4)
         ids = [0] * len(boxes)
@@ -67,7 +67,7 @@ class _Track:
     """One face: a Kalman filter of its centre and size, which change at a constant rate.
 
     Attributes:
-        identifier: of the face.
+        identifier: id of the face.
         unseen: number of frames since it was last detected.
     """
 
@@ -81,14 +81,14 @@ class _Track:
         self._filter.errorCovPost = self._scaled_square(box, np.array([_MEASUREMENT_NOISE] * 4 + [0.2] * 4))
 
     def predict(self) -> np.ndarray:
-        """(4,) xyxy where the face is expected in the next frame."""
+        """Predict the (4,) xyxy box of the face in the next frame."""
         self.unseen += 1
         x, y, width, height = self._filter.predict()[:4, 0]
         centre, half = np.array([x, y]), np.maximum([width, height], 1) / 2
         return np.concatenate([centre - half, centre + half])
 
     def correct(self, box: np.ndarray) -> None:
-        """Take account of where the face was detected."""
+        """Update the filter with the (4,) xyxy box of a detection."""
         self.unseen = 0
         self._filter.measurementNoiseCov = self._scaled_square(box, np.full(4, _MEASUREMENT_NOISE))
         self._filter.processNoiseCov = self._scaled_square(box, np.array([0.0] * 4 + [_VELOCITY_NOISE] * 4))
@@ -96,7 +96,7 @@ class _Track:
 
     @staticmethod
     def _scaled_square(box: np.ndarray, deviations: np.ndarray) -> np.ndarray:
-        """Diagonal covariance of deviations relative to the larger side of the face."""
+        """Diagonal covariance for standard deviations relative to the larger side of the face."""
         return np.diag((deviations * max(1.0, *(box[2:] - box[:2]))) ** 2).astype(np.float64)
 
 

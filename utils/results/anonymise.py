@@ -15,22 +15,22 @@ from utils.results.masks import HeadMask
 METHODS = ("blur", "pixelate", "solid")
 # The hidden region relative to the box of the face, which ends at the chin and below the hair.
 _REGION_SCALE = 1.3
-# What is left of a hidden region is this number of cells on its shorter side, whatever its size.
+# Number of cells that remain along the shorter side of a hidden region, whatever its size.
 _CELLS = 6
-# A mask hides a face only if it covers this part of it; segmentation fails for some.
+# A mask is used only if it covers this fraction of the face, because segmentation fails for some faces.
 _LEAST_COVERED = 0.9
 
 
 def anonymise(image: np.ndarray, boxes: np.ndarray, method: str, heads: Sequence[HeadMask] | None = None) -> np.ndarray:
-    """A copy of an image in which faces are unrecognisable.
+    """Copy an image and make its faces unrecognisable.
 
-    An ellipse around each face is hidden, or, where there is a mask that covers the face, the pixels of the person.
+    An ellipse around each face is hidden, or the pixels of the person if a mask covers the face.
 
     Args:
         image: (H, W, 3) uint8 BGR.
         boxes: (N, 4) xyxy in pixels of the image.
         method: `blur` and `pixelate` leave 6 cells across a face, smoothly joined or not; `solid` is black.
-        heads: one for each face, or None.
+        heads: head mask of each face, or None.
     """
     canvas = image.copy()
     for index, box in enumerate(boxes):
@@ -54,7 +54,7 @@ def _region(box: np.ndarray, size_hw: tuple[int, ...]) -> tuple[int, int, int, i
 
 
 def _ellipse(box: np.ndarray, region: tuple[int, int, int, int], scale: float) -> np.ndarray:
-    """(H, W) bool over the region: the ellipse that touches the sides of the box scaled by `scale`."""
+    """(H, W) bool mask of the region: the ellipse that touches the sides of the box scaled by `scale`."""
     left, top, right, bottom = region
     centre, half = (box[:2] + box[2:]) / 2, np.maximum(box[2:] - box[:2], 1) / 2 * scale
     x = (np.arange(left, right) + 0.5 - centre[0]) / half[0]
@@ -91,14 +91,14 @@ def _hide(region: np.ndarray, method: str) -> np.ndarray:
 
 
 def add_audio(video: Path, source: Path) -> str | None:
-    """Give a video the audio of the one that it was made from, if there is any and ffmpeg is installed.
+    """Copy the audio of the source into a video, if the source has audio and ffmpeg is installed.
 
     Args:
-        video: without audio; replaced.
-        source: a video file.
+        video: video without audio, which is replaced.
+        source: video file with the audio.
 
     Returns:
-        Why it has no audio, or None.
+        Why the video has no audio, or None.
     """
     ffmpeg = shutil.which("ffmpeg")
     if ffmpeg is None:

@@ -1,4 +1,4 @@
-"""Images that a run writes for every image or face besides drawings and masks."""
+"""Thumbnails, crops and anonymised images: files of an image or face other than drawings and masks."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from utils.runtime.images import WRITABLE_SUFFIXES, write_image
 from utils.structures import Detections
 
 _THUMBNAIL_SIDE = 400
-_FRAME_SIDE = 960  # a frame of a video is in no file that the page could show instead
+_FRAME_SIDE = 960  # larger, because the page has no original file of a video's frame to show
 
 
 @dataclass(frozen=True)
 class FaceFileOptions:
-    """What is written.
+    """Options that select the files to write.
 
     Attributes:
-        thumbnails: a small copy of every image; of a video, of one frame a second.
-        crops: `plain`, `aligned`, or both, of every face.
-        crop_side: of aligned crops in pixels.
-        crop_margin: around plain crops, relative to the longer side of the face.
+        thumbnails: whether to write a small copy of every image, or of one frame per second of a video.
+        crops: kinds of crops of every face: `plain`, `aligned`, or both.
+        crop_side: side of aligned crops in pixels.
+        crop_margin: margin around plain crops, relative to the longer side of the face.
         anonymize: `blur`, `pixelate` or `solid`; None leaves faces recognisable.
-        video: file whose frames are processed, for its audio.
+        video: video file whose frames are processed, for its audio.
     """
 
     thumbnails: bool = False
@@ -48,9 +48,9 @@ class WrittenFiles:
     """Files written for one image, relative to the folder of the results.
 
     Attributes:
-        entry: those of the image by their kind, for `results.json`.
-        faces: those of each face.
-        files: all of them.
+        entry: files of the image by kind, for `results.json`.
+        faces: files of each face by kind.
+        files: all files.
     """
 
     entry: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class WrittenFiles:
 
 
 class FaceFiles:
-    """Writes what `FaceFileOptions` ask for. Errors of files are `OSError`s."""
+    """Writes the files that `FaceFileOptions` select. Methods raise `OSError` if a file cannot be written."""
 
     def __init__(self, folder: Path, options: FaceFileOptions, frames_per_second: float | None) -> None:
         self.folder = folder
@@ -79,12 +79,12 @@ class FaceFiles:
         """Write the files of one image.
 
         Args:
-            position: index of the image among all.
-            name: of the image.
-            crop_stem: with which the names of its crops begin.
+            position: index of the image among all images.
+            name: name of the image.
+            crop_stem: beginning of the names of its crops.
             image: (H, W, 3) uint8 BGR.
             shown: what `publishable` returned for it.
-            detections: its faces.
+            detections: faces of the image.
         """
         written = WrittenFiles()
         if self.options.thumbnails and self._has_thumbnail(position):
@@ -149,7 +149,7 @@ class FaceFiles:
 
 
 class VideoFile:
-    """An .mp4 that has its name only when it is complete."""
+    """An .mp4 file that gets its name when it is complete."""
 
     def __init__(self, path: Path, frames_per_second: float) -> None:
         self.path = path
@@ -163,7 +163,7 @@ class VideoFile:
         Raises:
             OSError: the video cannot be encoded.
         """
-        # Codecs take frames of even size; the last row and column are repeated, not lost.
+        # Codecs need frames of even size: the last row and column are repeated.
         odd_rows, odd_columns = frame.shape[0] % 2, frame.shape[1] % 2
         frame = cv2.copyMakeBorder(frame, 0, odd_rows, 0, odd_columns, cv2.BORDER_REPLICATE)
         if self._writer is None:

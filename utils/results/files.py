@@ -24,14 +24,14 @@ OUTPUT_FOLDERS = (
 
 @dataclass
 class Summary:
-    """What a run did.
+    """Summary of a run.
 
     Attributes:
         images: number of images that could be read.
         faces: number of faces in them.
-        skipped: name of each image that could not be read, and why.
-        notes: name of each image of which something is to be said, and what.
-        former: how many of `images` an earlier run processed.
+        skipped: name of each image that could not be read, and the reason.
+        notes: name and note of each image that has a note.
+        former: number of `images` that an earlier run processed.
     """
 
     images: int = 0
@@ -51,7 +51,7 @@ class Summary:
         self.former += is_former
 
     def describe(self, seconds: float) -> str:
-        """One line for the whole run and one for each image that was skipped or has a note."""
+        """Describe the run in one line, and each image that was skipped or has a note in a further line."""
         rate = (self.images - self.former) / max(seconds, 1e-9)
         former = f" ({self.former} by an earlier run)" if self.former else ""
         lines = [f"{self.images} images{former}, {self.faces} faces in {seconds:.1f} s ({rate:.1f} images/s)"]
@@ -61,7 +61,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class ResultFiles:
-    """The table, `results.json` and `results.jsonl` in a folder, whether they exist or not."""
+    """The table, `results.json` and `results.jsonl` in a folder; the files need not exist."""
 
     folder: Path
     experiment: str
@@ -77,19 +77,21 @@ class ResultFiles:
         return any(path.exists() for path in self.paths)
 
     def check_writable(self) -> None:
-        """Raises:
-        UserError: a folder has the name of a file to be written.
+        """Check that no folder has the name of a file to be written.
+
+        Raises:
+            UserError: a folder has such a name.
         """
         for path in self.paths:
             if path.is_dir():
                 raise UserError(f"{path}: cannot be written (it is a folder); choose another folder for the results")
 
     def write(self, settings: Mapping[str, Any], records: RecordIndex, former: np.ndarray) -> Summary:
-        """Make the files from the records. They replace the old ones when all of them are complete.
+        """Make the files from the records. They replace the old files once all are complete.
 
         Args:
-            settings: what the results depend on; `results.json` begins with it.
-            records: of all images.
+            settings: settings that the results depend on; `results.json` begins with them.
+            records: records of all images.
             former: positions of the records that an earlier run made.
 
         Raises:
@@ -98,7 +100,7 @@ class ResultFiles:
         with ExitStack() as stack:
             table, whole, lines = (stack.enter_context(atomic_write(path)) for path in self.paths)
             with ExitStack() as files:
-                # A file name may contain bytes that are not text: the table repeats them, JSON escapes them.
+                # A file name may contain bytes that are not text: the table keeps them, JSON escapes them.
                 as_table = files.enter_context(table.open("w", encoding="utf-8", errors="surrogateescape"))
                 as_lines = files.enter_context(lines.open("w", encoding="utf-8", errors="backslashreplace"))
                 as_whole = files.enter_context(whole.open("w", encoding="utf-8", errors="backslashreplace"))
@@ -127,7 +129,7 @@ def _write_results(
 
 
 def remove_output(folder: Path, names: set[str]) -> None:
-    """Remove images that an earlier run wrote into `OUTPUT_FOLDERS`; other names are disregarded."""
+    """Remove images that an earlier run wrote into `OUTPUT_FOLDERS`; other names are ignored."""
     for name in names:
         path = PurePosixPath(name)
         if path.parts[:1] and path.parts[0] in OUTPUT_FOLDERS and len(path.parts) > 1 and ".." not in path.parts:

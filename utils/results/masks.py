@@ -33,7 +33,7 @@ class HeadMask:
     Attributes:
         head_box: the head region in pixels of the image, clipped to it.
         face_box: the face in pixels of the head region.
-        head_mask: (H, W) uint8 over the head region, 255 where the person is, else 0.
+        head_mask: (H, W) uint8 mask of the head region, 255 for pixels of the person, else 0.
     """
 
     head_box: Box
@@ -47,16 +47,16 @@ class HeadMask:
 
 
 def crop(image: np.ndarray, box: Box) -> np.ndarray:
-    """The pixels inside a box that lies within the image."""
+    """Crop a box that lies within the image."""
     x1, y1, x2, y2 = box
     return image[y1:y2, x1:x2]
 
 
 def head_region(face: np.ndarray, image_size_hw: tuple[int, int]) -> tuple[Box, Box]:
-    """The head region around a face, and the face within the region.
+    """Compute the head region around a face, and the box of the face within the region.
 
     The region is centred on the face, `_HEAD_SCALE` times as wide and high, and clipped to the image. The face box is
-    relative to the clipped region, so that it covers the pixels of the face also at the border of the image.
+    relative to the clipped region, so that it also covers the pixels of a face at the border of the image.
 
     Args:
         face: (4,) xyxy in pixels of the image; may reach outside it.
@@ -85,11 +85,11 @@ class InferenceResults(NamedTuple):
     Attributes:
         result_bboxes: (N, 4) int faces, xyxy in pixels of the image.
         face_bboxes: (N, 4) int faces, xyxy in pixels of their head regions.
-        face_masks: N uint8 masks of the faces, 255 where the person is.
+        face_masks: N uint8 masks of the faces, 255 for pixels of the person.
         head_bboxes: (N, 4) int head regions, xyxy in pixels of the image.
         head_masks: N uint8 masks of the head regions.
 
-    Without `--mask` all but `result_bboxes` hold empty entries.
+    Without `--mask` the entries of all lists but `result_bboxes` are empty.
     """
 
     result_bboxes: list[np.ndarray]
@@ -107,7 +107,7 @@ class InferenceResults(NamedTuple):
 
 
 class HeadSegmenter:
-    """MediaPipe's selfie segmentation of head regions. A context manager.
+    """Context manager that segments head regions with MediaPipe's selfie segmentation.
 
     Attributes:
         count: number of heads segmented so far.
@@ -118,12 +118,12 @@ class HeadSegmenter:
         """Load a segmenter.
 
         Args:
-            model: a TensorFlow Lite segmenter with one confidence output; None is the one that MediaPipe contains.
+            model: a TensorFlow Lite segmenter with one confidence output; None means the one that MediaPipe contains.
 
         Raises:
             UserError: MediaPipe or the model is missing or cannot be used.
         """
-        try:  # takes a second, and only masks need it
+        try:  # takes a second to import, and only masks need it
             import mediapipe
             from mediapipe.tasks.python import BaseOptions, vision
         except ImportError as error:
@@ -141,7 +141,7 @@ class HeadSegmenter:
         try:
             with _quiet_stderr():
                 self._segmenter = vision.ImageSegmenter.create_from_options(options)
-                self._confidence(np.zeros((8, 8, 3), np.uint8))  # the first call is the one that logs
+                self._confidence(np.zeros((8, 8, 3), np.uint8))  # only the first call logs
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{model}: MediaPipe cannot use it as a segmenter ({reason})") from None
@@ -164,15 +164,15 @@ class HeadSegmenter:
         return HeadMask(head_box, face_box, mask)
 
     def describe(self) -> str:
-        """Number of heads and time for each, in one line."""
+        """Describe the number of heads and the time for each in one line."""
         each = 1000 * self.seconds / max(self.count, 1)
         return f"{self.count} heads segmented, {each:.1f} ms each"
 
     def _confidence(self, region: np.ndarray) -> np.ndarray:
-        """(H, W) float in [0, 1], the confidence that a pixel belongs to the person."""
+        """(H, W) float confidence in [0, 1] that each pixel belongs to the person."""
         rgb = cv2.cvtColor(region, cv2.COLOR_BGR2RGB)
         frame = self._mediapipe.Image(image_format=self._mediapipe.ImageFormat.SRGB, data=rgb)
-        # The last mask is that of the person: selfie models have one mask, others put the background first.
+        # The last mask is the person: selfie models have a single mask, other models put the background first.
         confidence: np.ndarray = self._segmenter.segment(frame).confidence_masks[-1].numpy_view()
         return confidence.reshape(region.shape[:2])
 

@@ -1,4 +1,4 @@
-"""What is written for the images of a run."""
+"""The outputs of a run."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 from utils.results.face_files import FaceFileOptions
 from utils.results.records import RecordIndex
 
-# Makes something from the folder of the results, the settings and the records when the final files are made.
+# Called with the folder of the results, the settings and the records when the final files are made.
 Report = Callable[[Path, Mapping[str, Any], RecordIndex], None]
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is written for every image besides its record.
+    """Outputs for every image besides its record.
 
     Attributes:
-        drawings: images with the detections drawn; of a video, one video.
-        crops: masks and crops of every face.
-        frames_per_second: of a video.
-        face_files: thumbnails, crops and anonymised images.
-        reports: called in this order when the final files are made.
+        drawings: whether to write images with the detections drawn, or one video for a video.
+        crops: whether to write masks and crops of every face.
+        frames_per_second: frame rate of a video; None for images.
+        face_files: thumbnails, crops and anonymised images to write.
+        reports: functions that are called in this order when the final files are made.
     """
 
     drawings: bool = False

@@ -1,7 +1,7 @@
 """A static page of images with their faces, which opens without a server, a network or other software than a browser.
 
-The template, its style and its script lie in `templates/`. All data stand in the page itself; images are files beside
-it. Everything that comes from outside, such as the name of an image, is escaped.
+The template, its style and its script lie in `templates/`. All data are embedded in the page; images are files
+beside it. All input, such as the names of images, is escaped.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from utils.errors import UserError
 from utils.runtime.files import atomic_write
 
 PAGE_NAME = "index.html"
-_GENERATOR = "retinaface results"  # tells a page of ours from one of the user's
+_GENERATOR = "retinaface results"  # distinguishes generated pages from files of the user
 _IMAGES_PER_FILE = 10_000  # a browser opens a page of this size in about a second
-# None of these characters may stand in a <script>, whatever the JSON around them.
+# None of these characters may appear in a <script>, not even within JSON.
 _SCRIPT_ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
 
@@ -40,7 +40,7 @@ class Table:
 
 @dataclass(frozen=True)
 class FaceKind:
-    """A kind of faces that can be hidden: `key` is the value of a face's `kind`, and its class in page.css."""
+    """A kind of faces that the user can hide; `key` is the `kind` of its faces and its class in page.css."""
 
     key: str
     label: str
@@ -51,15 +51,15 @@ class PageHead:
     """Everything on a page besides the images.
 
     Attributes:
-        title: of the page.
-        summary: one line below it.
-        lowest_score: where the slider of the threshold begins.
-        threshold: where it stands at first.
-        settings: names and values at the foot.
+        title: title of the page.
+        summary: one line below the title.
+        lowest_score: lower end of the threshold slider.
+        threshold: initial value of the threshold slider.
+        settings: names and values in the footer.
         metrics: names and values in large type.
         figures: URLs of images, relative to the page.
-        tables: beside the figures.
-        kinds: of faces; empty where all are of one kind.
+        tables: tables beside the figures.
+        kinds: kinds of faces; empty if all faces are of one kind.
     """
 
     title: str
@@ -80,14 +80,14 @@ class _Part:
 
 
 def write_page(folder: Path, head: PageHead, entries: Iterable[Mapping[str, Any]], count: int) -> Path:
-    """Write index.html, and index_2.html and so on where there are more than 10,000 images.
+    """Write index.html, and index_2.html and so on for more than 10,000 images.
 
     Args:
         folder: folder of the page.
-        head: what stands around the images.
-        entries: of each image `name`, and either `skipped`, the reason, or `width`, `height`, `thumbnail` and `source`,
-            URLs relative to the page, and `faces`. A face has a `box`, and if known `score`, `landmarks`, `kind`,
-            `files` (URLs by their kind) and `track`. They are read once and not held in memory.
+        head: content around the images.
+        entries: for each image `name`, and `skipped`, the reason, or `width`, `height`, `thumbnail` and `source`,
+            URLs relative to the page, and `faces`. A face has a `box` and, if known, `score`, `landmarks`, `kind`,
+            `files` (URLs by kind) and `track`. Entries are iterated over once and not held in memory.
         count: number of entries.
 
     Returns:
@@ -114,10 +114,10 @@ def write_page(folder: Path, head: PageHead, entries: Iterable[Mapping[str, Any]
 
 
 def check_page_is_ours(folder: Path) -> None:
-    """Refuse to replace an index.html that a person or another program wrote.
+    """Check that no index.html by a person or another program would be replaced.
 
     Raises:
-        UserError: says what to do instead.
+        UserError: one would be; the message says what to do instead.
     """
     path = folder / PAGE_NAME
     if path.exists() and not _is_ours(path):
@@ -134,12 +134,12 @@ def file_url(path: Path, folder: Path) -> str:
 
 
 def relative_url(path: str) -> str:
-    """The URL of a path with forward slashes. A first part with a colon is not taken for a scheme."""
+    """The URL of a path with forward slashes. A colon in its first part is not interpreted as the end of a scheme."""
     return quote(os.fsencode(path if path.startswith(".") else f"./{path}"))
 
 
 def settings_rows(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, object]]:
-    """Nested settings as names joined by dots, and values."""
+    """Flatten nested settings to pairs of a name, joined by dots, and a value."""
     rows: list[tuple[str, object]] = []
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -159,7 +159,7 @@ def _environment() -> Environment:
 
 
 def _as_script_json(value: object) -> Markup:
-    """JSON in ASCII that cannot end the <script> around it."""
+    """Convert to JSON in ASCII that cannot end the <script> around it."""
     text = json.dumps(value, separators=(",", ":")).translate(_SCRIPT_ESCAPES)
     return Markup(text)
 
@@ -169,7 +169,7 @@ def _as_text(value: object) -> object:
 
 
 def _former_parts(folder: Path, parts: int) -> Iterator[Path]:
-    """Further parts of a page of more images."""
+    """Further parts that an earlier page with more images left."""
     for path in folder.glob("index_*.html"):
         number = path.stem.removeprefix("index_")
         if number.isdecimal() and int(number) > parts and _is_ours(path):

@@ -1,10 +1,10 @@
 """The records of a run: one line of JSON for every image, from which all final files are made.
 
-    <results>/.records/<experiment>/run.json     what the results depend on, and files that earlier runs left
+    <results>/.records/<experiment>/run.json     settings of the results, and files that earlier runs left
     <results>/.records/<experiment>/0.jsonl      the records of process 0, appended one by one
 
 A line is handed to the operating system as soon as its image is done, so a process that dies loses at most the image
-in progress. A line that was cut off counts as absent.
+in progress. An incomplete line is ignored.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from utils.runtime.manifest import read_object
 
 @dataclass(frozen=True)
 class Record:
-    """What was detected in one image.
+    """The detections of one image.
 
     Attributes:
-        position: index of the image among all, from 0.
-        name: of the image.
-        entry: its entry in `results.json`, or None if the image could not be read.
+        position: index of the image among all images, from 0.
+        name: name of the image.
+        entry: entry of the image in `results.json`, or None if the image could not be read.
         rows: lines of its faces in the table.
         files: images written for it, relative to the folder of the results.
-        problem: why it could not be read.
-        note: what is to be said about an image that was read.
+        problem: why the image could not be read.
+        note: remark about an image that was read.
     """
 
     position: int
@@ -52,7 +52,7 @@ class Record:
 
     @classmethod
     def parse(cls, line: bytes) -> Record | None:
-        """The record in a line, or None where the line is cut off or is no record."""
+        """Parse the record of a line; None if the line is incomplete or not a record."""
         try:
             return cls(**json.loads(line))
         except (ValueError, TypeError):
@@ -61,7 +61,7 @@ class Record:
 
 @dataclass(frozen=True)
 class RecordIndex:
-    """Where the records are, in the order of their positions. It takes 20 bytes an image.
+    """Locations of the records, in the order of their positions. An entry takes 20 bytes.
 
     Attributes:
         paths: files of the records.
@@ -82,7 +82,7 @@ class RecordIndex:
         """Read the records one by one.
 
         Raises:
-            OSError: they cannot be read.
+            OSError: the records cannot be read.
         """
         with ExitStack() as stack:
             files = [stack.enter_context(path.open("rb")) for path in self.paths]
@@ -100,7 +100,7 @@ class RecordWriter:
         self._file = path.open("ab")
         _lock(self._file)
         if self._file.tell():
-            self._file.write(b"\n")  # ends a line that was cut off
+            self._file.write(b"\n")  # ends an incomplete line
 
     def add(self, record: Record) -> None:
         """Append a record, and hand it to the operating system at once."""
@@ -114,7 +114,7 @@ class RecordWriter:
 def _lock(file: BinaryIO) -> bool:
     """Lock a file for this process until it is closed; False if another process has locked it.
 
-    Windows, and file systems without locks, let every process have it.
+    On Windows, and on file systems without locks, every process gets the lock.
     """
     try:
         import fcntl
@@ -131,13 +131,13 @@ def _lock(file: BinaryIO) -> bool:
 
 @dataclass(frozen=True)
 class RecordStore:
-    """The folder of the records of a run, whether it exists or not. Errors of its files are `OSError`s."""
+    """The folder of the records of a run, which need not exist. Methods raise `OSError` if a file is inaccessible."""
 
     folder: Path
 
     @property
     def run(self) -> dict[str, Any]:
-        """What `begin` was given, or an empty dictionary where there is no run."""
+        """The settings given to `begin`, or an empty dictionary if there is no run."""
         return read_object(self.folder / "run.json")
 
     @property
@@ -156,13 +156,13 @@ class RecordStore:
         return False
 
     def begin(self, run: Mapping[str, Any]) -> None:
-        """Replace the records by those of a new run, of which there are none yet."""
+        """Remove the records and start a new run."""
         self.remove()
         self.folder.mkdir(parents=True)
         self._write_run(run)
 
     def remove(self) -> None:
-        # run.json goes first: without it, what is left is no run that could be continued by mistake.
+        # run.json is removed first, so that no incomplete remainder can be continued by mistake.
         (self.folder / "run.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -176,11 +176,11 @@ class RecordStore:
 
     def open_shard(self, rank: int) -> RecordWriter:
         """Open the file of one process for appending."""
-        self.folder.mkdir(parents=True, exist_ok=True)  # a network file system may show it late
+        self.folder.mkdir(parents=True, exist_ok=True)  # a network file system may make it visible late
         return RecordWriter(self.folder / f"{rank}.jsonl")
 
     def index(self) -> RecordIndex:
-        """Index all complete records. Of two records of one image the later one counts."""
+        """Index all complete records. If an image has two records, the later one is used."""
         paths = sorted(self.folder.glob("*.jsonl"))
         positions, shards, offsets = array("q"), array("i"), array("q")
         for shard, path in enumerate(paths):
@@ -193,7 +193,7 @@ class RecordStore:
                         shards.append(shard)
                         offsets.append(offset)
                     offset += len(line)
-        # `unique` keeps the first of equals.
+        # `unique` keeps the first of equal values.
         unique, last = np.unique(np.array(positions, np.int64)[::-1], return_index=True)
         chosen = len(positions) - 1 - last
         return RecordIndex(paths, unique, np.array(shards, np.int32)[chosen], np.array(offsets, np.int64)[chosen])

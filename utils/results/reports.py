@@ -1,4 +1,4 @@
-"""What is made from the records of a run besides its result files: the page, and annotations for other tools."""
+"""Reports made from the records of a run: the page, and annotations for other tools."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class InferencePage:
                 }
 
     def _source(self, folder: Path, record: Record) -> str:
-        """The URL of the image in full size; of an anonymised one if there is one."""
+        """The URL of the full-size image, or of its anonymised copy if there is one."""
         entry = record.entry or {}
         if self.images is None:
             return relative_url(entry["thumbnail"])
@@ -87,7 +87,7 @@ class Exports:
     """Writes annotations below `exports/`.
 
     Attributes:
-        formats: names of `FORMATS`.
+        formats: names in `FORMATS`.
         images: folder of the images that were read; None for a video or camera.
     """
 
@@ -103,7 +103,7 @@ class Exports:
 
 @dataclass(frozen=True)
 class _AnnotatedRecords:
-    """The images that could be read, which may be iterated over several times."""
+    """The images that could be read; may be iterated over several times."""
 
     records: RecordIndex
 
@@ -113,7 +113,7 @@ class _AnnotatedRecords:
                 faces = record.entry["faces"]
                 rows = [FaceRow(face["box"], face["landmarks"]) for face in faces]
                 labelled = labelled_image(record.name, rows)
-                # A box without area, as of a face at the border, is no label.
+                # A box without area, such as of a face at the border, is not a label.
                 scores = np.array(
                     [f["score"] for f in faces if f["box"][2] > f["box"][0] and f["box"][3] > f["box"][1]]
                 )

@@ -1,4 +1,4 @@
-"""Writes the results of inference as they come."""
+"""Writing the results of inference."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from utils.structures import Detections
 
 @dataclass(frozen=True)
 class RunStart:
-    """What a run starts with.
+    """State at the start of a run.
 
     Attributes:
-        settings: what the results depend on, as the main process has it.
+        settings: settings of the main process that the results depend on.
         done: (N,) positions of the images that an earlier run processed, ascending.
-        threads: number of threads to compute with, where results depend on it.
+        threads: number of threads to compute with, if results depend on it.
         is_complete: whether the earlier run processed all images.
-        note: for the user, or empty.
+        note: message for the user, or empty.
     """
 
     settings: Mapping[str, Any]
@@ -46,14 +46,14 @@ class RunStart:
 
 
 class ResultWriter:
-    """Writes results as they come, and the final files at the end. A context manager.
+    """Context manager that writes results as they are made, and the final files at the end.
 
     Drawings, masks and crops are written at once. Everything else is appended to a `RecordStore`, from which the main
-    process makes the final files when all processes have finished. The files are the same whatever the number of
-    processes, and whether the run was interrupted or not.
+    process makes the final files when all processes have finished. The files depend neither on the number of
+    processes nor on interruptions.
 
     `<experiment>_inference_results.txt` has the format of the original: the name of an image, then `x1 y1 x2 y2 score`
-    a face. `results.jsonl` has everything about an image in a line, `results.json` the same and the settings.
+    for each face. `results.jsonl` has one line per image with all its results, `results.json` also has the settings.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class ResultWriter:
         Args:
             folder: folder of the results, which is created.
             experiment_name: name of the table and of the records.
-            settings: everything that the results depend on; `results.json` begins with it.
-            names: of all images, where they are known, so that images whose names differ only in the suffix get crops
-                of different names, and that none is missed.
-            output: what is written for every image besides its record.
-            threads: number of threads that compute, where results depend on it.
-            resume: keep the results of an interrupted run.
+            settings: everything that the results depend on; `results.json` begins with them.
+            names: names of all images, if known. They give crops of images whose names differ only in the suffix
+                different names, and ensure that no image is missed.
+            output: outputs for every image besides its record.
+            threads: number of threads that compute, if results depend on it.
+            resume: whether to keep the results of an interrupted run.
             context: rank and number of processes.
 
         Raises:
@@ -95,7 +95,7 @@ class ResultWriter:
         self._store = RecordStore(folder / ".records" / experiment_name)
         self._video: VideoFile | None = None
         self._face_files = FaceFiles(folder, output.face_files, output.frames_per_second)
-        # Number of images with a name, with or without suffix: `a.jpg` and `a.png` share `a`.
+        # Number of images of each name, with and without suffix: `a.jpg` and `a.png` share `a`.
         has_crops = output.crops or output.face_files.crops
         labels = (label for name in names for label in {name.lower(), _stem(name).lower()}) if has_crops else ()
         self._name_counts = Counter(labels)
@@ -125,8 +125,8 @@ class ResultWriter:
             note = "replacing the results of an earlier run" if self._files.exist else ""
             if len(index) and not run.get("complete"):
                 note = f"replacing {len(index)} results of a run that was interrupted (--resume keeps them)"
-            # They stay until this run is complete, which removes those that it does not replace. What other sources or
-            # experiments left is kept.
+            # Former files stay until this run is complete, which removes those that it does not replace. Files of other
+            # sources and experiments are kept.
             former: list[str] = []
             if (source := run.get("settings", {}).get("source")) == self._settings.get("source"):
                 former = sorted({name for record in index for name in record.files} | set(run.get("former_files", [])))
@@ -136,7 +136,7 @@ class ResultWriter:
             return RunStart(self._settings, np.arange(0), threads, False, note)
 
     def _check_like_main(self) -> None:
-        """Every process must detect what any other would."""
+        """Check that this process has the settings of the main one."""
         other = first_difference(self.start.settings, self._settings)
         if other is not None:
             raise ConfigError(
@@ -162,14 +162,14 @@ class ResultWriter:
         """Write the results of one image.
 
         Args:
-            name: of the image.
+            name: name of the image.
             image: (H, W, 3) uint8 BGR.
-            detections: its faces.
-            heads: one for each face, or None without `--mask`.
-            position: index of the image among all; None follows the previous one.
-            note: for the user, see `Record`.
+            detections: faces of the image.
+            heads: head mask of each face, or None without `--mask`.
+            position: index of the image among all images; None means the next one.
+            note: remark for the user; see `Record`.
             tracks: id of each face over the frames of a video.
-            seconds: since the beginning of the video.
+            seconds: time since the beginning of the video.
 
         Raises:
             UserError: a file cannot be written; what was written before is complete.
@@ -192,20 +192,20 @@ class ResultWriter:
         """Wait for all processes, and make the final files of a complete run.
 
         Raises:
-            UserError: they cannot be written, or results are missing.
+            UserError: the files cannot be written, or results are missing.
         """
         run_on_all(self._close_shard)
         run_on_main(lambda: self._finish(is_complete=True))
 
     def abandon(self) -> None:
-        """End an interrupted run: keep the records for `--resume`, and make the final files of what there is.
+        """End an interrupted run: keep the records for `--resume`, and make the final files from them.
 
-        Where there are several processes no final files are made, because the others may still be writing.
+        With several processes no final files are made, because the others may still be writing.
         """
-        with suppress(UserError):  # the exception that propagates is the cause of this one
+        with suppress(UserError):  # the exception that is propagating caused this one
             self._close_shard()
             if self.context.world_size == 1:
-                # The frames of a video cannot be continued, so nothing more is to come.
+                # A video cannot be resumed, so these results are final.
                 self._finish(is_complete=self.output.frames_per_second is not None)
 
     def __enter__(self) -> ResultWriter:
@@ -244,7 +244,7 @@ class ResultWriter:
                 for record in records if stale else ():
                     stale.difference_update(record.files)
                 remove_output(self.folder, stale)
-                # results.json was that of another experiment, if one has a complete run here. Its images stay.
+                # results.json may have belonged to another experiment with a complete run here. Its images stay.
                 for other in self._store.complete_others:
                     other.remove()
                 self._store.mark_complete()
@@ -287,7 +287,7 @@ class ResultWriter:
         return Record(position, name, entry, rows, files)
 
     def _write_crops(self, file_name: str, image: np.ndarray, head: HeadMask) -> dict[str, str]:
-        """Write face mask, face, head and head mask as PNG, except empty ones, of faces outside the image."""
+        """Write face mask, face, head and head mask as PNG; empty ones, of faces outside the image, are skipped."""
         head_pixels = crop(image, head.head_box)
         crops = {
             "masks": head.face_mask,
@@ -298,12 +298,12 @@ class ResultWriter:
         return {kind: self._write(f"{kind}/{file_name}", pixels) for kind, pixels in crops.items() if pixels.size}
 
     def _write_drawing(self, name: str, drawing: np.ndarray) -> list[str]:
-        """Write a drawing; returns the files that this creates, which for a video is one, with its first frame."""
+        """Write a drawing; returns the files that this creates. A video is created with its first frame."""
         if self.output.frames_per_second is not None:
             return self._write_frame(name, drawing, self.output.frames_per_second)
         if PurePosixPath(name).suffix.lower() not in WRITABLE_SUFFIXES:
             name += ".png"
-            while name.lower() in self._names:  # it is that of another image
+            while name.lower() in self._names:  # the name of another image
                 name += ".png"
         return [self._write(f"result_images/{name}", drawing)]
 

@@ -32,7 +32,7 @@ def user_path(text: str) -> Path:
 
 
 def candidate_paths(name: str, data_root: Path) -> list[Path]:
-    """The paths that a name given by the user may mean: itself and, unless it is absolute or `./...`, one in `data_root`.
+    """The paths that a user's name may mean: the name itself and, unless absolute or `./...`, one in `data_root`.
 
     Raises:
         UserError: the name is empty, or names the home of a user who does not exist.

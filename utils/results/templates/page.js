@@ -27,7 +27,7 @@ function isVisible(face, least, shown) {
   return face.found === undefined || face.found < least;
 }
 
-// The faces that the controls let through are found once for each change of them.
+// The faces that pass the controls are computed once per change of the controls.
 function filterFaces() {
   const least = threshold(), shown = kinds();
   for (const entry of entries) entry.visible = (entry.faces || []).filter((face) => isVisible(face, least, shown));

@@ -18,8 +18,8 @@ check: $(VENV)/dev-installed
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy .
 
-# How fast it is: detection on the pictures in BENCH_IMAGES, evaluation, and training on BENCH_DATA, a dataset as
-# data/README.md describes it.
+# Speed of detection on the images in BENCH_IMAGES, of evaluation, and of training on BENCH_DATA, a dataset as described
+# in data/README.md.
 BENCH_IMAGES ?= data/sample_widerface/images
 BENCH_FLAGS ?=
 BENCH_DATA ?= data/sample_widerface
@@ -33,7 +33,7 @@ gpu-check: $(VENV)/dev-installed
 	$(RUN) -m pytest -k cuda
 	$(RUN) -m benchmarks.gpu
 
-# A short training run on SAMPLE_DATA, a dataset as data/README.md describes it.
+# A short training run on SAMPLE_DATA, a dataset as described in data/README.md.
 train-sample: $(VENV)/runtime-installed
 	$(RUN) train.py --experiment_name=sample --dataset=$(SAMPLE_DATA) --im_size=320 --epochs=20 --batch_size=8 \
 		--pretrained_detector=experiments/mobilenet0.25_anc2_casT_fpn3/ckpt/mobilenet0.25_ckpt-best.pth \

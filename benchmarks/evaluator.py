@@ -1,7 +1,7 @@
 """Seconds and memory of the WIDER FACE evaluation against the number of boxes: python -m benchmarks.evaluator.
 
-Faces and predictions are made up: 3,226 images with 12 faces each, as many as the validation set has. For each number
-of boxes the text files are written to a temporary folder (40 bytes a box), read and evaluated.
+Faces and predictions are synthetic: 3,226 images with 12 faces each, as many as the validation set has. For each number
+of boxes the text files are written to a temporary folder (40 bytes per box), read and evaluated.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def make_ground_truth(generator: np.random.Generator) -> list[GroundTruth]:
 
 
 def write_all_predictions(folder: Path, truths: list[GroundTruth], boxes: int, generator: np.random.Generator) -> None:
-    """Faces a little displaced, and boxes anywhere."""
+    """Write predictions: slightly displaced faces, and boxes at random places."""
     for number, truth in enumerate(truths):
         count = boxes // _IMAGES + (number < boxes % _IMAGES)
         rows = np.concatenate([generator.uniform(8, 900, (count, 4)), generator.random((count, 1))], axis=1)
@@ -46,7 +46,7 @@ def write_all_predictions(folder: Path, truths: list[GroundTruth], boxes: int, g
 
 
 def measure(folder: Path, truths: list[GroundTruth], repeats: int) -> tuple[float, float]:
-    """Median seconds of reading and of evaluating."""
+    """Measure the median seconds of reading and of evaluating."""
     reading, evaluating = [], []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -66,7 +66,7 @@ def main() -> None:
     generator = np.random.default_rng(0)
     truths = make_ground_truth(generator)
     print(f"{'boxes':>10}{'read, s':>10}{'evaluate, s':>13}{'both, us a box':>16}{'peak, MB':>10}")
-    # Ascending, for the peak of memory is that of the process so far.
+    # Ascending, because the peak of memory is the peak of the process so far.
     for boxes in (round(10 ** (4 + step / 2)) for step in range(7)):
         if boxes > arguments.largest:
             break

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def compare_with_cpu(path: Path, device: torch.device, images: Sequence[np.ndarray]) -> str:
-    """A row that says by how much the detections on the CPU and on the device differ."""
+    """Compare the detections on the CPU and on the device; returns a row of the table."""
     on_cpu, on_device = (FaceDetector.from_checkpoint(path, place) for place in ("cpu", device))
     counts, distances, differences = [0, 0], [0.0], [0.0]
     for image in images:
@@ -59,7 +59,7 @@ def compare_with_cpu(path: Path, device: torch.device, images: Sequence[np.ndarr
 
 
 def measure_speed(path: Path, device: torch.device, batch_size: int, amp: bool) -> str:
-    """A row of images per second, post-processing and optimiser steps included, and of the peak memory."""
+    """Measure images per second, with post-processing and optimiser steps, and peak memory; returns a row."""
     rng = np.random.default_rng(0)
     images = list(rng.integers(0, 256, (batch_size, _SIDE, _SIDE, 3), dtype=np.uint8))
     detector = FaceDetector.from_checkpoint(path, device, ComputeOptions(backend="torch", amp=amp))
@@ -88,7 +88,7 @@ def measure_speed(path: Path, device: torch.device, batch_size: int, amp: bool) 
 
 
 def seconds_per_call(call: Callable[[], object]) -> float:
-    """Mean time of a call, after three that are not counted."""
+    """Mean time of a call, after three calls that are not counted."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()

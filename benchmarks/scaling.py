@@ -1,8 +1,8 @@
-"""Speed and memory of inference.py against the number of pictures and processes: python -m benchmarks.scaling.
+"""Speed and memory of inference.py against the number of images and processes: python -m benchmarks.scaling.
 
-Pictures are made up: copies of a sample, moved and reduced, in two sizes, of which neighbours share one. Each run is
-the command as a user gives it, start-up included, on the CPU with a thread a process. The memory is the largest that
-one process held.
+Images are synthetic: copies of a sample, shifted and reduced, in two sizes that change every eight images. Each run
+is the command as a user gives it, start-up included, on the CPU with one thread per process. The memory is the largest
+of any process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from config import ROOT
 from utils.runtime.cli import run
 
-# Says, once all processes of a run are over, what the largest of them held, in KiB on Linux and bytes on macOS.
+# Prints the peak memory of the largest process after a run, in KiB on Linux and in bytes on macOS.
 _WITH_PEAK = (
     "import resource, subprocess, sys; code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL); "
     "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"
@@ -32,15 +32,15 @@ _WITH_PEAK = (
 
 @dataclass(frozen=True)
 class Run:
-    """One run: seconds from start to end, the peak in MB, and what it wrote, by file name."""
+    """One run: seconds from start to end, peak memory in MB, and the content of its files by name."""
 
     seconds: float
     peak_megabytes: float
     files: dict[str, bytes]
 
 
-def make_pictures(folder: Path, count: int, size_wh: tuple[int, int]) -> None:
-    """JPEGs with the sample's face, every ninth to sixteenth with a quarter less of its height."""
+def make_images(folder: Path, count: int, size_wh: tuple[int, int]) -> None:
+    """Write JPEGs with the sample's face; every other eight of them have three quarters of the height."""
     sample = cv2.imread(str(ROOT / "data/sample_widerface/images/astronaut.jpg"))[:300, 60:460]
     reduced = cv2.resize(sample, size_wh, interpolation=cv2.INTER_AREA)
     for number in range(count):
@@ -48,12 +48,12 @@ def make_pictures(folder: Path, count: int, size_wh: tuple[int, int]) -> None:
         cv2.imwrite(str(folder / f"{number:07d}.jpg"), image if number // 8 % 2 == 0 else image[: size_wh[1] * 3 // 4])
 
 
-def measure(pictures: Path, out: Path, processes: int, flags: Sequence[str], threads: int = 1) -> Run:
-    """Run inference.py on a folder, with so many threads a process."""
+def measure(images: Path, out: Path, processes: int, flags: Sequence[str], threads: int = 1) -> Run:
+    """Run inference.py on a folder, with the given number of threads per process."""
     launcher = (
         [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     )
-    command = [sys.executable, *launcher, "inference.py", "--gpu_num=-1", f"--inference_dir={pictures}"]
+    command = [sys.executable, *launcher, "inference.py", "--gpu_num=-1", f"--inference_dir={images}"]
     command += [f"--inference_save_folder={out}", *flags]
     start = time.perf_counter()
     result = subprocess.run(
@@ -71,21 +71,21 @@ def measure(pictures: Path, out: Path, processes: int, flags: Sequence[str], thr
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", type=int, nargs="+", default=[100, 1000], help="pictures (default: 100 1000)")
+    parser.add_argument("--counts", type=int, nargs="+", default=[100, 1000], help="images (default: 100 1000)")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="processes (default: 1 2 4)")
-    parser.add_argument("--width", type=int, default=160, help="of the pictures (default: 160)")
-    parser.add_argument("--height", type=int, default=120, help="of the pictures (default: 120)")
-    parser.add_argument("flags", nargs="*", help="flags for inference.py, behind --")
+    parser.add_argument("--width", type=int, default=160, help="width of the images (default: 160)")
+    parser.add_argument("--height", type=int, default=120, help="height of the images (default: 120)")
+    parser.add_argument("flags", nargs="*", help="flags for inference.py, after --")
     arguments = parser.parse_args()
     print(f"{'images':>8}{'processes':>11}{'seconds':>9}{'images/s':>10}{'peak, MB':>10}  same files")
     for count in arguments.counts:
         with TemporaryDirectory() as folder:
-            pictures = Path(folder) / "in"
-            pictures.mkdir()
-            make_pictures(pictures, count, (arguments.width, arguments.height))
+            images = Path(folder) / "in"
+            images.mkdir()
+            make_images(images, count, (arguments.width, arguments.height))
             first: Run | None = None
             for processes in arguments.processes:
-                found = measure(pictures, Path(folder) / f"out{processes}", processes, arguments.flags)
+                found = measure(images, Path(folder) / f"out{processes}", processes, arguments.flags)
                 first = first or found
                 same = "yes" if found.files == first.files else "NO"
                 speed = f"{found.seconds:>9.1f}{count / found.seconds:>10.1f}{found.peak_megabytes:>10.0f}"

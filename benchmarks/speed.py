@@ -1,9 +1,9 @@
-"""Images a second, stage by stage and end to end: python -m benchmarks.speed --images=FOLDER.
+"""Images per second, stage by stage and end to end: python -m benchmarks.speed --images=FOLDER.
 
-Ours runs against `reference_detect`, a literal restatement of biubug6/Pytorch_Retinaface's pipeline with the same
-weights: the model in PyTorch's default layout with its batch normalisation, priors by nested loops for each image,
-everything decoded, suppression box by box in NumPy, 5,000 candidates at most and 750 faces. All read the same files and
-write the same text. The contenders of a table take turns; each figure is a median.
+Our pipeline is compared with `reference_detect`, a literal reimplementation of biubug6/Pytorch_Retinaface's pipeline
+with the same weights: the model in PyTorch's default layout with its batch normalisation, priors by nested loops for
+each image, all boxes decoded, suppression box by box in NumPy, at most 5,000 candidates and 750 faces. All pipelines
+read the same files and write the same text. The pipelines of a table take turns; each figure is a median.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from utils.runtime.images import IMAGE_SUFFIXES, read_image, write_image
 # As in both projects' evaluations.
 _DETECTION = PostprocessConfig(confidence_threshold=0.02, nms_threshold=0.4)
 _CANDIDATES, _FACES = 5000, 750
-_SIDE = 640  # of the image that ResNet-50 sees
+_SIDE = 640  # side of the image for ResNet-50
 
 Contenders = Mapping[str, Callable[[], object]]
 
@@ -54,12 +54,12 @@ Contenders = Mapping[str, Callable[[], object]]
 
 @torch.no_grad()
 def reference_detect(model: RetinaFace, image: np.ndarray) -> np.ndarray:
-    """(N, 5) x1, y1, x2, y2, score of an image, as the reference finds them."""
+    """Detect faces as the reference does; returns (N, 5) x1, y1, x2, y2, score."""
     config = model.model_config
     height, width = image.shape[:2]
     pixels = image.astype(np.float32) - np.array(config.pixel_mean, np.float32)
     tensor = torch.from_numpy(pixels.transpose(2, 0, 1)).unsqueeze(0)
-    output = model(tensor + model.pixel_mean)[-1]  # our model subtracts it once more
+    output = model(tensor + model.pixel_mean)[-1]  # because our model subtracts the mean again
 
     priors = torch.tensor(_priors_by_loops(model.levels, height, width)).view(-1, 4)
     deltas, (centre, size) = output.box_deltas[0], config.variances
@@ -114,7 +114,7 @@ def reference_run(model: RetinaFace, files: Sequence[tuple[str, Path]], folder: 
         _write(folder, name, reference_detect(model, cv2.imread(str(path))))
 
 
-# ------------------------------------------------------------------------------------------------ the contenders
+# ------------------------------------------------------------------------------------------- pipelines and steps
 
 
 def our_run(detector: FaceDetector, files: Sequence[tuple[str, Path]], folder: Path) -> None:
@@ -146,7 +146,7 @@ def _write(folder: Path, name: str, boxes: np.ndarray) -> None:
 
 
 def stages(detectors: Mapping[str, FaceDetector], files: Sequence[tuple[str, Path]], folder: Path) -> Contenders:
-    """What becomes of an image, each step alone."""
+    """The steps of our pipeline, each on its own."""
     paths = [path for _, path in files]
     images = [read_image(path) for path in paths]
     tensors = [torch.from_numpy(image)[None] for image in images]
@@ -155,7 +155,7 @@ def stages(detectors: Mapping[str, FaceDetector], files: Sequence[tuple[str, Pat
     sizes = [(image.shape[0], image.shape[1]) for image in images]
     found = [postprocess(*pair, best.model.model_config, _DETECTION)[0] for pair in zip(outputs, sizes, strict=True)]
 
-    def sort_out() -> None:
+    def decode_and_suppress() -> None:
         for pair in zip(outputs, sizes, strict=True):
             postprocess(*pair, best.model.model_config, _DETECTION)
 
@@ -166,7 +166,7 @@ def stages(detectors: Mapping[str, FaceDetector], files: Sequence[tuple[str, Pat
     return {
         "read": lambda: [read_image(path) for path in paths],
         **{f"forward, {name}": partial(_all, detector.backend, tensors) for name, detector in detectors.items()},
-        "decode, suppress": sort_out,
+        "decode, suppress": decode_and_suppress,
         "draw, write": draw_and_write,
     }
 
@@ -177,7 +177,7 @@ def _all(function: Callable[[torch.Tensor], object], tensors: Sequence[torch.Ten
 
 
 def our_detectors(model: RetinaFace) -> dict[str, FaceDetector]:
-    """The model as it is, fused, and where it is installed in ONNX Runtime, which is the fastest."""
+    """Our detector with each backend; the last one is the fastest, ONNX Runtime if it is installed."""
     backends = {"eager": "torch", "torch": "torch"} | ({} if missing_onnx_packages() else {"onnx": "onnx"})
     detectors = {
         name: FaceDetector(copy.deepcopy(model), _DETECTION, ComputeOptions(backend, max_pixels=0))
@@ -192,7 +192,7 @@ def our_detectors(model: RetinaFace) -> dict[str, FaceDetector]:
 
 @torch.inference_mode()
 def compare(title: str, contenders: Contenders, images: int, repeats: int) -> dict[str, float]:
-    """Let the contenders take turns, print their medians, and return them in seconds."""
+    """Run the contenders in turns, print their median times, and return them in seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(repeats + 1):
         for name, contender in contenders.items():
@@ -217,7 +217,7 @@ def find_images(folder: Path, limit: int) -> list[tuple[str, Path]]:
 def measure_pipeline(
     model: RetinaFace, files: Sequence[tuple[str, Path]], yunet: Path | None, repeats: int
 ) -> FaceDetector:
-    """Compare all contenders; returns the fastest of ours."""
+    """Compare all pipelines; returns the fastest of our detectors."""
     detectors = our_detectors(model)
     best = list(detectors)[-1]
     with TemporaryDirectory() as name:
@@ -237,7 +237,7 @@ def measure_pipeline(
 
 
 def measure_masks(detector: FaceDetector, files: Sequence[tuple[str, Path]], repeats: int) -> None:
-    """What `--mask` costs for each face that `inference.py` would find."""
+    """Measure the cost of `--mask` for each face that `inference.py` would find."""
     images = [read_image(path) for _, path in files]
     found = [detector.detect(image) for image in images]
     surest = [faces.boxes[faces.scores > PostprocessConfig.confidence_threshold].numpy() for faces in found]
@@ -250,17 +250,17 @@ def measure_masks(detector: FaceDetector, files: Sequence[tuple[str, Path]], rep
 
 
 def measure_memory(files: Sequence[tuple[str, Path]], weights: Path, threads: int) -> None:
-    """The most that the command holds, in a process of its own."""
+    """Measure the peak memory of the command in a process of its own."""
     with TemporaryDirectory() as name:
-        pictures = Path(name) / "pictures.txt"
-        pictures.write_text("".join(f"{path.absolute()}\n" for _, path in files), encoding="utf-8")
+        images = Path(name) / "images.txt"
+        images.write_text("".join(f"{path.absolute()}\n" for _, path in files), encoding="utf-8")
         flags = [f"--model_weight={weights.absolute()}", "--experiment_name=bench"]
-        peak = measure(pictures, Path(name) / "out", 1, flags, threads).peak_megabytes
+        peak = measure(images, Path(name) / "out", 1, flags, threads).peak_megabytes
     print(f"peak memory of inference.py: {peak:.0f} MB")
 
 
 def measure_resnet(repeats: int) -> None:
-    """A cascade on ResNet-50 with random weights."""
+    """Measure a cascade on ResNet-50 with random weights."""
     torch.manual_seed(0)
     model = RetinaFace(usual_config("resnet50")).eval()
     image = torch.randint(0, 256, (1, _SIDE, _SIDE, 3), dtype=torch.uint8)
@@ -275,8 +275,8 @@ def measure_resnet(repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, default=ROOT / "data/sample_widerface/images", help="folder of pictures")
-    parser.add_argument("--limit", type=int, default=100, help="pictures at most (default: 100)")
+    parser.add_argument("--images", type=Path, default=ROOT / "data/sample_widerface/images", help="folder of images")
+    parser.add_argument("--limit", type=int, default=100, help="maximum number of images (default: 100)")
     parser.add_argument(
         "--model_weight",
         type=Path,
@@ -284,7 +284,7 @@ def main() -> None:
         help="any supported checkpoint (default: the shipped one)",
     )
     parser.add_argument("--yunet", type=Path, help="OpenCV's face_detection_yunet .onnx, to compare with")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the model")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the model")
     parser.add_argument("--repeats", type=int, default=5, help="turns of which the median is shown (default: 5)")
     parser.add_argument("--no_resnet", action="store_true", help="leave the ResNet-50 out, which takes a minute")
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
-"""Training steps a second against biubug6/Pytorch_Retinaface's loop: python -m benchmarks.training --dataset=FOLDER.
+"""Training steps per second, and those of biubug6/Pytorch_Retinaface: python -m benchmarks.training --dataset=FOLDER.
 
-The other loop is stated here in the words of this project: augmentation on float images, matching image by image,
+Their loop is reimplemented here with the types of this project: augmentation on float images, matching image by image,
 mining over the whole batch, the model in PyTorch's default layout. Model, batch and images are the same for both,
 data loading is included, and the two take turns.
 """
@@ -40,8 +40,8 @@ MODEL = usual_config("mobilenet0.25", num_anchor=2, cascade=False, model_version
 _MEAN = np.array(MODEL.pixel_mean, np.float32)
 
 
-class Speed(RunLog):
-    """Keeps how fast each epoch was."""
+class SpeedLog(RunLog):
+    """Records the speed of each epoch."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -52,13 +52,13 @@ class Speed(RunLog):
 
 
 def our_images_per_second(images: Sequence[LabelledImage], side: int, batch_size: int, workers: int) -> float:
-    """Of the second of two epochs."""
+    """Measure the speed of our loop in the second of two epochs."""
     config = ExperimentConfig(
         model=MODEL,
-        data=DataConfig(im_size=side, mosaic_probability=0, num_workers=workers),  # as the reference shows them
+        data=DataConfig(im_size=side, mosaic_probability=0, num_workers=workers),  # as in the reference
         train=TrainConfig(epochs=2, batch_size=batch_size, learning_rate=1e-3, save_minutes=0),
     )
-    speed = Speed()
+    speed = SpeedLog()
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         Trainer(RetinaFace(MODEL), config, Experiment(Path(folder)), TrainingData(images), speed).fit()
@@ -84,7 +84,7 @@ class ReferenceDataset(Dataset[tuple[Tensor, np.ndarray]]):
         known = np.where(labelled.faces.has_landmarks, 1.0, -1.0)[:, None]
         points = labelled.faces.landmarks.reshape(-1, 10)
         faces = np.concatenate([labelled.faces.boxes, points, known], axis=1).astype(np.float32)
-        image, faces = _cut_out(image, faces, self.side)
+        image, faces = _crop(image, faces, self.side)
         image = _distort(image)
         height, width = image.shape[:2]
         longest = max(height, width)
@@ -101,8 +101,8 @@ class ReferenceDataset(Dataset[tuple[Tensor, np.ndarray]]):
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), faces
 
 
-def _cut_out(image: np.ndarray, faces: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Try squares of random size and place until one holds the centre of a face that is large enough in it."""
+def _crop(image: np.ndarray, faces: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Crop a random square that contains the centre of a face that is large enough in it."""
     height, width = image.shape[:2]
     for _ in range(250):
         length = int(np.random.choice([0.3, 0.45, 0.6, 0.8, 1.0]) * min(height, width))
@@ -121,7 +121,7 @@ def _cut_out(image: np.ndarray, faces: np.ndarray, side: int) -> tuple[np.ndarra
 
 
 def _distort(image: np.ndarray) -> np.ndarray:
-    """Brightness, contrast, saturation and hue, each half of the time, on float copies."""
+    """Change brightness, contrast, saturation and hue, each with probability 0.5, on float copies."""
 
     def change(part: np.ndarray, factor: float = 1.0, offset: float = 0.0) -> None:
         values = part.astype(np.float32) * factor + offset
@@ -145,7 +145,7 @@ def _collate(items: Sequence[tuple[Tensor, np.ndarray]]) -> tuple[Tensor, list[T
 
 
 def reference_loss(boxes: Tensor, logits: Tensor, landmarks: Tensor, targets: Sequence[Tensor], side: int) -> Tensor:
-    """The multibox loss, matched in a loop over the images."""
+    """Compute the multibox loss, matching in a loop over the images."""
     priors = prior_boxes((side, side), MODEL.levels)
     corners = box_convert(priors, "cxcywh", "xyxy")
     labels = torch.zeros(logits.shape[:2], dtype=torch.long)
@@ -182,7 +182,7 @@ def reference_loss(boxes: Tensor, logits: Tensor, landmarks: Tensor, targets: Se
 
 
 def reference_images_per_second(images: Sequence[LabelledImage], side: int, batch_size: int, workers: int) -> float:
-    """Of one epoch, from its first batch on, with the loader started anew as the reference does each epoch."""
+    """Measure the speed of the reference loop in one epoch, with the start of the loader, as it does every epoch."""
     torch.manual_seed(0)
     model = RetinaFace(MODEL).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
@@ -201,9 +201,9 @@ def reference_images_per_second(images: Sequence[LabelledImage], side: int, batc
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", type=Path, required=True, help="folder with train/images and train/label.txt")
-    parser.add_argument("--sides", type=int, nargs="+", default=[320, 640], help="of the crops (default: 320 640)")
+    parser.add_argument("--sides", type=int, nargs="+", default=[320, 640], help="crop sides (default: 320 640)")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=12, help="batches a measurement (default: 12)")
+    parser.add_argument("--steps", type=int, default=12, help="batches per measurement (default: 12)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="measurements of which the median is shown (default: 3)")
     arguments = parser.parse_args()

@@ -48,7 +48,7 @@ GROUPS = (RunOptions(), WeightOptions(), ExportOptions(), ExperimentConfig().inf
 _CHECKED_IMAGE = DATA / "sample_widerface/images/astronaut.jpg"
 _CHECKED_SHAPES = ((1, 160, 160, 3), (2, 97, 210, 3))
 _PIXEL_TOLERANCE = 0.05
-_LEAST_IOU = 0.9  # for reduced images, because the two resizing filters differ slightly
+_MIN_IOU = 0.9  # for reduced images, because the two resizing filters differ slightly
 _TOLERANCE = 1e-3  # for logits and deltas: 0.01 pixels in a box of 100 pixels
 
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if output.is_dir():
         raise ConfigError(f"--output={output}: is a folder; give the name of a file in it, such as {output}/faces.onnx")
     if not output.parent.is_dir():
-        raise ConfigError(f"--output={output}: there is no folder {output.parent}; make it, or choose another")
+        raise ConfigError(f"--output={output}: there is no folder {output.parent}; create it, or choose another")
     graph = detector_graph(model, config, options.max_pixels) if options.with_nms else raw_graph(model)
     with disk_errors(output), atomic_write(output) as temporary:
         temporary.write_bytes(graph)
@@ -124,9 +124,7 @@ def largest_detection_difference(
         factor = math.sqrt(2 * compute.max_pixels / image[..., 0].size)
         large = cv2.resize(image, None, fx=factor, fy=factor)
         found, boxes = detector.detect(large), torch.from_numpy(session.run(None, {"images": large[None]})[0])
-        if len(found) != len(boxes) or (
-            len(boxes) and box_iou(found.boxes, boxes).max(dim=1).values.min() < _LEAST_IOU
-        ):
+        if len(found) != len(boxes) or (len(boxes) and box_iou(found.boxes, boxes).max(dim=1).values.min() < _MIN_IOU):
             return math.inf
     found = detector.detect(image)
     names, values = detector_output_names(model.model_config), session.run(None, {"images": image[None]})

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def inference(argv: Sequence[str] | None = None) -> InferenceResults:
     """Run the command and return its results, for callers in Python. All masks are held in memory.
 
-    With `--resume`, and in one of several processes, the results are those of this call only.
+    With `--resume` or several processes, only the results that this call computed are returned.
 
     Raises:
         UserError: an option, the checkpoint or the input cannot be used; the message says what to do.

@@ -243,7 +243,7 @@ def open_teacher(config: ExperimentConfig, device: torch.device) -> Teacher | No
     checkpoint = load_checkpoint(user_path(config.train.teacher))
     model_config = dataclasses.replace(checkpoint.model_config, image_pyramid=config.model.image_pyramid)
     if pyramid_levels(model_config) != pyramid_levels(config.model):
-        raise ConfigError(f"--teacher {checkpoint.path}: its anchors are not those of the model; choose another")
+        raise ConfigError(f"--teacher {checkpoint.path}: its anchors differ from the model's; choose another")
     model = build_model(model_config)
     initialise_from_detector(model, checkpoint)
     return Teacher(model.to(device))

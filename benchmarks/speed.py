@@ -240,10 +240,10 @@ def measure_masks(detector: FaceDetector, files: Sequence[tuple[str, Path]], rep
     """Measure the cost of `--mask` for each face that `inference.py` would find."""
     images = [read_image(path) for _, path in files]
     found = [detector.detect(image) for image in images]
-    surest = [faces.boxes[faces.scores > PostprocessConfig.confidence_threshold].numpy() for faces in found]
+    confident = [faces.boxes[faces.scores > PostprocessConfig.confidence_threshold].numpy() for faces in found]
     with HeadSegmenter() as segmenter:
         for _ in range(repeats):
-            for image, boxes in zip(images, surest, strict=True):
+            for image, boxes in zip(images, confident, strict=True):
                 for box in boxes:
                     segmenter.segment(image, box)
         print(f"\nmasks: {segmenter.describe()}")

@@ -181,7 +181,7 @@ class TrainConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.ema_decay < 1, f"--ema_decay must lie in [0, 1), got {self.ema_decay}")
-        require(not (self.freeze_bn and self.sync_bn), "--freeze_bn leaves --sync_bn nothing to do; drop one of them")
+        require(not (self.freeze_bn and self.sync_bn), "--sync_bn has no effect with --freeze_bn; drop one of them")
 
 
 @dataclass(frozen=True)

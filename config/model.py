@@ -194,7 +194,7 @@ class ModelConfig(Options):
         require(not self.two_resolutions or not is_resnet, "--two_resolutions needs --backbone=mobilenet0.25")
         require(
             not self.two_resolutions or self.levels[0].stride == 4,
-            "--two_resolutions needs a level of stride 4, as --strides=4,8,16,32 with --anchor_sizes",
+            "--two_resolutions needs a level of stride 4, such as --strides=4,8,16,32 with --anchor_sizes",
         )
         require(self.norm == "batch" or is_resnet, "norm group needs a ResNet")
         require(

@@ -1,4 +1,4 @@
-"""From image files to prediction files in the format of the WIDER FACE evaluation."""
+"""Detection in image files, with predictions in the format of the WIDER FACE evaluation."""
 
 from __future__ import annotations
 

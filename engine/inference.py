@@ -1,4 +1,4 @@
-"""From images to detections, masks and result files."""
+"""Inference: detections, head masks and result files of a source of images."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class InferenceRun:
         several processes nor resumed.
 
         Raises:
-            ConfigError: they do not; the message says what to do instead.
+            ConfigError: an option does not fit; the message says what to do instead.
         """
         outputs = [(self.folder / name).resolve() for name in OUTPUT_FOLDERS]
         for folder in self.source.folders:

@@ -19,7 +19,7 @@ from utils.runtime.threads import map_in_order
 from utils.structures import Detections
 
 BATCH_SIZE = 8  # images of the same size in one forward pass
-_MAX_PIXELS_IN_FLIGHT = 8 << 20  # of all images being processed, unless a single one has more
+_MAX_PIXELS_IN_FLIGHT = 8 << 20  # total of the images being processed, unless a single one has more
 _NO_DETECTIONS = Detections(torch.zeros(0, 4), torch.zeros(0), None)
 
 Detected = tuple[InputImage, Detections]

@@ -317,7 +317,7 @@ class Trainer:
         """
         saved = checkpoint.training
         if checkpoint.model_config != self.config.model:
-            raise CheckpointError(f"{checkpoint.path}: is of another architecture; use another --experiment_name")
+            raise CheckpointError(f"{checkpoint.path}: has another architecture; use another --experiment_name")
         if checkpoint.experiment and checkpoint.experiment.train.optimizer != self.config.train.optimizer:
             raise CheckpointError(
                 f"{checkpoint.path}: was trained with --optimizer={checkpoint.experiment.train.optimizer}; keep it, or "

@@ -38,7 +38,7 @@ class TrainingData:
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """Progress of a training run.
 
     Attributes:
         epoch: number of completed epochs.

@@ -16,7 +16,7 @@ IGNORED = -2
 MIN_FORCED_IOU = 0.2
 # A prior with a higher IoU with an ignored or unreachable face does not count as background.
 MAX_BACKGROUND_IOU = 0.1
-_FACES_AT_ONCE = 64  # bounds the memory of the IoU matrix in crowds
+_FACES_PER_CHUNK = 64  # bounds the memory of the IoU matrix in crowds
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def _match_image(boxes: Tensor, ignored: Tensor, corners: Tensor, stage: StageCo
         return best_face
     forced = torch.full_like(best_face, BACKGROUND)
     near_ignored = torch.zeros(len(corners), dtype=torch.bool, device=corners.device)
-    for part in torch.arange(len(boxes), device=corners.device).split(_FACES_AT_ONCE):
+    for part in torch.arange(len(boxes), device=corners.device).split(_FACES_PER_CHUNK):
         iou = paired_iou(boxes[part].unsqueeze(1), corners)
         face_iou, face_prior = iou.max(dim=1)
         is_reachable = face_iou >= (MIN_FORCED_IOU if stage.force_match else stage.match_iou)

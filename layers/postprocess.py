@@ -72,8 +72,8 @@ def filter_and_decode(
     """
     logits = output.class_logits.flatten(0, 1)
     class_exponent = 1.0 if output.iou_logits is None else model_config.score_exponent
-    least_logit = _least_logit(config.confidence_threshold, class_exponent * model_config.score_power)
-    chosen = torch.nonzero(logits[:, 1] - logits[:, 0] > least_logit).squeeze(1)
+    min_difference = _min_logit_difference(config.confidence_threshold, class_exponent * model_config.score_power)
+    chosen = torch.nonzero(logits[:, 1] - logits[:, 0] > min_difference).squeeze(1)
 
     iou_logits = None if output.iou_logits is None else output.iou_logits.flatten()[chosen]
     scores = fuse_scores(logits[chosen], iou_logits, model_config.score_exponent, model_config.score_power)
@@ -90,7 +90,7 @@ def filter_and_decode(
     return Detections(boxes, scores, landmarks), chosen // count, is_above
 
 
-def _least_logit(score_threshold: float, exponent: float) -> float:
+def _min_logit_difference(score_threshold: float, exponent: float) -> float:
     """The smallest difference of class logits for which a score may exceed the threshold, whatever the IoU is.
 
     (p^a * iou^(1-a))^b > t requires p^(a b) > t, because the other factor is at most 1.

@@ -1,4 +1,4 @@
-"""How the raw outputs of a trained model are computed: by PyTorch, `torch.compile` or ONNX Runtime."""
+"""Backends that compute the raw outputs of a trained model: PyTorch, `torch.compile` and ONNX Runtime."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from utils.runtime.experiment import load_config
 from utils.runtime.files import atomic_write, user_path
 
 FORMAT = "retinaface-2"
-_OWN_FORMATS = ("retinaface-1", FORMAT)
+_FORMATS = ("retinaface-1", FORMAT)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def load_checkpoint(path: Path, overrides: ModelOverrides | None = None) -> Chec
     overrides = overrides or ModelOverrides()
     content = _read(path)
     try:
-        if content.get("format") in _OWN_FORMATS:
+        if content.get("format") in _FORMATS:
             checkpoint = _read_own(path, content)
         else:
             kind, model_config, state, note = read_foreign(path, _plain_state(content), overrides)
@@ -147,7 +147,7 @@ def load_backbone(path: Path, backbone: str) -> tuple[State, bool]:
         CheckpointError: the file is missing, unreadable, of an unknown kind, or contradicts the arguments.
     """
     content = _read(path)
-    state = _read_own(path, content).state if content.get("format") in _OWN_FORMATS else _plain_state(content)
+    state = _read_own(path, content).state if content.get("format") in _FORMATS else _plain_state(content)
     is_imagenet = True
     for prefix in ("backbone.", "body."):
         if any(name.startswith(prefix) for name in state):
@@ -191,9 +191,9 @@ def _plain_state(content: Mapping[str, Any]) -> State:
 
 def _read_own(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     if not {"config", "model"} <= content.keys():
-        raise CheckpointError(f"{path}: a checkpoint of ours without its configuration or weights; it is damaged")
+        raise CheckpointError(f"{path}: lacks the configuration or the weights of a checkpoint; it is damaged")
     if not all(isinstance(tensor, Tensor) for tensor in content["model"].values()):
-        raise CheckpointError(f"{path}: has weights that are no tensors; it is damaged")
+        raise CheckpointError(f"{path}: has weights that are not tensors; it is damaged")
     experiment = from_dict(ExperimentConfig, content["config"], where=str(path))
     beside = path.parent.parent / "config.json"
     if beside.is_file() and load_config(beside).model != experiment.model:

@@ -29,7 +29,7 @@ _TORCH = ComputeOptions(backend="torch")
 
 
 @functools.cache
-def _keep_forks_alive() -> None:
+def _limit_threads_after_fork() -> None:
     """Make processes that are forked from this one compute on a single thread.
 
     The threads of the parent do not exist in them, and PyTorch and OpenCV would wait for these threads forever. ONNX
@@ -60,7 +60,7 @@ class FaceDetector:
         Raises:
             ConfigError: the backend is unavailable.
         """
-        _keep_forks_alive()
+        _limit_threads_after_fork()
         self.model = model.eval().to(memory_format=torch.channels_last)
         self.config = config
         self.max_pixels = compute.max_pixels

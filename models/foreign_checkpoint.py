@@ -57,7 +57,7 @@ def read_foreign(path: Path, state: State, overrides: ModelOverrides) -> tuple[s
     else:
         names = ", ".join(list(state)[:3]) or "no tensors"
         raise CheckpointError(
-            f"{path}: not a detector's checkpoint that is known here (ours, SNU_FaceDetection's or biubug6's); "
+            f"{path}: not a detector's checkpoint that is supported (this project's, SNU_FaceDetection's, biubug6's); "
             f"it holds {names} ..."
         )
     backbone = recognise_backbone(state, "body.", path)
@@ -74,7 +74,7 @@ def read_foreign(path: Path, state: State, overrides: ModelOverrides) -> tuple[s
     except (KeyError, ConfigError) as error:
         raise CheckpointError(f"{path}: looks like a checkpoint of {kind}, but lacks or contradicts {error}") from None
     model_config, note = _infer_missing(path, usual, overrides)
-    renamed = {_own_name(name): value for name, value in state.items() if not _UNUSED_BY_THE_ORIGINAL.match(name)}
+    renamed = {_translate_name(name): value for name, value in state.items() if not _UNUSED_BY_THE_ORIGINAL.match(name)}
     return kind, model_config, renamed, note
 
 
@@ -134,7 +134,7 @@ _RENAMINGS: list[tuple[re.Pattern[str], Callable[[re.Match[str]], str]]] = [
 ]
 
 
-def _own_name(name: str) -> str:
+def _translate_name(name: str) -> str:
     for pattern, rename in _RENAMINGS:
         if match := pattern.fullmatch(name):
             return rename(match)

@@ -13,7 +13,7 @@ from torchvision.ops import DeformConv2d
 
 from config import ModelConfig
 
-_GROUPS = 32  # of group normalisation (arXiv:1803.08494)
+_GROUPS = 32  # groups of group normalisation (arXiv:1803.08494)
 
 
 def norm_layer(kind: str) -> Callable[[int], nn.Module]:

@@ -24,7 +24,7 @@ def draw_detections(image: np.ndarray, detections: Detections) -> np.ndarray:
 
     Args:
         image: (H, W, 3) uint8 BGR.
-        detections: in pixels of the image.
+        detections: faces in pixels of the image.
     """
     canvas = image.copy()
     unit = max(1.0, min(image.shape[:2]) / 500)

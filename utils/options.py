@@ -19,7 +19,7 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Declaration:
-    """What `option` records about a field: its help text, its permitted values and how its flag is parsed."""
+    """The declaration of an option field: its help text, its permitted values and how its flag is parsed."""
 
     help: str
     choices: tuple[Any, ...] | None

@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_iou
 
-_LEAST_IOU = 0.3
+_MIN_IOU = 0.3
 # Standard deviations relative to the size of the face: of a detected box, and of the change of velocity per frame.
 _MEASUREMENT_NOISE, _VELOCITY_NOISE = 0.05, 0.02
 
@@ -60,7 +60,7 @@ def _match(expected: np.ndarray, boxes: np.ndarray) -> Sequence[tuple[int, int]]
     """Pairs of expected and detected boxes with the largest sum of IoUs, except those that hardly overlap."""
     overlaps = box_iou(torch.from_numpy(expected), torch.from_numpy(boxes)).numpy()
     rows, columns = linear_sum_assignment(overlaps, maximize=True)
-    return [(row, column) for row, column in zip(rows, columns, strict=True) if overlaps[row, column] >= _LEAST_IOU]
+    return [(row, column) for row, column in zip(rows, columns, strict=True) if overlaps[row, column] >= _MIN_IOU]
 
 
 class _Track:

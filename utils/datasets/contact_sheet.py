@@ -14,7 +14,7 @@ from utils.datasets.face_dataset import Batch
 from utils.drawing import BOX_COLOUR, arrange_tiles, draw_box, draw_landmarks
 from utils.runtime.images import write_image
 
-_LARGEST_TILE = 320
+_MAX_TILE_SIDE = 320
 
 
 def write_contact_sheet(path: Path, batches: Iterable[Batch], count: int) -> None:
@@ -34,7 +34,7 @@ def write_contact_sheet(path: Path, batches: Iterable[Batch], count: int) -> Non
 
 def draw_crops(batch: Batch) -> list[np.ndarray]:
     """Draw boxes and landmarks into B crops, each (T, T, 3) uint8 BGR of at most 320 pixels."""
-    side = min(batch.images.shape[2], _LARGEST_TILE)
+    side = min(batch.images.shape[2], _MAX_TILE_SIDE)
     targets, counts = batch.targets, batch.targets.counts
     boxes = (targets.boxes * side).split(counts)
     landmarks = (targets.landmarks * side).split(counts)

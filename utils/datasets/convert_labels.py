@@ -96,7 +96,7 @@ def part_of_label_file(source: Path, to: str | None, landmarks: Path | None, cop
     if to is None:
         raise UserError(f"{source} is a file: --to must name the file to write")
     if copy:
-        raise UserError(f"{source} is a file: --copy, which is for images, does nothing; drop it")
+        raise UserError(f"{source} is a file: --copy, which is for images, has no effect; drop it")
     if user_path(to).is_dir():
         raise UserError(f"--to {to}: is a folder; name the file to write")
     return Part(source, user_path(to), partial(convert_labels, landmarks=landmarks))
@@ -186,7 +186,7 @@ def match_faces(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.n
 def link(source: Path, target: Path) -> str:
     """Make a symbolic link, replacing an existing link; a folder of images is never deleted."""
     if target.is_dir() and not target.is_symlink():
-        raise UserError(f"{target}: is a folder; remove it to have a link in its place, or add --copy to copy into it")
+        raise UserError(f"{target}: is a folder; remove it to make a link instead, or add --copy to copy into it")
     with atomic_write(target) as temporary:
         temporary.symlink_to(source.resolve(), target_is_directory=True)
     return f"link to {source}"

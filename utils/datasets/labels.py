@@ -21,8 +21,8 @@ _BOX_VALUES = 4
 _LANDMARK_VALUES = 3 * LANDMARKS_PER_FACE  # x, y and a flag for each landmark
 _FACE_VALUES = _BOX_VALUES + _LANDMARK_VALUES
 _UNKNOWN_LANDMARKS = [-1.0] * _LANDMARK_VALUES
-_LARGEST_NORMALISED = 2.0  # the sum of a coordinate and a width, each at most 1
-_LARGEST = float(np.finfo(np.float32).max)
+_MAX_NORMALISED_SUM = 2.0  # the sum of a coordinate and a width, each at most 1
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 class DatasetError(UserError):
@@ -63,7 +63,7 @@ def read_labels(label_file: Path, images: Path) -> list[LabelledImage]:
         faces_of.setdefault(images / name, []).extend(faces)
     labelled = [_labelled_image(path, faces) for path, faces in faces_of.items()]
     largest = np.concatenate([image.faces.boxes.max(axis=1) for image in labelled if len(image.faces)] or [[math.inf]])
-    if np.median(largest) <= _LARGEST_NORMALISED:
+    if np.median(largest) <= _MAX_NORMALISED_SUM:
         raise DatasetError(f"{label_file}: its boxes are normalised to 0..1; expected pixels of the image")
     return labelled
 
@@ -224,7 +224,7 @@ def _parse_numbers(line: _Line, meanings: Mapping[int, str]) -> list[float]:
         values = list(map(float, line.text.split()))
     except ValueError:
         raise DatasetError(f"{line.where}: expected numbers, got {line.text!r}") from None
-    if not all(-_LARGEST <= value <= _LARGEST for value in values):
+    if not all(-_MAX_FLOAT32 <= value <= _MAX_FLOAT32 for value in values):
         raise DatasetError(f"{line.where}: expected finite numbers, got {line.text!r}")
     if len(values) not in meanings:
         expected = " or ".join(f"{count} numbers ({meaning})" for count, meaning in meanings.items())

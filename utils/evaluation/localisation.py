@@ -35,7 +35,7 @@ def localisation_ap(predictions: Mapping[str, np.ndarray], truths: Sequence[Grou
     """Evaluate predictions by `faster-coco-eval`, whose figures equal those of pycocotools.
 
     Args:
-        predictions: for each `GroundTruth.name`, (N, 5) x, y, width, height, score; no entry means no predictions.
+        predictions: (N, 5) x, y, width, height, score, by `GroundTruth.name`; no entry means no predictions.
         truths: ground truth of at least one image.
     """
     from faster_coco_eval import COCO, COCOeval_faster  # takes a second to import

@@ -22,7 +22,7 @@ from utils.runtime.files import atomic_write
 # Boundaries of the classes of face height, in pixels of the original image.
 _HEIGHTS = (16, 32, 64, 128)
 _SUSPICIOUS_AP = 0.1
-_LARGEST_NORMALISED = 2.0  # the sum of a coordinate and a width, each at most 1
+_MAX_NORMALISED_SUM = 2.0  # the sum of a coordinate and a width, each at most 1
 CONFIDENT_SCORE = 0.5  # the default threshold of inference.py
 _TABLE_COLUMNS = (
     "date experiment checkpoint ground_truth images easy medium hard all images_per_second protocol".split()
@@ -102,7 +102,7 @@ def suspected_form(predictions: Mapping[str, np.ndarray], faces: EvaluationSet, 
         evaluation: evaluation of these predictions.
     """
     rows = np.concatenate(list(predictions.values()))
-    if len(rows) and np.median(rows[:, :4].max(axis=1)) <= _LARGEST_NORMALISED:
+    if len(rows) and np.median(rows[:, :4].max(axis=1)) <= _MAX_NORMALISED_SUM:
         return "its boxes look normalised to 0..1"
     least = _SUSPICIOUS_AP + list(evaluation.average_precisions.values())[-1]
     if least > 2 * _SUSPICIOUS_AP:

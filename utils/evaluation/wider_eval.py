@@ -127,8 +127,8 @@ def evaluate(
     If all scores are equal, every prediction passes every threshold. Predictions of equal score keep their order.
 
     Args:
-        predictions: for each `GroundTruth.name`, (N, 5) finite x, y, width, height, score; a missing
-            entry means no predictions. Scores may have any range.
+        predictions: (N, 5) finite x, y, width, height, score, by `GroundTruth.name`; no entry means no
+            predictions. Scores may have any range.
         truths: ground truth of at least one image; all have the same subsets.
         count_negatives: whether predictions in images without faces are false positives. The official tool ignores
             them.

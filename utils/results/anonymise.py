@@ -18,7 +18,7 @@ _REGION_SCALE = 1.3
 # Number of cells that remain along the shorter side of a hidden region, whatever its size.
 _CELLS = 6
 # A mask is used only if it covers this fraction of the face, because segmentation fails for some faces.
-_LEAST_COVERED = 0.9
+_MIN_COVERED_FRACTION = 0.9
 
 
 def anonymise(image: np.ndarray, boxes: np.ndarray, method: str, heads: Sequence[HeadMask] | None = None) -> np.ndarray:
@@ -74,7 +74,7 @@ def _mask_shape(head: HeadMask, box: np.ndarray, region: tuple[int, int, int, in
         ]
         mask[y1 - top : y2 - top, x1 - left : x2 - left] = part > 0
     face = _ellipse(box, region, 1.0)
-    is_covered = mask[face].mean() >= _LEAST_COVERED if face.any() else False
+    is_covered = mask[face].mean() >= _MIN_COVERED_FRACTION if face.any() else False
     return mask | face if is_covered else ellipse
 
 

@@ -85,7 +85,7 @@ def write_page(folder: Path, head: PageHead, entries: Iterable[Mapping[str, Any]
     Args:
         folder: folder of the page.
         head: content around the images.
-        entries: for each image `name`, and `skipped`, the reason, or `width`, `height`, `thumbnail` and `source`,
+        entries: for each image, `name`, and `skipped`, the reason, or `width`, `height`, `thumbnail` and `source`,
             URLs relative to the page, and `faces`. A face has a `box` and, if known, `score`, `landmarks`, `kind`,
             `files` (URLs by kind) and `track`. Entries are iterated over once and not held in memory.
         count: number of entries.
@@ -117,7 +117,7 @@ def check_page_is_ours(folder: Path) -> None:
     """Check that no index.html by a person or another program would be replaced.
 
     Raises:
-        UserError: one would be; the message says what to do instead.
+        UserError: there is such an index.html; the message says what to do instead.
     """
     path = folder / PAGE_NAME
     if path.exists() and not _is_ours(path):

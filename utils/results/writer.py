@@ -102,7 +102,7 @@ class ResultWriter:
         self._names = {name.lower() for name in names} if output.drawings else set[str]()
         self._next_position = 0
         self.start: RunStart = run_on_main(lambda: self._begin(threads, resume))
-        run_on_all(self._check_like_main)
+        run_on_all(self._check_settings_of_main)
         self._records = run_on_all(self._open_shard)
 
     def _begin(self, threads: int | None, resume: bool) -> RunStart:
@@ -135,7 +135,7 @@ class ResultWriter:
             self._store.begin({"settings": self._settings, "threads": threads, "former_files": former})
             return RunStart(self._settings, np.arange(0), threads, False, note)
 
-    def _check_like_main(self) -> None:
+    def _check_settings_of_main(self) -> None:
         """Check that this process has the settings of the main one."""
         other = first_difference(self.start.settings, self._settings)
         if other is not None:
@@ -303,7 +303,7 @@ class ResultWriter:
             return self._write_frame(name, drawing, self.output.frames_per_second)
         if PurePosixPath(name).suffix.lower() not in WRITABLE_SUFFIXES:
             name += ".png"
-            while name.lower() in self._names:  # the name of another image
+            while name.lower() in self._names:  # another image already has this name
                 name += ".png"
         return [self._write(f"result_images/{name}", drawing)]
 

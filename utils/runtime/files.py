@@ -16,7 +16,7 @@ from tempfile import TemporaryFile
 from utils.errors import UserError
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
-_LONGEST_NAME = 255  # in bytes, in common file systems
+_MAX_NAME_BYTES = 255  # limit of common file systems
 
 
 def user_path(text: str) -> Path:
@@ -91,10 +91,10 @@ def one_line(name: str) -> str:
 def shortened(relative: str) -> str:
     """Shorten the last name of a relative path if file systems do not permit it; a digest makes it unique."""
     parent, separator, name = relative.rpartition("/")
-    if len(os.fsencode(name)) <= _LONGEST_NAME:
+    if len(os.fsencode(name)) <= _MAX_NAME_BYTES:
         return relative
     suffix = f"~{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}{PurePosixPath(name).suffix}"
-    kept = os.fsencode(name)[: _LONGEST_NAME - len(os.fsencode(suffix))].decode("utf-8", errors="ignore")
+    kept = os.fsencode(name)[: _MAX_NAME_BYTES - len(os.fsencode(suffix))].decode("utf-8", errors="ignore")
     return f"{parent}{separator}{kept}{suffix}"
 
 

@@ -30,13 +30,13 @@ _COMPLETE_ENDINGS = (b"\xff\xd9", b"IEND\xaeB`\x82")
 # Beginnings of JPEG, PNG, BMP, TIFF and PNM, which OpenCV decodes. Pillow decodes all others, because OpenCV does not
 # rotate WebP upright and crashes on damaged JPEG 2000.
 _TIFF_BEGINNINGS = (b"II", b"MM")
-_DEEP_BEGINNINGS = (b"\x89PNG", *_TIFF_BEGINNINGS, b"P")  # of formats that may have more than 8 bits
+_DEEP_BEGINNINGS = (b"\x89PNG", *_TIFF_BEGINNINGS, b"P")  # formats that may have more than 8 bits
 _OPENCV_BEGINNINGS = (b"\xff\xd8", b"BM", *_DEEP_BEGINNINGS)
 _HEIF_BRANDS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"))
 _JPEG_END = b"\xff\xd9"
 _CHANNELS = ((), (1,), (3,), (4,))
-_LARGEST_UNIT = 2.0  # values meant for 0 to 1 may overshoot after a filter or lossy compression
-_MOST_PIXELS = 1 << 30  # OpenCV's limit
+_MAX_UNIT_VALUE = 2.0  # values meant for 0 to 1 may overshoot after a filter or lossy compression
+_MAX_PIXELS = 1 << 30  # OpenCV's limit
 
 
 # Types that are accepted as an image in Python; see `as_bgr_uint8`.
@@ -109,7 +109,7 @@ def _decode_deep(data: bytes) -> np.ndarray | None:
 
 def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, str | None]:
     """Decode the image, or the first of several; also returns a note if there are several."""
-    Image.MAX_IMAGE_PIXELS = _MOST_PIXELS
+    Image.MAX_IMAGE_PIXELS = _MAX_PIXELS
     try:
         if data[4:12] in _HEIF_BRANDS and importlib.util.find_spec("pillow_heif"):
             import pillow_heif  # an optional package
@@ -180,7 +180,7 @@ def to_8_bits(pixels: np.ndarray) -> np.ndarray:
     low, high = float(values.min(initial=0)), float(values.max(initial=0))
     if low < 0 or high > 65535:
         return ((values - low) * (255 / (high - low))).round().astype(np.uint8)
-    if pixels.dtype == bool or (pixels.dtype.kind == "f" and high <= _LARGEST_UNIT):
+    if pixels.dtype == bool or (pixels.dtype.kind == "f" and high <= _MAX_UNIT_VALUE):
         return (values.clip(max=1) * 255).round().astype(np.uint8)
     limit = next(limit for limit in (255, 4095, 65535) if high <= limit)
     return (values * (255 / limit)).round().astype(np.uint8)

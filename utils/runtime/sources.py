@@ -33,7 +33,7 @@ VIDEO_SUFFIXES = frozenset(
     ".vob .mxf .divx .mjpeg .mjpg .rm .rmvb .mod .tod .dv".split()
 )
 _READER_THREADS = 2
-_LONGEST_CAMERA = 3  # digits; longer numbers are names of folders that are missing, such as 20240102
+_MAX_CAMERA_DIGITS = 3  # longer numbers, such as 20240102, are names of missing folders
 
 
 class SourceError(UserError):
@@ -103,7 +103,7 @@ def open_source(name: str, data_root: Path, exclude: Set[Path], max_frames: int)
     found = next((path for path in candidates if path_exists(path)), None)
     if found is None and any(mark in name for mark in "*?["):
         return _match_pattern(name, candidates)
-    if found is None and name.isdecimal() and len(name) <= _LONGEST_CAMERA:
+    if found is None and name.isdecimal() and len(name) <= _MAX_CAMERA_DIGITS:
         return VideoFrames(int(name), f"camera{name}", max_frames)
     if found is None:
         raise SourceError(f"--inference_dir {name}: {missing(candidates)}")

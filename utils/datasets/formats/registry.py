@@ -19,7 +19,7 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class Format:
-    """How annotations in a format are written and read.
+    """The writer and the reader of an annotation format.
 
     Attributes:
         file: name of the file or folder among the exports of a run.

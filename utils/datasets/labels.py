@@ -92,7 +92,7 @@ _NamedFaces = tuple[str, list[list[float]]]
 
 
 @dataclass(frozen=True)
-class _HashFormat:
+class _HashForm:
     """A format in which `#` and the path of an image precede its faces.
 
     Attributes:
@@ -106,7 +106,7 @@ class _HashFormat:
     corners: bool
 
 
-_RETINAFACE = _HashFormat(
+_RETINAFACE = _HashForm(
     header="# folder/image.jpg",
     meanings={
         _BOX_VALUES: "x y w h",
@@ -117,7 +117,7 @@ _RETINAFACE = _HashFormat(
     },
     corners=False,
 )
-_LABEL_V2 = _HashFormat(
+_LABEL_V2 = _HashForm(
     header="# folder/image.jpg width height",
     meanings={
         _BOX_VALUES: "x1 y1 x2 y2",
@@ -157,7 +157,7 @@ def _parse(lines: Sequence[_Line]) -> list[_NamedFaces]:
     )
 
 
-def _parse_hash_format(lines: Sequence[_Line], form: _HashFormat) -> list[_NamedFaces]:
+def _parse_hash_format(lines: Sequence[_Line], form: _HashForm) -> list[_NamedFaces]:
     images: list[_NamedFaces] = []
     for line in lines:
         if line.text.startswith("#"):
@@ -167,14 +167,14 @@ def _parse_hash_format(lines: Sequence[_Line], form: _HashFormat) -> list[_Named
     return images
 
 
-def _split_header(text: str) -> tuple[str, _HashFormat]:
+def _split_header(text: str) -> tuple[str, _HashForm]:
     """Split a `#` line into the path and the format to which the line belongs."""
     rest = text[1:].strip()
     sized = _IMAGE_AND_SIZE.fullmatch(rest)
     return (sized[1], _LABEL_V2) if sized else (rest, _RETINAFACE)
 
 
-def _parse_header(line: _Line, form: _HashFormat) -> str:
+def _parse_header(line: _Line, form: _HashForm) -> str:
     name, own = _split_header(line.text)
     if own is not form:
         raise DatasetError(f"{line.where}: expected '{form.header}' as in the first line, got {line.text!r}")
@@ -183,7 +183,7 @@ def _parse_header(line: _Line, form: _HashFormat) -> str:
     return name
 
 
-def _parse_face(line: _Line, form: _HashFormat) -> list[float]:
+def _parse_face(line: _Line, form: _HashForm) -> list[float]:
     values = _parse_numbers(line, form.meanings)
     box = values[:_BOX_VALUES] if form.corners else _corners(values)
     if len(values) == _BOX_VALUES + 1:

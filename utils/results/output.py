@@ -19,7 +19,7 @@ class OutputOptions:
     """Outputs for every image besides its record.
 
     Attributes:
-        drawings: whether to write images with the detections drawn, or one video for a video.
+        drawings: whether to write images, or a single video, with the detections drawn.
         crops: whether to write masks and crops of every face.
         frames_per_second: frame rate of a video; None for images.
         face_files: thumbnails, crops and anonymised images to write.

@@ -1,0 +1,47 @@
+"""Commands in the documents have flags that exist, with values that are permitted; links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from config import RECIPES, ROOT
+from utils.options import parse_flags
+
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md"), *ROOT.glob("experiments/*/README.md")]
+)
+# The changelog names flags that were dropped.
+WITH_COMMANDS = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
+_COMMAND = re.compile(r"(?:python|torchrun .*?) (train|test|inference|export)\.py(.*)")
+
+
+def commands(path: Path) -> list[tuple[str, list[str]]]:
+    """The script and the arguments of every command in the code blocks of a document."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = [_COMMAND.search(line.split("#")[0]) for line in lines]
+    return [(match[1], [word for word in shlex.split(match[2]) if word != "..."]) for match in found if match]
+
+
+@pytest.mark.parametrize("path", WITH_COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_have_flags_that_exist(path: Path) -> None:
+    for script, argv in commands(path):
+        parse_flags("", importlib.import_module(script).GROUPS, argv)
+        recipes = [word.partition("=")[2] for word in argv if word.startswith("--recipe=")]
+        assert all((RECIPES / f"{name}.json").is_file() for name in recipes if name != "NAME")
+
+
+def test_there_are_commands_to_check() -> None:
+    assert sum(len(commands(path)) for path in WITH_COMMANDS) > 20
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text()):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,8 +61,9 @@ def read_labels(label_file: Path, images: Path) -> list[LabelledImage]:
     for name, faces in _parse(lines):
         faces_of.setdefault(images / name, []).extend(faces)
     labelled = [_labelled_image(path, faces) for path, faces in faces_of.items()]
-    largest = np.concatenate([image.faces.boxes.max(axis=1) for image in labelled if len(image.faces)] or [[math.inf]])
-    if np.median(largest) <= _MAX_NORMALISED_SUM:
+    boxes = np.concatenate([image.faces.boxes for image in labelled])
+    # Whole numbers are pixels, however small the boxes are.
+    if (boxes % 1).any() and np.median(boxes.max(axis=1)) <= _MAX_NORMALISED_SUM:
         raise DatasetError(f"{label_file}: its boxes are normalised to 0..1; expected pixels of the image")
     return labelled
 

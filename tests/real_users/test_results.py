@@ -14,6 +14,7 @@ import torch
 
 from config import ROOT
 from utils.evaluation.predictions import read_predictions, write_predictions
+from utils.results.face_files import FaceFileOptions
 from utils.results.masks import HeadMask
 from utils.results.output import OutputOptions
 from utils.results.writer import ResultWriter
@@ -88,6 +89,12 @@ def test_video_of_odd_size_keeps_its_last_row_and_column(tmp_path: Path) -> None
 def test_no_image_overwrites_the_drawing_of_another(tmp_path: Path, names: list[str]) -> None:
     write(tmp_path, names)
     assert len(drawn(tmp_path)) == len(names)
+
+
+def test_no_image_overwrites_the_anonymised_copy_of_another(tmp_path: Path) -> None:
+    output = OutputOptions(face_files=FaceFileOptions(anonymize="solid"))
+    write(tmp_path, ["a.gif", "a.gif.png"], output=output)
+    assert {path.name for path in (tmp_path / "anonymized").iterdir()} == {"a.gif.png", "a.gif.png.png"}
 
 
 @pytest.mark.parametrize("stem", ["x" * 251, "é" * 125, "x" * 100])

@@ -57,7 +57,7 @@ def localisation_ap(predictions: Mapping[str, np.ndarray], truths: Sequence[Grou
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         ground_truth = COCO(content)
         evaluation = COCOeval_faster(ground_truth, ground_truth.loadRes(detections), "bbox")
-        evaluation.params.maxDets = [1, 10, _MAX_DETECTIONS]
+        evaluation.params.maxDets = [_MAX_DETECTIONS]
         evaluation.params.areaRng = evaluation.params.areaRng[:1]
         evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[:1]
         evaluation.evaluate()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -13,9 +12,8 @@ import numpy as np
 
 from utils.alignment import ALIGNED_SIDE, aligned_crop, plain_crop
 from utils.results.anonymise import add_audio, anonymise
+from utils.results.image_files import OutputImages, write_crops, write_file
 from utils.results.masks import HeadMask
-from utils.runtime.files import shortened
-from utils.runtime.images import WRITABLE_SUFFIXES, write_image
 from utils.structures import Detections
 
 _THUMBNAIL_SIDE = 400
@@ -61,11 +59,14 @@ class WrittenFiles:
 class FaceFiles:
     """Writes the files that `FaceFileOptions` select. Methods raise `OSError` if a file cannot be written."""
 
-    def __init__(self, folder: Path, options: FaceFileOptions, frames_per_second: float | None) -> None:
+    def __init__(
+        self, folder: Path, options: FaceFileOptions, frames_per_second: float | None, names: Set[str] = frozenset()
+    ) -> None:
+        """Prepare to write; see `OutputImages` for `frames_per_second` and `names`."""
         self.folder = folder
         self.options = options
         self.frames_per_second = frames_per_second
-        self._video: VideoFile | None = None
+        self._anonymised = OutputImages(folder, "anonymized", frames_per_second, names)
 
     def publishable(self, image: np.ndarray, detections: Detections, heads: Sequence[HeadMask] | None) -> np.ndarray:
         """The image itself, or with `anonymize` a copy without recognisable faces."""
@@ -88,29 +89,28 @@ class FaceFiles:
         """
         written = WrittenFiles()
         if self.options.thumbnails and self._has_thumbnail(position):
-            written.entry["thumbnail"] = self._write(f"thumbnails/{position:06d}.jpg", self._thumbnail(shown))
+            written.entry["thumbnail"] = write_file(
+                self.folder, f"thumbnails/{position:06d}.jpg", self._thumbnail(shown)
+            )
             written.files.append(written.entry["thumbnail"])
         if self.options.anonymize is not None:
-            is_first = self._video is None
-            written.entry["anonymized"] = self._write_anonymised(name, shown)
-            if is_first or self.frames_per_second is None:
-                written.files.append(written.entry["anonymized"])
+            written.entry["anonymized"], is_new = self._anonymised.write(name, shown)
+            written.files += [written.entry["anonymized"]] if is_new else []
         for index in range(len(detections)):
             written.faces.append(self._write_crops(f"{crop_stem}_{index}.png", image, detections, index))
             written.files += written.faces[-1].values()
         return written
 
     def close(self) -> None:
-        """Complete the video, if there is one."""
-        if self._video is None:
+        """Complete the anonymised video, if there is one."""
+        video = self._anonymised.close()
+        if video is None:
             return
-        self._video.close()
-        problem = "without sound, because a camera has none"
+        problem: str | None = "without sound, because a camera has none"
         if self.options.video is not None:
-            problem = add_audio(self._video.path, self.options.video) or ""
+            problem = add_audio(video, self.options.video)
         if problem:
-            print(f"note: {self._video.path}: {problem}")
-        self._video = None
+            print(f"note: {video}: {problem}")
 
     def _has_thumbnail(self, position: int) -> bool:
         return self.frames_per_second is None or position % max(1, round(self.frames_per_second)) == 0
@@ -124,59 +124,10 @@ class FaceFiles:
         size = max(1, round(width * factor)), max(1, round(height * factor))
         return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
-    def _write_anonymised(self, name: str, shown: np.ndarray) -> str:
-        if self.frames_per_second is None:
-            is_writable = PurePosixPath(name).suffix.lower() in WRITABLE_SUFFIXES
-            return self._write(f"anonymized/{name if is_writable else f'{name}.png'}", shown)
-        relative = f"anonymized/{name.rsplit('_', 1)[0]}.mp4"
-        if self._video is None:
-            self._video = VideoFile(self.folder / relative, self.frames_per_second)
-        self._video.write(shown)
-        return relative
-
     def _write_crops(self, file_name: str, image: np.ndarray, detections: Detections, index: int) -> dict[str, str]:
         crops = {}
         if "plain" in self.options.crops:
             crops["crops"] = plain_crop(image, detections.boxes[index].numpy(), self.options.crop_margin)
         if "aligned" in self.options.crops and detections.landmarks is not None:
             crops["aligned"] = aligned_crop(image, detections.landmarks[index].numpy(), self.options.crop_side)
-        return {kind: self._write(f"{kind}/{file_name}", pixels) for kind, pixels in crops.items() if pixels.size}
-
-    def _write(self, relative: str, pixels: np.ndarray) -> str:
-        relative = shortened(relative)
-        write_image(self.folder / relative, pixels)
-        return relative
-
-
-class VideoFile:
-    """An .mp4 file that gets its name when it is complete."""
-
-    def __init__(self, path: Path, frames_per_second: float) -> None:
-        self.path = path
-        self._frames_per_second = frames_per_second
-        self._temporary = path.with_suffix(".tmp.mp4")
-        self._writer: cv2.VideoWriter | None = None
-
-    def write(self, frame: np.ndarray) -> None:
-        """Append a frame; all have the size of the first.
-
-        Raises:
-            OSError: the video cannot be encoded.
-        """
-        # Codecs need frames of even size: the last row and column are repeated.
-        odd_rows, odd_columns = frame.shape[0] % 2, frame.shape[1] % 2
-        frame = cv2.copyMakeBorder(frame, 0, odd_rows, 0, odd_columns, cv2.BORDER_REPLICATE)
-        if self._writer is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            codec, size = cv2.VideoWriter.fourcc(*"mp4v"), (frame.shape[1], frame.shape[0])
-            writer = cv2.VideoWriter(str(self._temporary), codec, self._frames_per_second, size)
-            if not writer.isOpened():
-                reason = f"OpenCV cannot encode it at {self._frames_per_second} frames/s"
-                raise OSError(errno.EIO, reason, str(self.path))
-            self._writer = writer
-        self._writer.write(frame)
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.release()
-            self._temporary.replace(self.path)
+        return write_crops(self.folder, file_name, crops)

@@ -14,14 +14,14 @@ import numpy as np
 
 from utils.drawing import draw_detections
 from utils.errors import ConfigError, UserError
-from utils.results.face_files import FaceFiles, VideoFile
+from utils.results.face_files import FaceFiles
 from utils.results.files import OUTPUT_FOLDERS, ResultFiles, Summary, remove_output
+from utils.results.image_files import OutputImages, write_crops
 from utils.results.masks import HeadMask, crop
 from utils.results.output import OutputOptions
 from utils.results.records import Record, RecordStore
 from utils.runtime.distributed import SINGLE_PROCESS, DistributedContext, run_on_all, run_on_main
-from utils.runtime.files import disk_errors, make_folder, remove_temporary_files, shortened
-from utils.runtime.images import WRITABLE_SUFFIXES, write_image
+from utils.runtime.files import disk_errors, make_folder, remove_temporary_files
 from utils.runtime.manifest import first_difference, require_same_settings
 from utils.structures import Detections
 
@@ -93,13 +93,14 @@ class ResultWriter:
         self._count = len(names)
         self._files = ResultFiles(folder, experiment_name)
         self._store = RecordStore(folder / ".records" / experiment_name)
-        self._video: VideoFile | None = None
-        self._face_files = FaceFiles(folder, output.face_files, output.frames_per_second)
+        needs_names = output.drawings or output.face_files.anonymize
+        lower_names = frozenset(name.lower() for name in names) if needs_names else frozenset[str]()
+        self._drawings = OutputImages(folder, "result_images", output.frames_per_second, lower_names)
+        self._face_files = FaceFiles(folder, output.face_files, output.frames_per_second, lower_names)
         # Number of images of each name, with and without suffix: `a.jpg` and `a.png` share `a`.
         has_crops = output.crops or output.face_files.crops
         labels = (label for name in names for label in {name.lower(), _stem(name).lower()}) if has_crops else ()
         self._name_counts = Counter(labels)
-        self._names = {name.lower() for name in names} if output.drawings else set[str]()
         self._next_position = 0
         self.start: RunStart = run_on_main(lambda: self._begin(threads, resume))
         run_on_all(self._check_settings_of_main)
@@ -221,9 +222,7 @@ class ResultWriter:
 
     def _close_shard(self) -> None:
         with disk_errors(self.folder):
-            if self._video is not None:
-                self._video.close()
-                self._video = None
+            self._drawings.close()
             self._face_files.close()
             self._records.close()
 
@@ -282,12 +281,13 @@ class ResultWriter:
                 face["files"] = face.get("files", {}) | crops
         files += written.files
         if self.output.drawings:
-            files += self._write_drawing(name, draw_detections(shown, detections))
+            drawing, is_new = self._drawings.write(name, draw_detections(shown, detections))
+            files += [drawing] if is_new else []
         entry = {"name": name, "width": image.shape[1], "height": image.shape[0], "faces": faces, **written.entry}
         return Record(position, name, entry, rows, files)
 
     def _write_crops(self, file_name: str, image: np.ndarray, head: HeadMask) -> dict[str, str]:
-        """Write face mask, face, head and head mask as PNG; empty ones, of faces outside the image, are skipped."""
+        """Write face mask, face, head and head mask as PNG."""
         head_pixels = crop(image, head.head_box)
         crops = {
             "masks": head.face_mask,
@@ -295,30 +295,7 @@ class ResultWriter:
             "heads": head_pixels,
             "head_masks": head.head_mask,
         }
-        return {kind: self._write(f"{kind}/{file_name}", pixels) for kind, pixels in crops.items() if pixels.size}
-
-    def _write_drawing(self, name: str, drawing: np.ndarray) -> list[str]:
-        """Write a drawing; returns the files that this creates. A video is created with its first frame."""
-        if self.output.frames_per_second is not None:
-            return self._write_frame(name, drawing, self.output.frames_per_second)
-        if PurePosixPath(name).suffix.lower() not in WRITABLE_SUFFIXES:
-            name += ".png"
-            while name.lower() in self._names:  # another image already has this name
-                name += ".png"
-        return [self._write(f"result_images/{name}", drawing)]
-
-    def _write_frame(self, name: str, drawing: np.ndarray, frames_per_second: float) -> list[str]:
-        relative = f"result_images/{name.rsplit('_', 1)[0]}.mp4"
-        is_first = self._video is None
-        if self._video is None:
-            self._video = VideoFile(self.folder / relative, frames_per_second)
-        self._video.write(drawing)
-        return [relative] if is_first else []
-
-    def _write(self, relative: str, pixels: np.ndarray) -> str:
-        relative = shortened(relative)
-        write_image(self.folder / relative, pixels)
-        return relative
+        return write_crops(self.folder, file_name, crops)
 
     def _crop_stem(self, name: str) -> str:
         return name if self._name_counts[_stem(name).lower()] > 1 else _stem(name)

@@ -33,7 +33,7 @@ from models.retinaface import RetinaFace
 from models.teacher import Teacher
 from utils.datasets.contact_sheet import write_contact_sheet
 from utils.datasets.folders import find_datasets, read_split
-from utils.datasets.labels import LabelledImage
+from utils.datasets.labels import LabelledImage, count_faces
 from utils.datasets.sampler import image_weights
 from utils.errors import ConfigError
 from utils.evaluation.ground_truth import open_validation_set
@@ -43,7 +43,6 @@ from utils.runtime.distributed import DistributedContext, distributed_context
 from utils.runtime.experiment import Experiment, load_config, load_recipe, save_config
 from utils.runtime.files import disk_errors, make_folder, user_path
 from utils.runtime.logger import RunLog
-from utils.structures import join_faces
 
 GROUPS = (RunOptions(), StartOptions(), ModelOverrides(), DataConfig(), LossConfig(), TrainConfig())
 
@@ -208,14 +207,11 @@ def open_data(config: DataConfig) -> TrainingData:
 
 def describe_faces(images: Sequence[LabelledImage]) -> str:
     """The number of faces to train on, and the number of unused faces by reason."""
-    faces = join_faces([image.faces for image in images])
-    counts = {
-        "used": len(faces) - int(faces.ignored.sum()),
-        "with landmarks": int((faces.has_landmarks & ~faces.ignored).sum()),
-        "marked to be ignored": int(faces.ignored.sum()),
-        "without area dropped": sum(image.dropped for image in images),
-    }
-    return "faces: " + ", ".join(f"{count} {meaning}" for meaning, count in counts.items())
+    counts = count_faces(images)
+    return (
+        f"faces: {counts.used} used, {counts.with_landmarks} with landmarks, {counts.ignored} marked to be ignored, "
+        f"{counts.dropped} without area dropped"
+    )
 
 
 def describe_validation(data: TrainingData) -> str:

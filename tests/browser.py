@@ -35,7 +35,9 @@ class Browser:
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
-        self._profile = tempfile.TemporaryDirectory(prefix="chromium", ignore_cleanup_errors=True)  # its children end later
+        self._profile = tempfile.TemporaryDirectory(
+            prefix="chromium", ignore_cleanup_errors=True
+        )  # its children end later
         command_read, command_write = os.pipe()
         result_read, result_write = os.pipe()
 

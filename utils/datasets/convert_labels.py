@@ -28,7 +28,7 @@ from torchvision.ops import box_iou
 from config import ROOT
 from utils.datasets.formats.convert import convert_annotations
 from utils.datasets.formats.registry import FORMATS
-from utils.datasets.labels import LabelledImage, read_labels, write_labels
+from utils.datasets.labels import LabelledImage, describe_labels, read_labels, write_labels
 from utils.errors import UserError
 from utils.runtime.cli import run
 from utils.runtime.files import atomic_write, disk_errors, make_folder, user_path
@@ -135,11 +135,7 @@ def convert_labels(source: Path, target: Path, landmarks: Path | None) -> str:
         if not any(image.faces.has_landmarks.any() for image in images):
             raise UserError(f"{landmarks}: has no landmarks for any face of {source}")
     write_labels(target, images, Path())
-    ignored = sum(int(image.faces.ignored.sum()) for image in images)
-    faces = sum(len(image.faces) for image in images) - ignored
-    known = sum(int((image.faces.has_landmarks & ~image.faces.ignored).sum()) for image in images)
-    others = f", {ignored} to be ignored" if ignored else ""
-    return f"{len(images)} images, {faces} faces, {known} with landmarks{others}"
+    return describe_labels(images)
 
 
 def add_landmarks(images: Sequence[LabelledImage], others: Sequence[LabelledImage]) -> list[LabelledImage]:

@@ -19,7 +19,6 @@ from utils.structures import LANDMARKS_PER_FACE, Faces
 _BOX_VALUES = 4
 _LANDMARK_VALUES = 3 * LANDMARKS_PER_FACE  # x, y and a flag for each landmark
 _FACE_VALUES = _BOX_VALUES + _LANDMARK_VALUES
-_UNKNOWN_LANDMARKS = [-1.0] * _LANDMARK_VALUES
 _MAX_NORMALISED_SUM = 2.0  # the sum of a coordinate and a width, each at most 1
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -35,6 +34,61 @@ class LabelledImage:
     path: Path
     faces: Faces
     dropped: int = 0
+
+
+class FaceRow(NamedTuple):
+    """One face of a file: its corners, its landmarks as (5, 2) or None, and whether it is ignored."""
+
+    box: Sequence[float]
+    landmarks: Sequence[Sequence[float]] | None = None
+    ignored: bool = False
+
+
+def labelled_image(path: Path, rows: Sequence[FaceRow]) -> LabelledImage:
+    """Build an image with the faces of a file; faces without area are dropped."""
+    boxes = np.array([row.box for row in rows], np.float32).reshape(-1, 4)
+    known = np.array([row.landmarks is not None for row in rows], bool)
+    unknown = np.zeros((LANDMARKS_PER_FACE, 2))
+    landmarks = np.array([unknown if row.landmarks is None else row.landmarks for row in rows], np.float32)
+    ignored = np.array([row.ignored for row in rows], bool)
+    faces = Faces(boxes, landmarks.reshape(-1, LANDMARKS_PER_FACE, 2), known, ignored)
+    has_area = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & np.isfinite(boxes).all(axis=1)
+    kept = faces.select(has_area)
+    return LabelledImage(path, kept, len(faces) - len(kept))
+
+
+@dataclass(frozen=True)
+class FaceCounts:
+    """Numbers of the faces of a dataset.
+
+    Attributes:
+        used: faces to detect.
+        with_landmarks: those of them that have landmarks.
+        ignored: faces that are neither to be detected nor to be taken for background.
+        dropped: further faces, which have no area.
+    """
+
+    used: int
+    with_landmarks: int
+    ignored: int
+    dropped: int
+
+
+def count_faces(images: Sequence[LabelledImage]) -> FaceCounts:
+    """Count the faces of all images."""
+    return FaceCounts(
+        used=sum(int((~image.faces.ignored).sum()) for image in images),
+        with_landmarks=sum(int((image.faces.has_landmarks & ~image.faces.ignored).sum()) for image in images),
+        ignored=sum(int(image.faces.ignored.sum()) for image in images),
+        dropped=sum(image.dropped for image in images),
+    )
+
+
+def describe_labels(images: Sequence[LabelledImage]) -> str:
+    """Describe the images and faces of a label file in one line."""
+    counts = count_faces(images)
+    ignored = f", {counts.ignored} to be ignored" if counts.ignored else ""
+    return f"{len(images)} images, {counts.used} faces, {counts.with_landmarks} with landmarks{ignored}"
 
 
 def read_labels(label_file: Path, images: Path) -> list[LabelledImage]:
@@ -57,10 +111,10 @@ def read_labels(label_file: Path, images: Path) -> list[LabelledImage]:
     lines = _read_lines(label_file)
     if not lines:
         raise DatasetError(f"{label_file}: names no image; expected lines like '# folder/image.jpg'")
-    faces_of: dict[Path, list[list[float]]] = {}
-    for name, faces in _parse(lines):
-        faces_of.setdefault(images / name, []).extend(faces)
-    labelled = [_labelled_image(path, faces) for path, faces in faces_of.items()]
+    rows_of: dict[Path, list[FaceRow]] = {}
+    for name, rows in _parse(lines):
+        rows_of.setdefault(images / name, []).extend(rows)
+    labelled = [labelled_image(path, rows) for path, rows in rows_of.items()]
     boxes = np.concatenate([image.faces.boxes for image in labelled])
     # Whole numbers are pixels, however small the boxes are.
     if (boxes % 1).any() and np.median(boxes.max(axis=1)) <= _MAX_NORMALISED_SUM:
@@ -87,8 +141,7 @@ class _Line(NamedTuple):
     text: str
 
 
-# The name of an image, and for each face its corners, landmarks with flags, and whether it is ignored.
-_NamedFaces = tuple[str, list[list[float]]]
+_NamedFaces = tuple[str, list[FaceRow]]  # the name of an image and its faces
 
 
 @dataclass(frozen=True)
@@ -183,12 +236,15 @@ def _parse_header(line: _Line, form: _HashForm) -> str:
     return name
 
 
-def _parse_face(line: _Line, form: _HashForm) -> list[float]:
+def _parse_face(line: _Line, form: _HashForm) -> FaceRow:
     values = _parse_numbers(line, form.meanings)
     box = values[:_BOX_VALUES] if form.corners else _corners(values)
     if len(values) == _BOX_VALUES + 1:
-        return box + _UNKNOWN_LANDMARKS + [values[_BOX_VALUES]]
-    return box + (values[_BOX_VALUES:_FACE_VALUES] or _UNKNOWN_LANDMARKS) + [0.0]
+        return FaceRow(box, ignored=values[_BOX_VALUES] != 0)
+    points = values[_BOX_VALUES:_FACE_VALUES]
+    landmarks = list(zip(points[::3], points[1::3], strict=True))
+    is_known = bool(landmarks) and all(x >= 0 and y >= 0 for x, y in landmarks)
+    return FaceRow(box, landmarks if is_known else None)
 
 
 def _parse_wider(lines: Sequence[_Line]) -> list[_NamedFaces]:
@@ -201,7 +257,7 @@ def _parse_wider(lines: Sequence[_Line]) -> list[_NamedFaces]:
     return [(image.text, _parse_wider_faces(image, below)) for image, below in blocks]
 
 
-def _parse_wider_faces(image: _Line, below: Sequence[_Line]) -> list[list[float]]:
+def _parse_wider_faces(image: _Line, below: Sequence[_Line]) -> list[FaceRow]:
     if not below:
         raise DatasetError(f"{image.where}: expected the number of faces in the line below {image.text}, got none")
     if not re.fullmatch(r"\d{1,9}", below[0].text):
@@ -212,7 +268,7 @@ def _parse_wider_faces(image: _Line, below: Sequence[_Line]) -> list[list[float]
         return []
     if len(faces) != count:
         raise DatasetError(f"{below[0].where}: expected {count} faces below for {image.text}, got {len(faces)}")
-    return [_corners(face) + _UNKNOWN_LANDMARKS + [face[_WIDER_INVALID]] for face in faces]
+    return [FaceRow(_corners(face), ignored=face[_WIDER_INVALID] != 0) for face in faces]
 
 
 def _is_image_path(text: str) -> bool:
@@ -236,17 +292,6 @@ def _corners(values: Sequence[float]) -> list[float]:
     """Convert `x y w h ...` to `x1 y1 x2 y2`."""
     x, y, width, height = values[:_BOX_VALUES]
     return [x, y, x + width, y + height]
-
-
-def _labelled_image(path: Path, faces: Sequence[Sequence[float]]) -> LabelledImage:
-    values = np.array(faces, np.float32).reshape(-1, _FACE_VALUES + 1)
-    values = values[(values[:, 2] > values[:, 0]) & (values[:, 3] > values[:, 1])]
-    dropped = len(faces) - len(values)
-    points = values[:, _BOX_VALUES:_FACE_VALUES].reshape(-1, LANDMARKS_PER_FACE, 3)[:, :, :2]
-    has_landmarks = (points >= 0).all(axis=(1, 2))
-    landmarks = np.where(has_landmarks[:, None, None], points, 0)
-    boxes, ignored = values[:, :_BOX_VALUES].copy(), values[:, _FACE_VALUES] != 0
-    return LabelledImage(path, Faces(boxes, landmarks, has_landmarks, ignored), dropped)
 
 
 # -------------------------------------------------------------------------------------------------- writing

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from utils.datasets.formats.annotations import AnnotatedImage, FaceRow, labelled_image
+from utils.datasets.formats.annotations import AnnotatedImage
 from utils.datasets.formats.registry import FORMATS
+from utils.datasets.labels import FaceRow, labelled_image
 from utils.results.page import PageHead, file_url, relative_url, settings_rows, write_page
 from utils.results.records import Record, RecordIndex
 
@@ -110,11 +111,9 @@ class _AnnotatedRecords:
     def __iter__(self) -> Iterator[AnnotatedImage]:
         for record in self.records:
             if record.entry is not None:
-                faces = record.entry["faces"]
-                rows = [FaceRow(face["box"], face["landmarks"]) for face in faces]
-                labelled = labelled_image(record.name, rows)
                 # A box without area, such as of a face at the border, is not a label.
-                scores = np.array(
-                    [f["score"] for f in faces if f["box"][2] > f["box"][0] and f["box"][3] > f["box"][1]]
-                )
-                yield AnnotatedImage(record.name, record.entry["width"], record.entry["height"], labelled.faces, scores)
+                faces = [f for f in record.entry["faces"] if f["box"][2] > f["box"][0] and f["box"][3] > f["box"][1]]
+                rows = [FaceRow(face["box"], face["landmarks"]) for face in faces]
+                labelled = labelled_image(Path(record.name), rows).faces
+                scores = np.array([face["score"] for face in faces])
+                yield AnnotatedImage(record.name, record.entry["width"], record.entry["height"], labelled, scores)

@@ -15,9 +15,10 @@ from PIL import Image
 
 from config import ROOT
 from utils.datasets.convert_labels import main
-from utils.datasets.formats.annotations import AnnotatedImage, FaceRow, labelled_image, upright_size
+from utils.datasets.formats.annotations import AnnotatedImage, upright_size
+from utils.datasets.formats.convert import convert_annotations
 from utils.datasets.formats.registry import FORMATS, check_names
-from utils.datasets.labels import DatasetError, read_labels
+from utils.datasets.labels import DatasetError, FaceRow, labelled_image, read_labels
 from utils.errors import UserError
 from utils.structures import Faces
 
@@ -31,7 +32,7 @@ def annotated(with_scores: bool = False) -> list[AnnotatedImage]:
     rows = [FaceRow([10.1, 10, 20, 30.7], POINTS), FaceRow([30, 5.25, 63.9, 47])]
     images = []
     for name in NAMES:
-        faces = labelled_image(name, rows if name != "none.png" else []).faces
+        faces = labelled_image(Path(name), rows if name != "none.png" else []).faces
         scores = np.linspace(0.9, 0.6, len(faces)) if with_scores else None
         images.append(AnnotatedImage(name, 64, 48, faces, scores))
     return images
@@ -74,7 +75,7 @@ def test_no_image_is_an_ordinary_file(form: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["coco", "csv", "cvat", "labelme"])
 def test_ignored_faces_stay_ignored(form: str, tmp_path: Path) -> None:
-    faces = labelled_image("a.jpg", [FaceRow([1, 2, 3, 4], None, True), FaceRow([5, 6, 7, 8])]).faces
+    faces = labelled_image(Path("a.jpg"), [FaceRow([1, 2, 3, 4], None, True), FaceRow([5, 6, 7, 8])]).faces
     FORMATS[form].write(tmp_path / "out", [AnnotatedImage("a.jpg", 64, 48, faces)], None)
     (found,) = FORMATS[form].read(tmp_path / "out", None)
     assert found.faces.ignored.tolist() == [True, False]
@@ -122,7 +123,7 @@ def test_yolo_is_as_ultralytics_checks_it(photos: Path, tmp_path: Path) -> None:
 
 
 def test_yolo_clips_faces_at_the_border(tmp_path: Path) -> None:
-    outside = labelled_image("a.jpg", [FaceRow([-10, -10, 32, 24], POINTS), FaceRow([70, 5, 80, 9])]).faces
+    outside = labelled_image(Path("a.jpg"), [FaceRow([-10, -10, 32, 24], POINTS), FaceRow([70, 5, 80, 9])]).faces
     FORMATS["yolo"].write(tmp_path / "yolo", [AnnotatedImage("a.jpg", 64, 48, outside)], None)
     (line,) = (tmp_path / "yolo/labels/a.txt").read_text().splitlines()
     assert line.startswith("0 0.25 0.25 0.5 0.5 0.1875 ")
@@ -279,3 +280,11 @@ def test_command_refuses_what_it_cannot_do(flags: list[str], message: str, tmp_p
     (tmp_path / "label.txt").write_text("# a.jpg\n1 2 3 4\n")
     with pytest.raises(UserError, match=message):
         main([str(tmp_path / "label.txt"), *flags])
+
+
+def test_faces_to_be_ignored_are_counted_apart(tmp_path: Path) -> None:
+    (tmp_path / "faces.csv").write_text("image,x1,y1,x2,y2,ignored\na.jpg,1,2,3,4,0\na.jpg,5,6,9,9,1\n")
+    found = convert_annotations(
+        tmp_path / "faces.csv", tmp_path / "label.txt", source_format="csv", target_format=None, images=None
+    )
+    assert found == "1 images, 1 faces, 0 with landmarks, 1 to be ignored"

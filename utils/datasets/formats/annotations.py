@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from utils.datasets.labels import DatasetError, LabelledImage
-from utils.structures import LANDMARKS_PER_FACE, Faces
+from utils.structures import Faces
 
 FACE = "face"
 LANDMARK_NAMES = ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth")
@@ -35,26 +34,6 @@ class AnnotatedImage:
     height: int
     faces: Faces
     scores: np.ndarray | None = None
-
-
-class FaceRow(NamedTuple):
-    """One face of a file: its corners, its landmarks as (5, 2) or None, and whether it is ignored."""
-
-    box: Sequence[float]
-    landmarks: Sequence[Sequence[float]] | None = None
-    ignored: bool = False
-
-
-def labelled_image(name: str, rows: Sequence[FaceRow]) -> LabelledImage:
-    """Build an image with the faces of a file; faces without area are left out."""
-    boxes = np.array([row.box for row in rows], np.float32).reshape(-1, 4)
-    known = np.array([row.landmarks is not None for row in rows], bool)
-    unknown = np.zeros((LANDMARKS_PER_FACE, 2))
-    landmarks = np.array([unknown if row.landmarks is None else row.landmarks for row in rows], np.float32)
-    ignored = np.array([row.ignored for row in rows], bool)
-    faces = Faces(boxes, landmarks.reshape(-1, LANDMARKS_PER_FACE, 2), known, ignored)
-    has_area = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & np.isfinite(boxes).all(axis=1)
-    return LabelledImage(Path(name), faces.select(has_area))
 
 
 def with_size(labelled: LabelledImage, images: Path) -> AnnotatedImage:

@@ -12,12 +12,10 @@ from utils.datasets.formats.annotations import (
     FACE,
     LANDMARK_NAMES,
     AnnotatedImage,
-    FaceRow,
     face_label,
-    labelled_image,
     shortest,
 )
-from utils.datasets.labels import DatasetError, LabelledImage
+from utils.datasets.labels import DatasetError, FaceRow, LabelledImage, labelled_image
 from utils.runtime.files import atomic_write
 from utils.structures import LANDMARKS_PER_FACE
 
@@ -96,7 +94,7 @@ def read_coco(path: Path, folder: Path | None = None) -> list[LabelledImage]:
         for annotation in content["annotations"]:
             if categories[annotation["category_id"]] == wanted:
                 rows[annotation["image_id"]].append(_row(annotation))
-        return [labelled_image(name, rows[identifier]) for identifier, name in names.items()]
+        return [labelled_image(Path(name), rows[identifier]) for identifier, name in names.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{path}: not annotations in COCO's form ({type(error).__name__}: {error})") from None
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.datasets.formats.annotations import with_size
 from utils.datasets.formats.registry import FORMATS, check_names
-from utils.datasets.labels import read_labels, write_labels
+from utils.datasets.labels import describe_labels, read_labels, write_labels
 
 
 def convert_annotations(
@@ -34,6 +34,4 @@ def convert_annotations(
         folder = images or source.parent / "images"
         check_names([target_format], [image.path.as_posix() for image in labelled])
         FORMATS[target_format].write(target, [with_size(image, folder) for image in labelled], folder)
-    faces = sum(len(image.faces) for image in labelled)
-    known = sum(int(image.faces.has_landmarks.sum()) for image in labelled)
-    return f"{len(labelled)} images, {faces} faces, {known} with landmarks"
+    return describe_labels(labelled)

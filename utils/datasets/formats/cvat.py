@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from utils.datasets.formats.annotations import FACE, AnnotatedImage, FaceRow, face_label, labelled_image, shortest
-from utils.datasets.labels import DatasetError, LabelledImage
+from utils.datasets.formats.annotations import FACE, AnnotatedImage, face_label, shortest
+from utils.datasets.labels import DatasetError, FaceRow, LabelledImage, labelled_image
 from utils.runtime.files import atomic_write
 from utils.structures import LANDMARKS_PER_FACE
 
@@ -114,7 +114,7 @@ def _read_image(image: ElementTree.Element, label: str | None) -> LabelledImage:
         if len(values) == LANDMARKS_PER_FACE and owner is not None:
             landmarks[owner] = values
     rows = [FaceRow(corners[i], landmarks.get(i), _is_ignored(box)) for i, box in enumerate(boxes)]
-    return labelled_image(image.attrib["name"], rows)
+    return labelled_image(Path(image.attrib["name"]), rows)
 
 
 def _owner(

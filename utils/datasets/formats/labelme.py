@@ -12,12 +12,10 @@ from utils.datasets.formats.annotations import (
     FACE,
     LANDMARK_NAMES,
     AnnotatedImage,
-    FaceRow,
     face_label,
-    labelled_image,
     shortest,
 )
-from utils.datasets.labels import DatasetError, LabelledImage
+from utils.datasets.labels import DatasetError, FaceRow, LabelledImage, labelled_image
 from utils.runtime.files import atomic_write
 
 _VERSION = "5.5.0"  # version of labelme that defines this format
@@ -89,7 +87,7 @@ def _read_file(file: Path, relative: Path) -> LabelledImage:
         rows = [_row(shape, shapes) for shape in rectangles if shape["label"] == label]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{file}: not in labelme's form ({type(error).__name__}: {error})") from None
-    return labelled_image(relative.with_suffix(suffix).as_posix(), rows)
+    return labelled_image(relative.with_suffix(suffix), rows)
 
 
 def _row(rectangle: dict[str, Any], shapes: list[dict[str, Any]]) -> FaceRow:

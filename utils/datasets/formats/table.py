@@ -6,8 +6,8 @@ import csv
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from utils.datasets.formats.annotations import LANDMARK_NAMES, AnnotatedImage, FaceRow, labelled_image, shortest
-from utils.datasets.labels import DatasetError, LabelledImage
+from utils.datasets.formats.annotations import LANDMARK_NAMES, AnnotatedImage, shortest
+from utils.datasets.labels import DatasetError, FaceRow, LabelledImage, labelled_image
 from utils.runtime.files import atomic_write
 
 _BOX = ("x1", "y1", "x2", "y2")
@@ -61,7 +61,7 @@ def read_csv(path: Path, folder: Path | None = None) -> list[LabelledImage]:
                     faces.append(_read_row(row, f"{path}:{table.line_num}"))
     except (OSError, csv.Error) as error:
         raise DatasetError(f"{path}: cannot be read ({error})") from None
-    return [labelled_image(name, faces) for name, faces in rows.items()]
+    return [labelled_image(Path(name), faces) for name, faces in rows.items()]
 
 
 def _read_row(row: Mapping[str, str | None], where: str) -> FaceRow:

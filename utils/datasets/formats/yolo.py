@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from utils.datasets.formats.annotations import AnnotatedImage, FaceRow, labelled_image, upright_size
-from utils.datasets.labels import DatasetError, LabelledImage
+from utils.datasets.formats.annotations import AnnotatedImage, upright_size
+from utils.datasets.labels import DatasetError, FaceRow, LabelledImage, labelled_image
 from utils.runtime.files import atomic_write
 from utils.runtime.images import IMAGE_SUFFIXES
 from utils.structures import LANDMARKS_PER_FACE, MIRRORED_LANDMARKS
@@ -99,7 +99,7 @@ def _read_image(file: Path, relative: Path, images: Path) -> LabelledImage:
     size = upright_size(image)
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     rows = [_read_line(line, size, f"{file}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
-    return labelled_image(image.relative_to(images).as_posix(), rows)
+    return labelled_image(image.relative_to(images), rows)
 
 
 def _read_line(line: str, size: tuple[int, int], where: str) -> FaceRow:

@@ -78,22 +78,15 @@ def landmark_errors(detections: Detections, faces: Faces) -> np.ndarray:
     Returns:
         (K,) errors of the K detected faces that have labelled landmarks; K is 0 for a model without landmarks.
     """
-    if detections.landmarks is None:
+    import torch  # takes a second to import, and only a detector that ran here has landmarks
+    from torchvision.ops import box_iou
+
+    labelled = faces.select(faces.has_landmarks & ~faces.ignored)
+    if detections.landmarks is None or not len(detections) or not len(labelled):
         return np.zeros(0)
-    boxes, landmarks = detections.boxes.numpy(), detections.landmarks.numpy()
-    errors = []
-    for index in np.flatnonzero(faces.has_landmarks & ~faces.ignored):
-        face_box = faces.boxes[index]
-        hits = np.flatnonzero(_iou(boxes, face_box) >= 0.5)  # detections are in descending order of score
-        if len(hits):
-            size = np.sqrt(np.prod(face_box[2:] - face_box[:2]))
-            errors.append(np.linalg.norm(landmarks[hits[0]] - faces.landmarks[index], axis=1).mean() / size)
-    return np.array(errors)
-
-
-def _iou(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """(N,) IoU of (N, 4) boxes with a (4,) box, all xyxy."""
-    sides = np.clip(np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2]), 0, None)
-    overlap = sides.prod(axis=1)
-    union = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod() - overlap
-    return overlap / np.maximum(union, 1e-9)
+    is_hit = (box_iou(torch.from_numpy(labelled.boxes), detections.boxes) >= 0.5).numpy()
+    found = is_hit.any(axis=1)
+    best = is_hit.argmax(axis=1)[found]  # the first one, because detections are in descending order of score
+    distances = np.linalg.norm(detections.landmarks.numpy()[best] - labelled.landmarks[found], axis=2).mean(axis=1)
+    errors: np.ndarray = distances / np.sqrt((labelled.boxes[found, 2:] - labelled.boxes[found, :2]).prod(axis=1))
+    return errors

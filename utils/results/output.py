@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from utils.results.face_files import FaceFileOptions
+from utils.results.files import Summary
 from utils.results.records import RecordIndex
 
-# Called with the folder of the results, the settings and the records when the final files are made.
-Report = Callable[[Path, Mapping[str, Any], RecordIndex], None]
+# Called with the folder of the results, the settings, the records and their summary when the final files are made.
+Report = Callable[[Path, Mapping[str, Any], RecordIndex, Summary], None]
 
 
 @dataclass(frozen=True)

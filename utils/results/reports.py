@@ -12,6 +12,7 @@ import numpy as np
 from utils.datasets.formats.annotations import AnnotatedImage
 from utils.datasets.formats.registry import FORMATS
 from utils.datasets.labels import FaceRow, labelled_image
+from utils.results.files import Summary
 from utils.results.page import PageHead, file_url, relative_url, settings_rows, write_page
 from utils.results.records import Record, RecordIndex
 
@@ -28,20 +29,15 @@ class InferencePage:
 
     images: Path | None
 
-    def __call__(self, folder: Path, settings: Mapping[str, Any], records: RecordIndex) -> None:
-        images = faces = skipped = 0
-        for record in records:
-            images += record.entry is not None
-            faces += len(record.rows)
-            skipped += record.entry is None
+    def __call__(self, folder: Path, settings: Mapping[str, Any], records: RecordIndex, summary: Summary) -> None:
         threshold = float(settings.get("detection", {}).get("confidence_threshold", 0.0))
-        summary = f"{images} images, {faces} faces, {skipped} skipped"
+        counts = f"{summary.images} images, {summary.faces} faces, {len(summary.skipped)} skipped"
         if self.images is None:
-            summary = f"{images} frames, {faces} faces; one frame a second is shown"
+            counts = f"{summary.images} frames, {summary.faces} faces; one frame a second is shown"
         name, source = settings.get("experiment", ""), settings.get("source", "")
         head = PageHead(
             title=f"Faces in {Path(source).name or source}",
-            summary=f"{summary}; detector {name}",
+            summary=f"{counts}; detector {name}",
             lowest_score=threshold,
             threshold=threshold,
             settings=settings_rows(settings),
@@ -95,7 +91,7 @@ class Exports:
     formats: Sequence[str]
     images: Path | None
 
-    def __call__(self, folder: Path, settings: Mapping[str, Any], records: RecordIndex) -> None:
+    def __call__(self, folder: Path, settings: Mapping[str, Any], records: RecordIndex, summary: Summary) -> None:
         target = folder / EXPORT_FOLDER
         for name in self.formats:
             target.mkdir(exist_ok=True)

@@ -237,7 +237,7 @@ class ResultWriter:
                 )
             self.summary = self._files.write(self._settings, records, self.start.done)
             for report in self.output.reports:
-                report(self.folder, self._settings, records)
+                report(self.folder, self._settings, records, self.summary)
             if is_complete:
                 stale = set(self._store.run.get("former_files", []))
                 for record in records if stale else ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,7 +123,10 @@ class FaceFiles:
         if factor >= 1:
             return image
         size = max(1, round(width * factor)), max(1, round(height * factor))
-        return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        # INTER_AREA takes several times as long for factors other than one half.
+        for _ in range(int(math.log2(1 / factor))):
+            image = cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+        return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
 
     def _write_crops(self, file_name: str, image: np.ndarray, detections: Detections, index: int) -> dict[str, str]:
         crops = {}

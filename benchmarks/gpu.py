@@ -14,7 +14,9 @@ from torchvision.ops import box_iou
 
 from config import DATA, EXPERIMENTS, ComputeOptions, LossConfig, RunOptions
 from layers.multibox_loss import MultiBoxLoss
+from models.checkpoint import load_checkpoint
 from models.detector import FaceDetector
+from models.initialise import load_model
 from utils.errors import ConfigError
 from utils.options import parse_flags
 from utils.runtime.cli import choose_device, run
@@ -64,7 +66,7 @@ def measure_speed(path: Path, device: torch.device, batch_size: int, amp: bool) 
     images = list(rng.integers(0, 256, (batch_size, _SIDE, _SIDE, 3), dtype=np.uint8))
     detector = FaceDetector.from_checkpoint(path, device, ComputeOptions(backend="torch", amp=amp))
     detecting = seconds_per_call(lambda: detector.detect_batch(images))
-    model = FaceDetector.from_checkpoint(path, device).model.train().requires_grad_(True)
+    model = load_model(load_checkpoint(path)).to(device).train()
     loss, optimizer = MultiBoxLoss(LossConfig(), model.model_config), torch.optim.SGD(model.parameters(), lr=1e-6)
     corners = rng.uniform(0, 600, (10, 2))
     boxes = np.concatenate([corners, corners + rng.uniform(8, 40, (10, 1))], axis=1).astype(np.float32)

@@ -87,7 +87,7 @@ def combine_overrides(overrides: ModelOverrides, experiment_name: str) -> ModelO
 def describe_architecture(config: ModelConfig) -> str:
     """The architecture in one line, for the user."""
     stages = f"{len(config.stages)} stages ({config.refinement})" if config.cascade else "1 stage"
-    branch = ", IoU branch" if config.iou_aware else ""
+    branch = (", two resolutions" if config.two_resolutions else "") + (", IoU branch" if config.iou_aware else "")
     strides = ", ".join(str(level.stride) for level in config.levels)
     return f"{config.backbone}, {stages}{branch}, {config.num_anchor} anchors a cell, strides {strides}"
 

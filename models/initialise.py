@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
@@ -159,7 +160,7 @@ def initialise_from_detector(model: RetinaFace, checkpoint: Checkpoint) -> list[
     before, after = source.image_pyramid.upsampled_levels, target.image_pyramid.upsampled_levels
     sources = _adapt_levels(_restore_native_levels(checkpoint.state, before, after), source.levels, target)
     if target.two_resolutions and not source.two_resolutions:
-        sources = _add_fine_backbone(sources, target)
+        sources = _add_fine_backbone(sources, model)
     if source.refinement != target.refinement:
         sources = {n: tensor for n, tensor in sources.items() if not re.match(r"(upsampled_)?stages\.[1-9]", n)}
     for number in range(1, len(target.stages)):
@@ -176,7 +177,7 @@ def initialise_from_detector(model: RetinaFace, checkpoint: Checkpoint) -> list[
 _INTERPOLATION = ((0.75, 0.25, 0.0), (0.25, 0.75, 0.0), (0.0, 0.75, 0.25))
 
 
-def _add_fine_backbone(state: Mapping[str, Tensor], target: ModelConfig) -> State:
+def _add_fine_backbone(state: Mapping[str, Tensor], model: RetinaFace) -> State:
     """Convert the tensors of a model with one backbone to a model with two; see `ModelConfig.two_resolutions`.
 
     The second backbone starts with the features that the first one has in the image at twice its size. The levels do
@@ -189,11 +190,9 @@ def _add_fine_backbone(state: Mapping[str, Tensor], target: ModelConfig) -> Stat
     stem, interpolation = "stage1.0.0.weight", torch.tensor(_INTERPOLATION)
     rescaled = torch.einsum("ocij,ia,jb->ocab", state[f"backbone.{stem}"], interpolation, interpolation)
     extended[f"backbone.fine.{stem}"] = rescaled
-    strides = [level.stride for level in target.levels]
-    for stride, added in ((8, 128), (16, 256)):
-        name = f"fpn.lateral.{strides.index(stride)}.0.weight" if stride in strides else ""
-        if name in state:
-            extended[name] = torch.cat([state[name], state[name].new_zeros(len(state[name]), added, 1, 1)], dim=1)
+    for name, tensor in model.state_dict().items():
+        if re.fullmatch(r"fpn\.lateral\.[1-9]\d*\.0\.weight", name) and name in state:
+            extended[name] = F.pad(state[name], (0, 0, 0, 0, 0, tensor.shape[1] - state[name].shape[1]))
     return extended
 
 

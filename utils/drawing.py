@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
-from utils.structures import Detections
+if TYPE_CHECKING:
+    from utils.structures import Detections  # which draw themselves
 
 BOX_COLOUR = (60, 220, 60)  # BGR
 _TEXT_COLOUR = (0, 0, 0)

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config import LevelConfig, ModelConfig
+from config import ExperimentConfig, LevelConfig, ModelConfig, ModelOverrides
 from models.architecture import usual_config
-from models.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from models.foreign_checkpoint import CheckpointError
 from models.image_pyramid import build_model
 from models.initialise import initialise_from_detector
 from models.retinaface import RetinaFace
@@ -60,3 +61,10 @@ def test_it_needs_a_mobilenet_and_a_level_of_stride_4() -> None:
         replace(PLAIN, two_resolutions=True)
     with pytest.raises(ConfigError, match="mobilenet"):
         replace(usual_config("resnet18", num_anchor=2), two_resolutions=True)
+
+
+def test_a_flag_that_contradicts_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "new.pth"
+    save_checkpoint(path, ExperimentConfig(model=TWO), build_model(TWO).state_dict())
+    with pytest.raises(CheckpointError, match="trained with two_resolutions True, but --two_resolutions=False"):
+        load_checkpoint(path, ModelOverrides(two_resolutions=False))

@@ -12,7 +12,6 @@ import numpy as np
 
 from utils.results.masks import HeadMask
 
-METHODS = ("blur", "pixelate", "solid")
 # The hidden region relative to the box of the face, which ends at the chin and below the hair.
 _REGION_SCALE = 1.3
 # Number of cells that remain along the shorter side of a hidden region, whatever its size.
@@ -104,22 +103,8 @@ def add_audio(video: Path, source: Path) -> str | None:
     if ffmpeg is None:
         return "without sound, because ffmpeg is not installed"
     joined = video.with_suffix(".tmp.mp4")
-    command = [
-        ffmpeg,
-        "-v",
-        "error",
-        "-nostdin",
-        "-y",
-        "-i",
-        str(video),
-        "-i",
-        str(source),
-        "-map",
-        "0:v:0",
-        "-map",
-        "1:a?",
-    ]
-    command += ["-c:v", "copy", "-c:a", "aac", "-shortest", str(joined)]
+    command = [ffmpeg, *"-v error -nostdin -y".split(), "-i", str(video), "-i", str(source)]
+    command += [*"-map 0:v:0 -map 1:a? -c:v copy -c:a aac -shortest".split(), str(joined)]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if result.returncode:
         joined.unlink(missing_ok=True)

@@ -25,15 +25,15 @@ UNSUPPORTED_SUFFIXES = frozenset(
 )
 UNSUPPORTED_REASON = "camera RAW, PSD, JPEG XL, EXR, HDR and SVG cannot be read; convert it to JPEG or PNG"
 WRITABLE_SUFFIXES = frozenset(".jpg .jpeg .png .bmp .tif .tiff .webp".split())
+_JPEG_END = b"\xff\xd9"
 # Files with these endings are complete. Others of the formats that OpenCV decodes are checked by Pillow first.
-_COMPLETE_ENDINGS = (b"\xff\xd9", b"IEND\xaeB`\x82")
+_COMPLETE_ENDINGS = (_JPEG_END, b"IEND\xaeB`\x82")
 # Beginnings of JPEG, PNG, BMP, TIFF and PNM, which OpenCV decodes. Pillow decodes all others, because OpenCV does not
 # rotate WebP upright and crashes on damaged JPEG 2000.
 _TIFF_BEGINNINGS = (b"II", b"MM")
 _DEEP_BEGINNINGS = (b"\x89PNG", *_TIFF_BEGINNINGS, b"P")  # formats that may have more than 8 bits
 _OPENCV_BEGINNINGS = (b"\xff\xd8", b"BM", *_DEEP_BEGINNINGS)
 _HEIF_BRANDS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"))
-_JPEG_END = b"\xff\xd9"
 _CHANNELS = ((), (1,), (3,), (4,))
 _MAX_UNIT_VALUE = 2.0  # values meant for 0 to 1 may overshoot after a filter or lossy compression
 _MAX_PIXELS = 1 << 30  # OpenCV's limit

@@ -10,9 +10,12 @@ import cv2
 import numpy as np
 import pytest
 
-from utils.results.anonymise import METHODS, add_audio, anonymise
+from config import InferenceOptions
+from utils.options import declarations
+from utils.results.anonymise import add_audio, anonymise
 from utils.results.masks import HeadMask
 
+METHODS = declarations(InferenceOptions)["anonymize"].choices or ()
 BOX = np.array([40.0, 30.0, 80.0, 90.0])
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
-from config import RECIPES, ROOT, DataConfig, ExperimentConfig, ModelConfig, PostprocessConfig
+from config import RECIPES, ROOT, ExperimentConfig, ModelConfig, PostprocessConfig
 from engine.training import Trainer
 from engine.training_state import TrainingData
 from layers.multibox_loss import MultiBoxLoss
@@ -22,6 +22,7 @@ from models.detector import FaceDetector
 from models.image_pyramid import build_model
 from models.initialise import initialise_for_focal_loss, load_model
 from models.retinaface import RetinaFace
+from tests.engine.whole import WHOLE, usual_landmarks
 from utils.datasets.labels import LabelledImage
 from utils.runtime.experiment import Experiment, load_recipe, save_config
 from utils.runtime.images import read_image, write_image
@@ -44,16 +45,7 @@ def tiny(name: str, epochs: int) -> ExperimentConfig:
         backbone = "resnet50" if model.deformable_backbone else "resnet18"
         width = model.fpn_channels if model.norm == "group" else 32
         model = dataclasses.replace(model, backbone=backbone, fpn_channels=width)
-    data = DataConfig(
-        im_size=SIDE,
-        crop_scales=(1.0,),
-        crop_rule=recipe.data.crop_rule,
-        mosaic_probability=0,
-        flip_probability=0,
-        colour_probability=0,
-        grey_probability=0,
-        num_workers=0,
-    )
+    data = dataclasses.replace(WHOLE, im_size=SIDE, crop_rule=recipe.data.crop_rule)
     train = dataclasses.replace(
         recipe.train,
         epochs=epochs,
@@ -87,12 +79,10 @@ def two_images(tmp_path_factory: pytest.TempPathFactory) -> list[LabelledImage]:
     box = np.array([79, 55, 172, 176], np.float32)
     left, right = (256 - box[2]) * 0.75 + 20, (256 - box[0]) * 0.75 + 20
     boxes = (box, np.array([left, box[1] * 0.75 + 40, right, box[3] * 0.75 + 40], np.float32))
-    places = np.array([[0.3, 0.4], [0.7, 0.4], [0.5, 0.6], [0.35, 0.8], [0.65, 0.8]], np.float32)
     images = []
     for name, image, each in zip(("one.png", "two.png"), (face, small), boxes, strict=True):
         write_image(folder / name, image)
-        landmarks = each[:2] + places * (each[2:] - each[:2])
-        faces = Faces(each[None], landmarks[None], np.array([True]), np.array([False]))
+        faces = Faces(each[None], usual_landmarks(each)[None], np.array([True]), np.array([False]))
         images.append(LabelledImage(folder / name, faces))
     return images
 

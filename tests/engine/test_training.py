@@ -9,28 +9,19 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from config import ROOT, DataConfig, ExperimentConfig, LossConfig, PostprocessConfig, TrainConfig
+from config import ROOT, ExperimentConfig, LossConfig, PostprocessConfig, TrainConfig
 from engine.training import Trainer
 from engine.training_state import TrainingData, TrainingError
 from models.architecture import usual_config
 from models.detector import FaceDetector
 from models.retinaface import RetinaFace
+from tests.engine.whole import WHOLE, usual_landmarks
 from utils.datasets.labels import LabelledImage
 from utils.runtime.distributed import DistributedContext
 from utils.runtime.experiment import Experiment
 from utils.runtime.images import read_image, write_image
 from utils.runtime.logger import RunLog
 from utils.structures import Faces
-
-WHOLE = DataConfig(
-    im_size=128,
-    crop_scales=(1.0,),
-    mosaic_probability=0,
-    flip_probability=0,
-    colour_probability=0,
-    grey_probability=0,
-    num_workers=0,
-)
 
 
 @pytest.fixture
@@ -46,17 +37,10 @@ def two_images(tmp_path: Path) -> list[LabelledImage]:
     images = []
     for name, image, boxes in (("one.png", face, [box]), ("two.png", pair, [left, right])):
         write_image(tmp_path / name, image)
-        landmarks = np.stack([_points(each) for each in boxes])
+        landmarks = np.stack([usual_landmarks(each) for each in boxes])
         faces = Faces(np.array(boxes, np.float32), landmarks, np.ones(len(boxes), bool), np.zeros(len(boxes), bool))
         images.append(LabelledImage(tmp_path / name, faces))
     return images
-
-
-def _points(box: np.ndarray) -> np.ndarray:
-    """Five landmarks at their usual places in a box."""
-    places = np.array([[0.3, 0.4], [0.7, 0.4], [0.5, 0.6], [0.35, 0.8], [0.65, 0.8]])
-    points: np.ndarray = (box[:2] + places * (box[2:] - box[:2])).astype(np.float32)
-    return points
 
 
 @pytest.mark.parametrize("version", ["retina", "tina"])

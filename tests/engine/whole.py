@@ -1,4 +1,4 @@
-"""A detector that needs no network."""
+"""A detector that needs no network, and labelled images to learn by heart."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from config import DataConfig
 from engine.stream import BatchDetector
 from utils.structures import Detections
 
@@ -33,3 +34,22 @@ class FindsTheWhole:
         height, width = images[0].shape[:2]
         box = torch.tensor([[0.0, 0, width, height]])
         return [Detections(box, torch.ones(1), None)] * len(images)
+
+
+# Crops that are the whole image, without augmentation.
+WHOLE = DataConfig(
+    im_size=128,
+    crop_scales=(1.0,),
+    mosaic_probability=0,
+    flip_probability=0,
+    colour_probability=0,
+    grey_probability=0,
+    num_workers=0,
+)
+
+
+def usual_landmarks(box: np.ndarray) -> np.ndarray:
+    """Five landmarks at their usual places in a box."""
+    places = np.array([[0.3, 0.4], [0.7, 0.4], [0.5, 0.6], [0.35, 0.8], [0.65, 0.8]])
+    points: np.ndarray = (box[:2] + places * (box[2:] - box[:2])).astype(np.float32)
+    return points

@@ -192,6 +192,8 @@ def run_inference(
             say(writer.summary.describe(time.perf_counter() - start))
             if run.segmenter is not None:
                 say(run.segmenter.describe())
+    for note in writer.notes:
+        say(f"note: {note}")
     for note in run.source.notes:
         say(note)
     if run.source.ignored:

@@ -102,16 +102,15 @@ class FaceFiles:
             written.files += written.faces[-1].values()
         return written
 
-    def close(self) -> None:
-        """Complete the anonymised video, if there is one."""
+    def close(self) -> str | None:
+        """Complete the anonymised video, if there is one; returns a note for the user if it has no sound."""
         video = self._anonymised.close()
         if video is None:
-            return
+            return None
         problem: str | None = "without sound, because a camera has none"
         if self.options.video is not None:
             problem = add_audio(video, self.options.video)
-        if problem:
-            print(f"note: {video}: {problem}")
+        return f"{video}: {problem}" if problem else None
 
     def _has_thumbnail(self, position: int) -> bool:
         return self.frames_per_second is None or position % max(1, round(self.frames_per_second)) == 0

@@ -89,6 +89,7 @@ class ResultWriter:
         self.summary = Summary()
         self.context = context
         self.output = output
+        self.notes: list[str] = []  # for the user, when the writer is closed
         self._settings = settings
         self._count = len(names)
         self._files = ResultFiles(folder, experiment_name)
@@ -223,7 +224,8 @@ class ResultWriter:
     def _close_shard(self) -> None:
         with disk_errors(self.folder):
             self._drawings.close()
-            self._face_files.close()
+            note = self._face_files.close()
+            self.notes += [note] if note else []
             self._records.close()
 
     def _finish(self, *, is_complete: bool) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from config.model import ModelConfig
-from utils.options import Options, option, parse_integers, parse_numbers, require
+from utils.options import Options, option, require
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,12 @@ class DataConfig(Options):
         (),
         "how often an image of each folder is drawn relative to those of the others, e.g. 1,0.25; empty draws every "
         "image once an epoch",
-        parse=parse_numbers,
     )
     im_size: int = option(640, "side of the training crops in pixels", minimum=32)
     crop_scales: tuple[float, ...] = option(
         (0.3, 0.45, 0.6, 0.8, 1.0),
         "sides of the crops relative to the short side of the image, drawn with equal probability; above 1 crops are "
         "padded and faces get smaller",
-        parse=parse_numbers,
         above=0,
     )
     crop_rule: str = option(
@@ -145,9 +143,7 @@ class TrainConfig(Options):
         choices=("multistep", "cosine", "cosine_restarts"),
     )
     milestones: tuple[int, ...] = option(
-        (),
-        "epochs at which multistep divides the rate by ten; empty is 70%% and 90%% of the run",
-        parse=parse_integers,
+        (), "epochs at which multistep divides the rate by ten; empty is 70%% and 90%% of the run"
     )
     min_rate_factor: float = option(
         0.0, "lowest learning rate of cosine and cosine_restarts relative to the peak", minimum=0, maximum=1

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 from config.model import BACKBONES, USUAL_LEVELS
-from utils.options import Options, option, parse_integers, parse_numbers
+from utils.options import Options, option
 
 
 def parse_anchor_sizes(text: str) -> tuple[tuple[float, ...], ...]:
@@ -32,19 +32,17 @@ class ModelOverrides(Options):
         None, "anchor sides in pixels, e.g. 16,32/64,128/256,512, one group per level", parse=parse_anchor_sizes
     )
     strides: tuple[int, ...] | None = option(
-        None, "strides of the pyramid levels, e.g. 4,8,16,32; needs --anchor_sizes", parse=parse_integers
+        None, "strides of the pyramid levels, e.g. 4,8,16,32; needs --anchor_sizes"
     )
     match_iou: tuple[float, ...] | None = option(
-        None, "IoU from which a prior is positive, one number per stage, e.g. 0.7,0.5", parse=parse_numbers
+        None, "IoU from which a prior is positive, one number per stage, e.g. 0.7,0.5"
     )
     negative_iou: tuple[float, ...] | None = option(
-        None,
-        "IoU below which a prior is negative, one number per stage (default: the value of --match_iou)",
-        parse=parse_numbers,
+        None, "IoU below which a prior is negative, one number per stage (default: the value of --match_iou)"
     )
     force_match: bool | None = option(None, "also match the best prior of every face below --match_iou")
     variances: tuple[float, ...] | None = option(
-        None, "divisors of the centre and the size deltas of boxes, e.g. 0.1,0.2", parse=parse_numbers
+        None, "divisors of the centre and the size deltas of boxes, e.g. 0.1,0.2"
     )
     two_resolutions: bool | None = option(
         None, "a second MobileNet of half the strides beside the first one, for smaller faces, at three times the cost"

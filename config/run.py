@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.options import Options, option, parse_words, require
+from utils.options import Options, option, require
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ROOT / "experiments"
@@ -131,13 +131,11 @@ class InferenceOptions(Options):
         (),
         "annotations for other tools, comma-separated: coco, yolo, csv, cvat, labelme",
         choices=("coco", "yolo", "csv", "cvat", "labelme"),
-        parse=parse_words,
     )
     save_crops: tuple[str, ...] = option(
         (),
         "write a crop of every face: plain, with a margin, or aligned as face recognition expects it, or plain,aligned",
         choices=("plain", "aligned"),
-        parse=parse_words,
     )
     crop_size: int = option(112, "side of aligned crops in pixels", minimum=1)
     crop_margin: float = option(0.25, "margin around plain crops, relative to the longer side of the face", minimum=0)

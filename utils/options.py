@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 from utils.errors import ConfigError
@@ -65,7 +66,7 @@ def option(
         choices: the permitted values; None permits all.
         above, minimum, maximum: bounds of a number, or of every element of a tuple of numbers.
         aliases: further names of the flag.
-        parse: converts the text of the flag; None converts by the type hint of the field.
+        parse: converts the text of the flag; None converts by the type hint of the field, see `parse_tuple` for tuples.
     """
     permitted = None if choices is None else tuple(choices)
     declaration = Declaration(help, permitted, above, minimum, maximum, tuple(aliases), parse)
@@ -112,25 +113,13 @@ def parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
 
 
-def parse_numbers(text: str) -> tuple[float, ...]:
-    """Parse `1,0.25` to (1.0, 0.25), and the empty text to ()."""
+def parse_tuple(text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    """Parse values separated by commas: `1,0.25` to (1.0, 0.25) if `kind` is float, and the empty text to ()."""
     try:
-        return tuple(float(part) for part in text.split(",") if part)
+        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers like 1,0.25, got {text!r}") from None
-
-
-def parse_integers(text: str) -> tuple[int, ...]:
-    """Parse `70,90` to (70, 90), and the empty text to ()."""
-    try:
-        return tuple(int(part) for part in text.split(",") if part)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected integers like 70,90, got {text!r}") from None
-
-
-def parse_words(text: str) -> tuple[str, ...]:
-    """Parse `coco,csv` to ("coco", "csv"), and the empty text to ()."""
-    return tuple(filter(None, (part.strip() for part in text.split(","))))
+        expected = "integers like 70,90" if kind is int else "numbers like 1,0.25"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
 
 
 @dataclass(frozen=True)
@@ -145,7 +134,7 @@ class Flags:
         return dataclasses.replace(config, **{k: v for k, v in self.given.items() if k in names})  # type: ignore[type-var]
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Reports errors in one line and accepts no abbreviated flags."""
 
     def __init__(self, **keywords: Any) -> None:
@@ -165,7 +154,7 @@ def parse_flags(description: str, groups: Sequence[Any], argv: Sequence[str] | N
 
     Exits with status 2 and one line for an unknown or malformed flag.
     """
-    parser = _Parser(description=description)
+    parser = Parser(description=description)
     for group in groups:
         cls = group if isinstance(group, type) else type(group)
         section = parser.add_argument_group((group.__doc__ or "").split("\n")[0].rstrip("."))
@@ -180,12 +169,15 @@ def parse_flags(description: str, groups: Sequence[Any], argv: Sequence[str] | N
 def _add_flag(section: Any, name: str, declaration: Declaration, hint: Any, default: Any) -> None:
     shown = "" if default is None else f" (default: {default})"
     keywords: dict[str, Any] = {"help": declaration.help + shown, "dest": name}
-    if _plain_type(hint) is bool:
+    kind = _plain_type(hint)
+    if kind is bool:
         keywords |= {"nargs": "?", "const": True, "type": parse_bool, "metavar": "BOOL"}
+    elif declaration.parse:
+        keywords |= {"type": declaration.parse}
+    elif typing.get_origin(kind) is tuple:  # `Options` checks the choices of every element
+        keywords |= {"type": partial(parse_tuple, kind=typing.get_args(kind)[0])}
     else:
-        # If a flag has several values, `Options` checks each.
-        choices = None if declaration.parse else declaration.choices
-        keywords |= {"type": declaration.parse or _plain_type(hint), "choices": choices}
+        keywords |= {"type": kind, "choices": declaration.choices}
     section.add_argument(*(f"--{each}" for each in (name, *declaration.aliases)), **keywords)
 
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from utils.datasets.formats.convert import convert_annotations
 from utils.datasets.formats.registry import FORMATS
 from utils.datasets.labels import LabelledImage, describe_labels, read_labels, write_labels
 from utils.errors import UserError
+from utils.options import Parser
 from utils.runtime.cli import run
 from utils.runtime.files import atomic_write, disk_errors, make_folder, user_path
 
@@ -204,20 +204,8 @@ def copy_files(source: Path, target: Path) -> str:
 # ------------------------------------------------------------------------------------------------- command
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports errors in one line, as the other commands do."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m utils.datasets.convert_labels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python -m utils.datasets.convert_labels", description=__doc__)
     parser.add_argument(
         "source",
         help="the folder in which WIDER_train.zip, WIDER_val.zip, wider_face_split.zip and perhaps eval_tools.zip were "

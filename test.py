@@ -141,9 +141,11 @@ def report(
         write_report(results, measured)
         append_to_table((EXPERIMENTS if results.is_relative_to(EXPERIMENTS) else results) / "results.csv", measured)
         if options.save_errors:
-            from utils.evaluation.error_gallery import write_error_gallery  # only the gallery needs OpenCV
+            from utils.evaluation.error_gallery import draw_error_gallery  # only the gallery needs OpenCV
+            from utils.runtime.images import write_image
 
-            write_error_gallery(results / "errors.png", measured, predictions, options.save_errors)
+            gallery = draw_error_gallery(faces, predictions, measured.evaluation, options.save_errors)
+            write_image(results / "errors.png", gallery)
         page = write_evaluation_page(results, measured, predictions) if options.page else None
     print(f"results are in {results}")
     if page is not None:

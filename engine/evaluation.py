@@ -18,7 +18,7 @@ from models.checkpoint import Checkpoint
 from models.detector import FaceDetector
 from models.tta import TestTimeAugmentation
 from utils.evaluation.ground_truth import EvaluationSet
-from utils.evaluation.prediction_set import PredictionSet, describe_protocol
+from utils.evaluation.prediction_set import PREDICTION_FOLDER, PredictionSet, describe_protocol
 from utils.evaluation.predictions import write_predictions
 from utils.evaluation.report import DetectionStats
 from utils.options import to_dict
@@ -69,9 +69,8 @@ def predict(
 ) -> tuple[PredictionSet, DetectionStats]:
     """Detect faces in this process's shard of the images, and write the predictions as they are made."""
     protocol = describe_protocol(run.protocol, run.detector.config)
-    predicted = PredictionSet.for_detector(
-        run.results, run.name, run.checkpoint.path.name, protocol, run.settings(faces)
-    )
+    folder, checkpoint = run.results / PREDICTION_FOLDER, run.checkpoint.path.name
+    predicted = PredictionSet(run.name, folder, checkpoint, protocol, run.settings(faces))
     if context.is_main and not run.resume and (former := predicted.files):
         print(f"{predicted.folder}: replacing {len(former)} predictions of an earlier run (--resume keeps them)")
     done = set(run_on_main(lambda: predicted.begin(faces.names, resume=run.resume)))

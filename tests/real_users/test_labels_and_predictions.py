@@ -170,7 +170,7 @@ def test_text_files_of_others_are_not_taken_for_former_predictions(tmp_path: Pat
     mine = tmp_path / "predictions/event/label.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("dear")
-    predicted = PredictionSet.for_detector(tmp_path, "exp", "ckpt", "protocol", {})
+    predicted = PredictionSet("exp", tmp_path / "predictions", "ckpt", "protocol", {})
     with pytest.raises(UserError, match=r"label\.txt: was not written by test\.py and is kept"):
         predicted.begin(["a"], resume=False)
     assert mine.read_text() == "dear"

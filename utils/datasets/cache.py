@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -25,17 +25,8 @@ from utils.runtime.images import UnreadableImageError, read_image
 _log = logging.getLogger(__name__)
 
 
-class ImageReader(Protocol):
-    """Reads an image file as (H, W, 3) uint8 BGR, read-only.
-
-    Raises `UnreadableImageError` as `read_image` does.
-    """
-
-    def read(self, path: Path) -> np.ndarray: ...
-
-
-def open_images(paths: Sequence[Path], cache: str) -> ImageReader:
-    """A reader for these images.
+def open_images(paths: Sequence[Path], cache: str) -> Callable[[Path], np.ndarray]:
+    """A function that reads one of these images as (H, W, 3) uint8 BGR, read-only, and raises as `read_image` does.
 
     Args:
         paths: paths of all images.
@@ -45,8 +36,8 @@ def open_images(paths: Sequence[Path], cache: str) -> ImageReader:
         UserError: the folder of the disk cache cannot be written to.
     """
     if cache == "ram":
-        return MemoryCache(paths)
-    return DiskCache(make_folder(cache_folder())) if cache == "disk" else Uncached()
+        return partial(_read_from_memory, _load(paths))
+    return partial(_read_through_disk, make_folder(cache_folder())) if cache == "disk" else _read
 
 
 def cache_folder() -> Path:
@@ -54,70 +45,54 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retinaface_images"
 
 
-class Uncached:
-    """Decodes an image every time that it is read."""
-
-    def read(self, path: Path) -> np.ndarray:
-        return _read_only(path)
-
-
-class MemoryCache:
-    """Holds all images in memory, read before workers are forked so that they share them."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        """Read the images; those that cannot be read are tried again when they are needed."""
-        with ThreadPoolExecutor() as pool:
-            loaded = pool.map(_try_to_read, paths)
-            bar = tqdm(loaded, total=len(paths), desc="reading images", leave=False, disable=None)
-            self.images = {path: image for path, image in zip(paths, bar, strict=True) if image is not None}
-        size = sum(image.nbytes for image in self.images.values())
-        _log.warning("--cache=ram: %d images take %.1f GB of memory", len(self.images), size / 1e9)
-
-    def read(self, path: Path) -> np.ndarray:
-        image = self.images.get(path)
-        return _read_only(path) if image is None else image
-
-
-def _try_to_read(path: Path) -> np.ndarray | None:
-    try:
-        return _read_only(path)
-    except UnreadableImageError:
-        return None
-
-
-def _read_only(path: Path) -> np.ndarray:
+def _read(path: Path) -> np.ndarray:
     """Read an image as a read-only array, because the array may be kept and shared."""
     image = read_image(path)
     image.flags.writeable = False
     return image
 
 
-class DiskCache:
-    """Keeps each image in a `.npy` file after it is read for the first time.
+def _load(paths: Sequence[Path]) -> dict[Path, np.ndarray]:
+    """Read all images that can be read, before workers are forked so that they share them."""
+    with ThreadPoolExecutor() as pool:
+        bar = tqdm(pool.map(_try_to_read, paths), total=len(paths), desc="reading images", leave=False, disable=None)
+        images = {path: image for path, image in zip(paths, bar, strict=True) if image is not None}
+    size = sum(image.nbytes for image in images.values())
+    _log.warning("--cache=ram: %d images take %.1f GB of memory", len(images), size / 1e9)
+    return images
 
-    The file is named by path, time and size of the original, so an image that changes is read again.
-    """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+def _try_to_read(path: Path) -> np.ndarray | None:
+    try:
+        return _read(path)
+    except UnreadableImageError:
+        return None
 
-    def read(self, path: Path) -> np.ndarray:
-        cached = self._path_for(path)
-        try:
-            image: np.ndarray = np.load(cached, mmap_mode="r")
-            return image
-        except Exception:  # the file does not exist, or is damaged, for which NumPy raises almost anything
-            pass
-        image = _read_only(path)
-        # A full disk only makes training slower, so it is not an error.
-        with suppress(OSError), atomic_write(cached) as temporary, temporary.open("wb") as file:
-            np.save(file, image)
+
+def _read_from_memory(images: Mapping[Path, np.ndarray], path: Path) -> np.ndarray:
+    return images[path] if path in images else _read(path)
+
+
+def _read_through_disk(folder: Path, path: Path) -> np.ndarray:
+    """Read an image from its `.npy` file in `folder`, which is written when the image is read for the first time."""
+    cached = folder / _cached_name(path)
+    try:
+        image: np.ndarray = np.load(cached, mmap_mode="r")
         return image
+    except Exception:  # the file does not exist, or is damaged, for which NumPy raises almost anything
+        pass
+    image = _read(path)
+    # A full disk only makes training slower, so it is not an error.
+    with suppress(OSError), atomic_write(cached) as temporary, temporary.open("wb") as file:
+        np.save(file, image)
+    return image
 
-    def _path_for(self, path: Path) -> Path:
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise UnreadableImageError(error.strerror or str(error)) from None
-        key = f"{path.absolute()}\n{status.st_mtime_ns}\n{status.st_size}"
-        return self.folder / (hashlib.sha256(os.fsencode(key)).hexdigest()[:40] + ".npy")
+
+def _cached_name(path: Path) -> str:
+    """A name from path, time and size of the image, so that an image that changes is read again."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UnreadableImageError(error.strerror or str(error)) from None
+    key = f"{path.absolute()}\n{status.st_mtime_ns}\n{status.st_size}"
+    return hashlib.sha256(os.fsencode(key)).hexdigest()[:40] + ".npy"

@@ -25,8 +25,8 @@ import torch
 from torchvision.ops import box_iou
 
 from config import ROOT
-from utils.datasets.formats.convert import convert_annotations
-from utils.datasets.formats.registry import FORMATS
+from utils.datasets.formats.annotations import with_size
+from utils.datasets.formats.registry import FORMATS, check_names
 from utils.datasets.labels import LabelledImage, describe_labels, read_labels, write_labels
 from utils.errors import UserError
 from utils.options import Parser
@@ -136,6 +136,33 @@ def convert_labels(source: Path, target: Path, landmarks: Path | None) -> str:
             raise UserError(f"{landmarks}: has no landmarks for any face of {source}")
     write_labels(target, images, Path())
     return describe_labels(images)
+
+
+def convert_annotations(
+    source: Path, target: Path, *, source_format: str | None, target_format: str | None, images: Path | None
+) -> str:
+    """Convert annotations between the formats of other tools and label.txt.
+
+    Args:
+        source: file or folder to read.
+        target: file or folder to write.
+        source_format: a name of `FORMATS`; None means a label file in any format of `read_labels`.
+        target_format: a name of `FORMATS`; None means label.txt.
+        images: folder that the images are relative to; None means `images` beside the source. It must exist where
+            sizes of images are needed: for every target but label.txt, and for `yolo` as the source.
+
+    Raises:
+        DatasetError: the source is malformed, or an image that is needed does not exist.
+        UserError: the target format cannot represent these images.
+    """
+    labelled = FORMATS[source_format].read(source, images) if source_format else read_labels(source, Path())
+    if target_format is None:
+        write_labels(target, labelled, Path())
+    else:
+        folder = images or source.parent / "images"
+        check_names([target_format], [image.path.as_posix() for image in labelled])
+        FORMATS[target_format].write(target, [with_size(image, folder) for image in labelled], folder)
+    return describe_labels(labelled)
 
 
 def add_landmarks(images: Sequence[LabelledImage], others: Sequence[LabelledImage]) -> list[LabelledImage]:

@@ -63,7 +63,7 @@ class FaceDataset(Dataset[Batch]):
         self.images = images
         self.config = config
         self.fill = fill
-        self.reader = open_images([image.path for image in images], config.cache)
+        self.read_image = open_images([image.path for image in images], config.cache)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -96,7 +96,7 @@ class FaceDataset(Dataset[Batch]):
             candidate = (index + offset) % len(self.images)
             path = self.images[candidate].path
             try:
-                return candidate, self.reader.read(path)
+                return candidate, self.read_image(path)
             except UnreadableImageError as reason:
                 replaced.append((str(path), str(reason)))
         raise DatasetError(f"none of the {len(self.images)} training images can be read")

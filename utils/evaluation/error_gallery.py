@@ -9,10 +9,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from utils.drawing import arrange_tiles, draw_box
 from utils.evaluation.ground_truth import EvaluationSet
-from utils.evaluation.report import CONFIDENT_SCORE, Measurement
+from utils.evaluation.report import CONFIDENT_SCORE
 from utils.evaluation.wider_eval import Evaluation
-from utils.runtime.images import UnreadableImageError, read_image, write_image
+from utils.runtime.images import UnreadableImageError, read_image
 
 _SIDE = 220  # side of a tile in pixels
 _COLUMNS = 6
@@ -61,15 +62,6 @@ def missed_faces(faces: EvaluationSet, evaluation: Evaluation, limit: int) -> li
     return sorted(mistakes, key=lambda mistake: -mistake.box[3])[:limit]
 
 
-def write_error_gallery(path: Path, measured: Measurement, predictions: Mapping[str, np.ndarray], limit: int) -> None:
-    """Write the image of `draw_error_gallery` as a PNG.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    write_image(path, draw_error_gallery(measured.faces, predictions, measured.evaluation, limit))
-
-
 def draw_error_gallery(
     faces: EvaluationSet, predictions: Mapping[str, np.ndarray], evaluation: Evaluation, limit: int
 ) -> np.ndarray:
@@ -82,18 +74,16 @@ def draw_error_gallery(
     """
     wrong = false_positives(faces, predictions, evaluation, limit)
     missed = missed_faces(faces, evaluation, limit)
-    rows = [_heading(f"{len(wrong)} false positives, the most confident first")]
-    rows += _grid(wrong, lambda mistake: _tile(mistake, faces, predictions, _PREDICTION_COLOUR))
-    rows += [_heading(f"{len(missed)} missed faces, the tallest first")]
-    rows += _grid(missed, lambda mistake: _tile(mistake, faces, predictions, _FACE_COLOUR))
-    return np.concatenate(rows)
-
-
-def _grid(mistakes: list[Mistake], draw: Callable[[Mistake], np.ndarray]) -> list[np.ndarray]:
-    tiles = [draw(mistake) for mistake in mistakes]
-    empty = np.full((_SIDE + _CAPTION, _SIDE, 3), _BACKGROUND, np.uint8)
-    tiles += [empty] * (-len(tiles) % _COLUMNS)
-    return [np.concatenate(tiles[start : start + _COLUMNS], axis=1) for start in range(0, len(tiles), _COLUMNS)]
+    parts = []
+    for heading, mistakes, colour in (
+        (f"{len(wrong)} false positives, the most confident first", wrong, _PREDICTION_COLOUR),
+        (f"{len(missed)} missed faces, the tallest first", missed, _FACE_COLOUR),
+    ):
+        parts.append(_heading(heading))
+        if mistakes:
+            tiles = [_tile(mistake, faces, predictions, colour) for mistake in mistakes]
+            parts.append(arrange_tiles(tiles, _COLUMNS, _BACKGROUND))
+    return np.concatenate(parts)
 
 
 def _heading(text: str) -> np.ndarray:
@@ -110,11 +100,11 @@ def _tile(
     canvas, to_tile = _cut_out(path, mistake.box)
     counted = truth.subsets[faces.largest_subset]
     for box, counts in zip(truth.boxes, counted, strict=True):
-        _rectangle(canvas, to_tile(box), _FACE_COLOUR if counts else _IGNORED_COLOUR, 1)
+        draw_box(canvas, to_tile(box), _FACE_COLOUR if counts else _IGNORED_COLOUR, 1)
     for row in predictions.get(truth.name, np.zeros((0, 5))):
         if row[4] >= CONFIDENT_SCORE:
-            _rectangle(canvas, to_tile(row[:4]), _PREDICTION_COLOUR, 1)
-    _rectangle(canvas, to_tile(mistake.box), colour, 3)
+            draw_box(canvas, to_tile(row[:4]), _PREDICTION_COLOUR, 1)
+    draw_box(canvas, to_tile(mistake.box), colour, 3)
     caption = np.full((_CAPTION, _SIDE, 3), _BACKGROUND, np.uint8)
     name = Path(truth.name).name
     for text, y in ((mistake.caption, 12), (name if len(name) < 34 else f"...{name[-30:]}", 25)):
@@ -123,13 +113,14 @@ def _tile(
 
 
 def _cut_out(path: Path, box: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """A tile of a box and its surroundings, and a function that maps x, y, width, height of the image to the tile."""
+    """A tile of a box and its surroundings, and a function from xywh in the image to xyxy in the tile."""
     side = max(32.0, _CONTEXT * float(max(box[2:])))
     scale = _SIDE / side
     corner = box[:2] + box[2:] / 2 - side / 2
 
     def to_tile(other: np.ndarray) -> np.ndarray:
-        return np.concatenate([(other[:2] - corner) * scale, other[2:] * scale])
+        start = (other[:2] - corner) * scale
+        return np.concatenate([start, start + other[2:] * scale])
 
     try:
         image = read_image(path)
@@ -138,8 +129,3 @@ def _cut_out(path: Path, box: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndar
     matrix = np.array([[scale, 0, -corner[0] * scale], [0, scale, -corner[1] * scale]])
     border = (_BACKGROUND, _BACKGROUND, _BACKGROUND)
     return cv2.warpAffine(image, matrix, (_SIDE, _SIDE), borderValue=border), to_tile
-
-
-def _rectangle(canvas: np.ndarray, box: np.ndarray, colour: tuple[int, int, int], stroke: int) -> None:
-    x, y, width, height = np.clip(box, -1e4, 1e4).round().astype(int).tolist()
-    cv2.rectangle(canvas, (x, y), (x + width, y + height), colour, stroke)

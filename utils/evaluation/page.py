@@ -11,7 +11,7 @@ import numpy as np
 from utils.datasets.formats.annotations import upright_size
 from utils.datasets.labels import DatasetError
 from utils.evaluation.report import CONFIDENT_SCORE, Measurement, recall_by_height
-from utils.evaluation.wider_eval import GroundTruth, Matches
+from utils.evaluation.wider_eval import GroundTruth, Matches, score_range
 from utils.results.page import FaceKind, PageHead, Table, file_url, settings_rows, write_page
 
 # Predictions of a lower score are not shown: WIDER FACE is evaluated down to 0.02, with a hundred boxes per image.
@@ -64,7 +64,9 @@ def write_evaluation_page(folder: Path, measured: Measurement, predictions: Mapp
 
 def _entries(folder: Path, measured: Measurement, predictions: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
     images, subset = measured.faces.images or [], measured.faces.largest_subset
-    lowest, span = _score_range(predictions)
+    lowest, highest = score_range(predictions.values())
+    # Scores in [0, 1] are shown as they are, others mapped to it.
+    lowest, span = (0.0, 1.0) if lowest >= 0 and highest <= 1 else (lowest, (highest - lowest) or 1.0)
     problems = dict(measured.detected.skipped)
     for truth, image, matches in zip(measured.faces.truths, images, measured.evaluation.matches, strict=True):
         rows = predictions.get(truth.name, np.zeros((0, 5)))
@@ -76,15 +78,6 @@ def _entries(folder: Path, measured: Measurement, predictions: Mapping[str, np.n
         url = file_url(image, folder)
         shown = {"name": truth.name, "width": width, "height": height, "thumbnail": url, "source": url}
         yield shown | {"faces": list(image_faces(truth, matches, rows, subset, lowest, span))}
-
-
-def _score_range(predictions: Mapping[str, np.ndarray]) -> tuple[float, float]:
-    """Offset and divisor that map scores to [0, 1]; 0 and 1 if scores are in this range already."""
-    scores = [rows[:, 4] for rows in predictions.values() if len(rows)]
-    if not scores:
-        return 0.0, 1.0
-    lowest, highest = min(float(part.min()) for part in scores), max(float(part.max()) for part in scores)
-    return (0.0, 1.0) if lowest >= 0 and highest <= 1 else (lowest, (highest - lowest) or 1.0)
 
 
 def image_faces(

@@ -14,7 +14,7 @@ from utils.evaluation.predictions import prediction_file
 from utils.runtime.files import atomic_write, disk_errors, make_folder
 from utils.runtime.manifest import read_object, require_same_settings
 
-_FOLDER = "predictions"
+PREDICTION_FOLDER = "predictions"  # below the folder of the results
 _RUN_FILE = "run.json"  # beside the folder, because other evaluators treat everything inside it as an event
 
 
@@ -46,17 +46,10 @@ class PredictionSet:
         if not folder.is_dir():
             raise UserError(f"--pred_dir {folder}: no such folder")
         folder = folder.resolve()
-        saved = read_object(folder.parent / _RUN_FILE) if folder.name == _FOLDER else {}
+        saved = read_object(folder.parent / _RUN_FILE) if folder.name == PREDICTION_FOLDER else {}
         name = experiment or saved.get("experiment") or folder.name
         protocol = saved.get("protocol") or f"as the predictions in {folder} were made"
         return cls(name, folder, saved.get("checkpoint"), protocol, saved.get("settings", {}))
-
-    @classmethod
-    def for_detector(
-        cls, results: Path, experiment: str, checkpoint: str, protocol: str, settings: Mapping[str, Any]
-    ) -> PredictionSet:
-        """The predictions that a detector will make, below the folder `results`."""
-        return cls(experiment, results / _FOLDER, checkpoint, protocol, settings)
 
     @property
     def files(self) -> list[Path]:

@@ -8,7 +8,7 @@ and the average precision is the area under the interpolated curve.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,14 +182,14 @@ def _compare_images(
 
     The numbers are an (S, 2, 1000) array.
     """
-    lowest, span = _score_range([predictions[truth.name] for truth in truths if truth.name in predictions])
+    lowest, highest = score_range(predictions[truth.name] for truth in truths if truth.name in predictions)
     for truth in truths:
         rows = predictions.get(truth.name, np.zeros((0, 5)))
         order = np.argsort(-rows[:, 4], kind="stable")
         matches = _match(rows, order, truth.boxes)
         counts = np.zeros((len(truth.subsets), 2, len(_THRESHOLDS)), np.float32)  # exact up to 2^24
         if len(rows) and (len(truth.boxes) or count_negatives):
-            scaled = (rows[order, 4] - lowest) / span if span else np.ones(len(rows))
+            scaled = (rows[order, 4] - lowest) / (highest - lowest) if highest > lowest else np.ones(len(rows))
             # Number of predictions, best first, that pass each threshold.
             passing = np.searchsorted(-scaled, -_THRESHOLDS, side="right")
             finds, is_first = matches.finds[order], matches.is_first[order]
@@ -205,13 +205,10 @@ def _faces_by_image(truths: Sequence[GroundTruth]) -> np.ndarray:
     return np.array([[int(counted.sum()) for counted in truth.subsets.values()] for truth in truths])
 
 
-def _score_range(predictions: Sequence[np.ndarray]) -> tuple[float, float]:
-    """The lowest score, and the difference between the highest and the lowest."""
-    scores = [rows[:, 4] for rows in predictions if len(rows)]
-    if not scores:
-        return 0.0, 0.0
-    lowest = min(float(part.min()) for part in scores)
-    return lowest, max(float(part.max()) for part in scores) - lowest
+def score_range(predictions: Iterable[np.ndarray]) -> tuple[float, float]:
+    """The lowest and the highest score of (N, 5) predictions; zeros if there are none."""
+    scores = np.concatenate([np.zeros(0), *(rows[:, 4] for rows in predictions)])
+    return (float(scores.min()), float(scores.max())) if len(scores) else (0.0, 0.0)
 
 
 def _match(rows: np.ndarray, order: np.ndarray, faces: np.ndarray) -> Matches:

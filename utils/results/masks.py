@@ -6,10 +6,9 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import cv2
@@ -106,7 +105,7 @@ class InferenceResults(NamedTuple):
         self.head_masks.append([head.head_mask for head in heads])
 
 
-class HeadSegmenter:
+class HeadSegmenter(AbstractContextManager["HeadSegmenter"]):
     """Context manager that segments head regions with MediaPipe's selfie segmentation.
 
     Attributes:
@@ -176,12 +175,7 @@ class HeadSegmenter:
         confidence: np.ndarray = self._segmenter.segment(frame).confidence_masks[-1].numpy_view()
         return confidence.reshape(region.shape[:2])
 
-    def __enter__(self) -> HeadSegmenter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._segmenter.close()
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -45,7 +44,7 @@ class RunStart:
     note: str
 
 
-class ResultWriter:
+class ResultWriter(AbstractContextManager["ResultWriter"]):
     """Context manager that writes results as they are made, and the final files at the end.
 
     Drawings, masks and crops are written at once. Everything else is appended to a `RecordStore`, from which the main
@@ -210,12 +209,7 @@ class ResultWriter:
                 # A video cannot be resumed, so these results are final.
                 self._finish(is_complete=self.output.frames_per_second is not None)
 
-    def __enter__(self) -> ResultWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
             self.close()
         else:

@@ -86,12 +86,8 @@ def shard_positions(count: int, done: np.ndarray, block: int, context: Distribut
 
 
 def reduce_mean(value: Tensor) -> Tensor:
-    """The mean of the values of all processes; the value itself in a single process."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    total = value.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
+    """The mean of the values of all processes."""
+    return _sum(value) / _world_size()
 
 
 def share_of_count(count: Tensor) -> Tensor:
@@ -100,11 +96,19 @@ def share_of_count(count: Tensor) -> Tensor:
     DistributedDataParallel averages gradients over the processes. With sums divided by this share, the average is the
     mean over the whole batch, as a single process would compute it.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return count.clamp(min=1)
-    total = count.clone()
-    dist.all_reduce(total)
-    return total.clamp(min=1) / dist.get_world_size()
+    return _sum(count).clamp(min=1) / _world_size()
+
+
+def _sum(value: Tensor) -> Tensor:
+    """The sum of the values of all processes."""
+    total = value.clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def any_process(flag: bool, device: torch.device) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from config import ExperimentConfig
 from utils.errors import ConfigError
 from utils.options import from_dict, to_dict
-from utils.runtime.files import atomic_write
+from utils.runtime.files import atomic_write, numbered
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ class Experiment:
 
         A folder with weights but no state to continue from, such as a published detector, is never written into.
         """
-        names = chain([self.folder.name], (f"{self.folder.name}_{number}" for number in count(2)))
-        experiments = (Experiment(self.folder.with_name(name)) for name in names)
+        experiments = map(Experiment, numbered(self.folder))
         return next(each for each in experiments if each.can_continue or not any(each.folder.glob("ckpt/*.pth")))
 
 

@@ -98,6 +98,12 @@ def shortened(relative: str) -> str:
     return f"{parent}{separator}{kept}{suffix}"
 
 
+def numbered(folder: Path) -> Iterator[Path]:
+    """The folder itself, then `<folder>_2`, `<folder>_3`, ... without end."""
+    yield folder
+    yield from (folder.with_name(f"{folder.name}_{number}") for number in count(2))
+
+
 def own_folder(folder: Path, owner: Path) -> Path:
     """Create or find the first of `folder`, `<folder>_2`, ... that is new or marked with the same owner.
 
@@ -105,14 +111,11 @@ def own_folder(folder: Path, owner: Path) -> Path:
         UserError: the folder cannot be created or written to.
     """
     content = os.fsencode(owner.resolve())
-    for number in count(1):
-        candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
-        mark = candidate / ".made_for"
-        if not candidate.exists() or (mark.is_file() and mark.read_bytes() == content):
-            with disk_errors(make_folder(candidate)):
-                mark.write_bytes(content)
-            return candidate
-    raise AssertionError("unreachable")
+    marks = (candidate / ".made_for" for candidate in numbered(folder))
+    mark = next(m for m in marks if not m.parent.exists() or (m.is_file() and m.read_bytes() == content))
+    with disk_errors(make_folder(mark.parent)):
+        mark.write_bytes(content)
+    return mark.parent
 
 
 @contextmanager

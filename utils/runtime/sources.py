@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -59,32 +59,6 @@ class InputImage:
     position: int = 0
     note: str | None = None
     seconds: float | None = None
-
-
-class Source(Protocol):
-    """Images in a fixed order.
-
-    Attributes:
-        description: name of the source, for messages.
-        total: number of images, or None if it is not known in advance.
-        names: names of all images; empty if they are not known in advance.
-        folders: folders that contain the images; empty for a camera.
-        ignored: number of files without an image's suffix.
-        notes: one line for each other reason why files were left out.
-        frames_per_second: frame rate of a video or camera; None for files.
-    """
-
-    description: str
-    total: int | None
-    names: list[str]
-    ignored: int
-    notes: Sequence[str]
-    frames_per_second: float | None
-
-    @property
-    def folders(self) -> set[Path]: ...
-
-    def __iter__(self) -> Iterator[InputImage]: ...
 
 
 def open_source(name: str, data_root: Path, exclude: Set[Path], max_frames: int) -> Source:
@@ -161,15 +135,15 @@ def _search_folder(folder: Path, exclude: Set[Path]) -> Source:
             left_out["a video is read where --inference_dir names it"].append(path)
         else:
             files += 1
-    notes = [f"skipped {paths[0]}{_and_more(len(paths) - 1)}: {reason}" for reason, paths in left_out.items() if paths]
+    notes = []
+    for reason, paths in left_out.items():
+        if paths:
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            notes.append(f"skipped {paths[0]}{more}: {reason}")
     if not names:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
         raise SourceError("; ".join([f"{folder}: holds no image (looked for {suffixes}, in any case)", *notes]))
     return ImageFiles(str(folder), folder, sorted(names), files, notes)
-
-
-def _and_more(count: int) -> str:
-    return f" and {count} more" if count else ""
 
 
 def _is_pipe(path: Path) -> bool:
@@ -196,30 +170,34 @@ def _walk(folder: Path, exclude: Set[Path], left_out: dict[str, list[Path]]) -> 
         yield from (Path(parent) / name for name in files if not name.startswith("."))
 
 
+@dataclass(frozen=True)
 class ImageFiles:
     """Image files in a fixed order, each of which can be read by its position.
 
     A file that does not exist or cannot be decoded is yielded with its problem.
 
     Attributes:
+        description: name of the source, for messages.
         folder: folder that the names are relative to.
         names: paths relative to `folder`, with forward slashes.
+        ignored: number of files without an image's suffix.
+        notes: one line for each other reason why files were left out.
     """
 
-    frames_per_second: float | None = None
+    description: str
+    folder: Path
+    names: list[str]
+    ignored: int = 0
+    notes: Sequence[str] = ()
+    frames_per_second: ClassVar[float | None] = None
 
-    def __init__(
-        self, description: str, folder: Path, names: list[str], ignored: int = 0, notes: Sequence[str] = ()
-    ) -> None:
-        self.description = description
-        self.folder = folder
-        self.names = names
-        self.total: int | None = len(names)
-        self.ignored = ignored
-        self.notes = notes
+    @property
+    def total(self) -> int:
+        return len(self.names)
 
     @property
     def folders(self) -> set[Path]:
+        """The folders that contain the images."""
         return {self.folder / parent for parent in {name.rpartition("/")[0] for name in self.names}}
 
     def __iter__(self) -> Iterator[InputImage]:
@@ -240,13 +218,20 @@ class ImageFiles:
 
 
 class VideoFrames:
-    """The frames of a video file or a camera."""
+    """The frames of a video file or a camera.
 
-    ignored = 0
-    notes: Sequence[str] = ()
+    Attributes:
+        description, names, ignored, notes: as those of `ImageFiles`; the names are not known in advance.
+        folders: the folder of the video; empty for a camera.
+        total: number of frames, or None if it is not known in advance.
+        frames_per_second: frame rate.
+    """
+
+    names: ClassVar[list[str]] = []
+    ignored: ClassVar[int] = 0
+    notes: ClassVar[Sequence[str]] = ()
 
     def __init__(self, source: Path | int, stem: str, max_frames: int) -> None:
-        self.names: list[str] = []  # not known in advance
         self.description = stem if isinstance(source, int) else str(source)
         self.stem = stem
         self.folders = set[Path]() if isinstance(source, int) else {source.parent}
@@ -258,7 +243,7 @@ class VideoFrames:
             raise SourceError(f"{self.description}: cannot be opened; {remedy}")
         # Phones store upright videos sideways; OpenCV rotates the frames only if this is set before the first one.
         self._capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
-        self.frames_per_second: float | None = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
+        self.frames_per_second: float = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
         frames = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
         known = max(frames, 0) if isinstance(source, Path) else 0
         self.total: int | None = (min(known, max_frames) if known and max_frames else known or max_frames) or None
@@ -279,6 +264,9 @@ class VideoFrames:
         frame = self._capture.read()[1]
         milliseconds = self._capture.get(cv2.CAP_PROP_POS_MSEC)
         return frame, milliseconds / 1000 if milliseconds > 0 or number == 0 else None
+
+
+Source = ImageFiles | VideoFrames
 
 
 def read_images(files: Iterable[tuple[str, Path]]) -> Iterator[InputImage]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Queue
 from threading import Thread
-from types import TracebackType
 from typing import ParamSpec, TypeVar
 
 Arguments = ParamSpec("Arguments")
@@ -58,9 +57,7 @@ class BackgroundWorker:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             self._finish()
         except KeyboardInterrupt:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from utils.datasets.cache import ImageReader, cache_folder, open_images
+from utils.datasets.cache import cache_folder, open_images
 from utils.errors import UserError
 from utils.runtime.images import UnreadableImageError, write_image
 
@@ -26,7 +27,7 @@ def write_noise(path: Path, size_hw: tuple[int, int] = (30, 50), seed: int = 0) 
     return image
 
 
-def reader(path: Path, kind: str) -> ImageReader:
+def reader(path: Path, kind: str) -> Callable[[Path], np.ndarray]:
     return open_images([path], kind)
 
 
@@ -36,7 +37,7 @@ def test_pixels_are_those_of_the_file(tmp_path: Path, kind: str, size_hw: tuple[
     image = write_noise(tmp_path / "a.png", size_hw)
     files = reader(tmp_path / "a.png", kind)
     for _ in range(2):
-        pixels = files.read(tmp_path / "a.png")
+        pixels = files(tmp_path / "a.png")
         assert np.array_equal(pixels, image)
         assert not pixels.flags.writeable
 
@@ -46,16 +47,16 @@ def test_second_read_leaves_the_file_alone(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.png"
     image = write_noise(path)
     files = reader(path, kind)
-    files.read(path)
+    files(path)
     status = path.stat()
     path.write_bytes(bytes(status.st_size))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert np.array_equal(files.read(path), image)
+    assert np.array_equal(files(path), image)
 
 
 def test_file_on_disk_is_an_array_that_numpy_reads(tmp_path: Path) -> None:
     image = write_noise(tmp_path / "a.png", (2, 3))
-    reader(tmp_path / "a.png", "disk").read(tmp_path / "a.png")
+    reader(tmp_path / "a.png", "disk")(tmp_path / "a.png")
     (cached,) = cache_folder().iterdir()
     assert cached.suffix == ".npy"
     assert np.load(cached).tolist() == image.tolist()
@@ -64,10 +65,10 @@ def test_file_on_disk_is_an_array_that_numpy_reads(tmp_path: Path) -> None:
 def test_file_that_changed_is_read_anew_from_run_to_run(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     write_noise(path)
-    reader(path, "disk").read(path)
+    reader(path, "disk")(path)
     image = write_noise(path, (20, 20), seed=1)
     os.utime(path, ns=(1, 1))
-    assert np.array_equal(reader(path, "disk").read(path), image)
+    assert np.array_equal(reader(path, "disk")(path), image)
 
 
 @pytest.mark.parametrize(
@@ -84,11 +85,11 @@ def test_damaged_file_on_disk_is_made_anew(tmp_path: Path, damage: object) -> No
     path = tmp_path / "a.png"
     image = write_noise(path)
     files = reader(path, "disk")
-    files.read(path)
+    files(path)
     (cached,) = cache_folder().iterdir()
     whole = cached.read_bytes()
     cached.write_bytes(damage(whole))  # type: ignore[operator]
-    assert np.array_equal(files.read(path), image)
+    assert np.array_equal(files(path), image)
     assert [file.read_bytes() for file in cache_folder().iterdir()] == [whole]
 
 
@@ -99,7 +100,7 @@ def test_full_disk_only_makes_reading_slower(tmp_path: Path, monkeypatch: pytest
     image = write_noise(tmp_path / "a.png")
     files = reader(tmp_path / "a.png", "disk")
     monkeypatch.setattr("utils.runtime.files.os.replace", fail)
-    assert np.array_equal(files.read(tmp_path / "a.png"), image)
+    assert np.array_equal(files(tmp_path / "a.png"), image)
     assert list(cache_folder().iterdir()) == []
 
 
@@ -114,9 +115,9 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: p
 def test_reason_why_an_image_is_unreadable_is_kept(tmp_path: Path, kind: str) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(UnreadableImageError, match="empty file"):
-        reader(tmp_path / "a.png", kind).read(tmp_path / "a.png")
+        reader(tmp_path / "a.png", kind)(tmp_path / "a.png")
     with pytest.raises(UnreadableImageError, match="No such file"):
-        reader(tmp_path / "b.png", kind).read(tmp_path / "b.png")
+        reader(tmp_path / "b.png", kind)(tmp_path / "b.png")
 
 
 def test_memory_that_images_take_is_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

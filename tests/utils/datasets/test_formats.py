@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 
 from config import ROOT
-from utils.datasets.convert_labels import main
+from utils.datasets.convert_labels import convert_annotations, main
 from utils.datasets.formats.annotations import AnnotatedImage, upright_size
-from utils.datasets.formats.convert import convert_annotations
 from utils.datasets.formats.registry import FORMATS, check_names
 from utils.datasets.labels import DatasetError, FaceRow, labelled_image, read_labels
 from utils.errors import UserError

@@ -41,11 +41,16 @@ def decode_boxes(deltas: Tensor, priors: Tensor, variances: tuple[float, float])
     Returns:
         (..., P, 4) xyxy, normalised to the image, not clipped.
     """
-    prior_centres, prior_sizes = priors.split(2, dim=-1)
-    centres = prior_centres + deltas[..., :2] * variances[0] * prior_sizes
-    sizes = prior_sizes * torch.exp(deltas[..., 2:] * variances[1])
+    centres, sizes = _decode(deltas, priors, variances)
     top_left = centres - sizes / 2
     return torch.cat([top_left, top_left + sizes], dim=-1)
+
+
+def _decode(deltas: Tensor, priors: Tensor, variances: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Centres and sizes, each (..., P, 2), of the boxes that (..., P, 4) deltas encode."""
+    prior_centres, prior_sizes = priors.split(2, dim=-1)
+    centres = prior_centres + deltas[..., :2] * variances[0] * prior_sizes
+    return centres, prior_sizes * torch.exp(deltas[..., 2:] * variances[1])
 
 
 def encode_landmarks(landmarks: Tensor, priors: Tensor, variances: tuple[float, float]) -> Tensor:
@@ -84,10 +89,7 @@ def refine_priors(deltas: Tensor, priors: Tensor, variances: tuple[float, float]
     Returns:
         (..., P, 4) cxcywh, normalised to the image, of positive width and height, without a gradient.
     """
-    bounded = clamp_deltas(deltas.detach().float(), variances)
-    prior_centres, prior_sizes = priors.split(2, dim=-1)
-    centres = prior_centres + bounded[..., :2] * variances[0] * prior_sizes
-    return torch.cat([centres, prior_sizes * torch.exp(bounded[..., 2:] * variances[1])], dim=-1)
+    return torch.cat(_decode(clamp_deltas(deltas.detach().float(), variances), priors, variances), dim=-1)
 
 
 def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:

@@ -110,15 +110,12 @@ def suspected_form(predictions: Mapping[str, np.ndarray], faces: EvaluationSet, 
     for name, shift in (("corners x1 y1 x2 y2", (0, 0, -1, -1)), ("centres x y width height", (-0.5, -0.5, 0, 0))):
         # Corners become sizes by subtracting x and y; centres become corners by subtracting half of the size.
         other = {
-            key: np.concatenate([_shifted(boxes, shift), boxes[:, 4:]], axis=1) for key, boxes in predictions.items()
+            key: np.concatenate([boxes[:, :4] + boxes[:, [2, 3, 0, 1]] * shift, boxes[:, 4:]], axis=1)
+            for key, boxes in predictions.items()
         }
         if list(faces.evaluate(other).average_precisions.values())[-1] > least:
             return f"its boxes look like {name}"
     return None
-
-
-def _shifted(boxes: np.ndarray, shift: tuple[float, float, float, float]) -> np.ndarray:
-    return boxes[:, :4] + boxes[:, [2, 3, 0, 1]] * shift
 
 
 def recall_by_height(faces: EvaluationSet, evaluation: Evaluation) -> list[HeightClass]:

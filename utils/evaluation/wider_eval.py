@@ -218,7 +218,8 @@ def _match(rows: np.ndarray, order: np.ndarray, faces: np.ndarray) -> Matches:
     is_first = np.zeros(len(rows), bool)
     if len(faces) == 0 or len(rows) == 0:
         return Matches(face_scores, finds, is_first)
-    for part in _parts(len(rows), max(1, _OVERLAPS_AT_ONCE // len(faces))):
+    step = max(1, _OVERLAPS_AT_ONCE // len(faces))
+    for part in (slice(start, start + step) for start in range(0, len(rows), step)):
         overlaps = _pixel_iou(rows[part, :4], faces)
         best = overlaps.argmax(axis=1)
         enough = overlaps[np.arange(len(best)), best] >= _IOU_THRESHOLD
@@ -228,10 +229,6 @@ def _match(rows: np.ndarray, order: np.ndarray, faces: np.ndarray) -> Matches:
     is_first[hits[first]] = True
     face_scores[found] = rows[hits[first], 4]
     return Matches(face_scores, finds, is_first)
-
-
-def _parts(length: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, length, size))
 
 
 def _prefix_sums(flags: np.ndarray, counts: np.ndarray) -> np.ndarray:

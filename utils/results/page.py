@@ -25,8 +25,6 @@ from utils.runtime.files import atomic_write
 PAGE_NAME = "index.html"
 _GENERATOR = "retinaface results"  # distinguishes generated pages from files of the user
 _IMAGES_PER_FILE = 10_000  # a browser opens a page of this size in about a second
-# None of these characters may appear in a <script>, not even within JSON.
-_SCRIPT_ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
 
 @dataclass(frozen=True)
@@ -152,16 +150,10 @@ def settings_rows(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[s
 def _environment() -> Environment:
     loader = FileSystemLoader(Path(__file__).parent / "templates", encoding="utf-8")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["json"] = _as_script_json
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     # A file name may contain bytes that are not text; they are shown escaped.
     environment.finalize = lambda value: value if isinstance(value, Markup) else _as_text(value)
     return environment
-
-
-def _as_script_json(value: object) -> Markup:
-    """Convert to JSON in ASCII that cannot end the <script> around it."""
-    text = json.dumps(value, separators=(",", ":")).translate(_SCRIPT_ESCAPES)
-    return Markup(text)
 
 
 def _as_text(value: object) -> object:

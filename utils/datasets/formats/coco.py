@@ -27,9 +27,6 @@ def write_coco(path: Path, images: Iterable[AnnotatedImage], folder: Path | None
     """Write annotations; `images` is iterated over twice, and `folder` is unused.
 
     Ignored faces are crowds (`iscrowd` 1), so that pycocotools counts detections of them neither as true nor as false.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(f'{{"info": {{"description": "faces"}},\n"categories": {json.dumps([_CATEGORY])},\n"images": [')

@@ -40,11 +40,7 @@ _LABELS = [
 
 
 def write_cvat(path: Path, images: Iterable[AnnotatedImage], folder: Path | None = None) -> None:
-    """Write a folder with annotations.xml, and labels.json to paste into the task; `folder` is unused.
-
-    Raises:
-        OSError: the files cannot be written.
-    """
+    """Write a folder with annotations.xml, and labels.json to paste into the task; `folder` is unused."""
     path.mkdir(parents=True, exist_ok=True)
     with atomic_write(path / "labels.json") as temporary:
         temporary.write_text(json.dumps(_LABELS, indent=2) + "\n", encoding="utf-8")

@@ -22,11 +22,7 @@ _VERSION = "5.5.0"  # version of labelme that defines this format
 
 
 def write_labelme(path: Path, images: Iterable[AnnotatedImage], folder: Path | None = None) -> None:
-    """Write a folder of JSON files; they refer to the images in `folder`.
-
-    Raises:
-        OSError: the files cannot be written.
-    """
+    """Write a folder of JSON files; they refer to the images in `folder`."""
     for image in images:
         file = path / PurePosixPath(image.name).with_suffix(".json")
         file.parent.mkdir(parents=True, exist_ok=True)

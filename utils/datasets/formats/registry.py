@@ -23,7 +23,8 @@ class Format:
 
     Attributes:
         file: name of the file or folder among the exports of a run.
-        write: function of `(path, images, folder of the images or None)`; iterates over the images once or twice.
+        write: function of `(path, images, folder of the images or None)`; iterates over the images once or twice, and
+            raises an `OSError` if a file cannot be written.
         read: function of `(path, folder of the images or None)`; the paths of the images are relative to that folder.
         has_file_per_image: whether each image has a file, named after the image without its suffix.
     """

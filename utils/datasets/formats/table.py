@@ -16,11 +16,7 @@ _COLUMNS = ("image", "width", "height", *_BOX, "score", *_LANDMARKS, "ignored")
 
 
 def write_csv(path: Path, images: Iterable[AnnotatedImage], folder: Path | None = None) -> None:
-    """Write the table; `folder` is unused.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write the table; `folder` is unused."""
     with (
         atomic_write(path) as temporary,
         temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,

@@ -34,9 +34,6 @@ def write_yolo(path: Path, images: Iterable[AnnotatedImage], folder: Path | None
 
     Boxes are clipped to the image. Ignored faces, which the format does not have, are left out, and so are the
     landmarks of a face if one of them lies outside the image.
-
-    Raises:
-        OSError: a file cannot be written.
     """
     names = []
     for image in images:

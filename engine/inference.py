@@ -19,12 +19,9 @@ from models.detector import FaceDetector
 from utils.datasets.formats.registry import check_names
 from utils.errors import ConfigError, UserError
 from utils.options import require, to_dict
-from utils.results.face_files import FaceFileOptions
 from utils.results.files import OUTPUT_FOLDERS
 from utils.results.masks import HeadMask, HeadSegmenter
-from utils.results.output import OutputOptions
 from utils.results.page import PAGE_NAME, check_page_is_ours
-from utils.results.reports import Exports, InferencePage
 from utils.results.writer import ResultWriter
 from utils.runtime.cli import show_progress
 from utils.runtime.distributed import DistributedContext, shard_positions
@@ -122,38 +119,22 @@ class InferenceRun:
             "segmenter_sha256": file_digest(self.segmenter_model) if self.segmenter_model else None,
         }
 
-    def _output(self) -> OutputOptions:
-        options, source = self.options, self.source
-        images = source.folder if isinstance(source, ImageFiles) else None
-        video = Path(source.description) if isinstance(source, VideoFrames) else None
-        return OutputOptions(
-            drawings=options.save_img,
-            crops=options.save_mask,
-            frames_per_second=source.frames_per_second,
-            face_files=FaceFileOptions(
-                thumbnails=options.page,
-                crops=options.save_crops,
-                crop_side=options.crop_size,
-                crop_margin=options.crop_margin,
-                anonymize=options.anonymize,
-                video=video if video is not None and video.is_file() else None,
-            ),
-            reports=[*([InferencePage(images)] if options.page else []), Exports(options.export, images)],
-        )
-
     def open_writer(self, context: DistributedContext) -> ResultWriter:
         """Begin writing results, or continue an interrupted run."""
-        options = self.options
+        source = self.source
+        video = Path(source.description) if isinstance(source, VideoFrames) else None
         # On a CPU, the last digits of PyTorch's results depend on the number of threads.
         depends_on_threads = self.detector.model.device.type == "cpu" and self.detector.backend.name != "onnx"
         return ResultWriter(
             self.folder,
             self.name,
             self.settings(),
-            names=self.source.names,
-            output=self._output(),
+            names=source.names,
+            options=self.options,
+            images=source.folder if isinstance(source, ImageFiles) else None,
+            video=video if video is not None and video.is_file() else None,
+            frames_per_second=source.frames_per_second,
             threads=torch.get_num_threads() if depends_on_threads else None,
-            resume=options.resume,
             context=context,
         )
 

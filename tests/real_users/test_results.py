@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -12,17 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from config import ROOT
+from config import ROOT, InferenceOptions
 from utils.evaluation.predictions import read_predictions, write_predictions
-from utils.results.face_files import FaceFileOptions
 from utils.results.masks import HeadMask
-from utils.results.output import OutputOptions
 from utils.results.writer import ResultWriter
 from utils.runtime.files import shortened
 from utils.structures import Detections
 
-DRAWINGS = OutputOptions(drawings=True)
-VIDEO = OutputOptions(drawings=True, frames_per_second=10.0)
+PLAIN = InferenceOptions(page=False)
+DRAWINGS = replace(PLAIN, save_img=True)
 IMAGE = np.full((20, 30, 3), 100, np.uint8)
 FACE = Detections(torch.tensor([[10.0, 5, 20, 17]]), torch.tensor([0.9]), None)
 HEAD = HeadMask((0, 0, 30, 20), (10, 5, 20, 17), np.full((20, 30), 255, np.uint8))
@@ -34,10 +33,14 @@ def write(
     names: Sequence[str],
     source: str = "photos",
     experiment: str = "exp",
-    output: OutputOptions = DRAWINGS,
+    options: InferenceOptions = DRAWINGS,
     image: np.ndarray = IMAGE,
+    frames_per_second: float | None = None,
 ) -> ResultWriter:
-    with ResultWriter(folder, experiment, {"source": source}, names=names, output=output) as writer:
+    settings = {"source": source}
+    with ResultWriter(
+        folder, experiment, settings, names=names, options=options, frames_per_second=frames_per_second
+    ) as writer:
         for name in names:
             writer.add(name, image, FACE, [HEAD])
     return writer
@@ -57,7 +60,7 @@ def test_images_of_other_runs_stay(tmp_path: Path, source: str, experiment: str)
     write(tmp_path, ["a.jpg", "b.jpg"])
     write(tmp_path, ["c.jpg"], source, experiment)
     assert drawn(tmp_path) == {"a.jpg", "b.jpg", "c.jpg"}
-    write(tmp_path, ["a.jpg"], output=OutputOptions())
+    write(tmp_path, ["a.jpg"], options=PLAIN)
     assert drawn(tmp_path) == {"a.jpg", "b.jpg", "c.jpg"}
 
 
@@ -73,12 +76,12 @@ def test_own_images_of_before_are_replaced(tmp_path: Path) -> None:
 
 def test_two_videos_in_one_folder_leave_two(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        write(tmp_path, [f"{name}_000001.jpg", f"{name}_000002.jpg"], name, output=VIDEO)
+        write(tmp_path, [f"{name}_000001.jpg", f"{name}_000002.jpg"], name, frames_per_second=10.0)
     assert drawn(tmp_path) == {"one.mp4", "two.mp4"}
 
 
 def test_video_of_odd_size_keeps_its_last_row_and_column(tmp_path: Path) -> None:
-    write(tmp_path, ["a_000001.jpg"], output=VIDEO, image=np.full((33, 47, 3), 90, np.uint8))
+    write(tmp_path, ["a_000001.jpg"], frames_per_second=10.0, image=np.full((33, 47, 3), 90, np.uint8))
     read, frame = cv2.VideoCapture(str(tmp_path / "result_images/a.mp4")).read()
     assert read
     assert frame.shape == (34, 48, 3)
@@ -92,16 +95,16 @@ def test_no_image_overwrites_the_drawing_of_another(tmp_path: Path, names: list[
 
 
 def test_no_image_overwrites_the_anonymised_copy_of_another(tmp_path: Path) -> None:
-    output = OutputOptions(face_files=FaceFileOptions(anonymize="solid"))
-    write(tmp_path, ["a.gif", "a.gif.png"], output=output)
+    options = replace(PLAIN, anonymize="solid")
+    write(tmp_path, ["a.gif", "a.gif.png"], options=options)
     assert {path.name for path in (tmp_path / "anonymized").iterdir()} == {"a.gif.png", "a.gif.png.png"}
 
 
 @pytest.mark.parametrize("stem", ["x" * 251, "é" * 125, "x" * 100])
-@pytest.mark.parametrize("output", [DRAWINGS, OutputOptions(crops=True)])
-def test_name_too_long_for_another_suffix_is_shortened(tmp_path: Path, stem: str, output: OutputOptions) -> None:
-    write(tmp_path, [f"sub/{stem}.gif", f"sub/{stem}.jp2", "after.jpg"], output=output)
-    kind = "result_images" if output.drawings else "heads"
+@pytest.mark.parametrize("options", [DRAWINGS, replace(PLAIN, mask=True, save_mask=True)])
+def test_name_too_long_for_another_suffix_is_shortened(tmp_path: Path, stem: str, options: InferenceOptions) -> None:
+    write(tmp_path, [f"sub/{stem}.gif", f"sub/{stem}.jp2", "after.jpg"], options=options)
+    kind = "result_images" if options.save_img else "heads"
     assert len([path for path in (tmp_path / kind).rglob("*.*") if path.is_file()]) == 3
     assert all(len(path.name.encode()) <= 255 for path in tmp_path.rglob("*"))
     assert shortened("sub/a.jpg") == "sub/a.jpg"

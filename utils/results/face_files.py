@@ -11,7 +11,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from utils.alignment import ALIGNED_SIDE, aligned_crop, plain_crop
+from config import InferenceOptions
+from utils.alignment import aligned_crop, plain_crop
 from utils.results.anonymise import add_audio, anonymise
 from utils.results.image_files import OutputImages, write_crops, write_file
 from utils.results.masks import HeadMask
@@ -19,27 +20,6 @@ from utils.structures import Detections
 
 _THUMBNAIL_SIDE = 400
 _FRAME_SIDE = 960  # larger, because the page has no original file of a video's frame to show
-
-
-@dataclass(frozen=True)
-class FaceFileOptions:
-    """Options that select the files to write.
-
-    Attributes:
-        thumbnails: whether to write a small copy of every image, or of one frame per second of a video.
-        crops: kinds of crops of every face: `plain`, `aligned`, or both.
-        crop_side: side of aligned crops in pixels.
-        crop_margin: margin around plain crops, relative to the longer side of the face.
-        anonymize: `blur`, `pixelate` or `solid`; None leaves faces recognisable.
-        video: video file whose frames are processed, for its audio.
-    """
-
-    thumbnails: bool = False
-    crops: tuple[str, ...] = ()
-    crop_side: int = ALIGNED_SIDE
-    crop_margin: float = 0.25
-    anonymize: str | None = None
-    video: Path | None = None
 
 
 @dataclass
@@ -58,15 +38,21 @@ class WrittenFiles:
 
 
 class FaceFiles:
-    """Writes the files that `FaceFileOptions` select. Methods raise `OSError` if a file cannot be written."""
+    """Writes the files that the options select. Methods raise `OSError` if a file cannot be written."""
 
     def __init__(
-        self, folder: Path, options: FaceFileOptions, frames_per_second: float | None, names: Set[str] = frozenset()
+        self,
+        folder: Path,
+        options: InferenceOptions,
+        frames_per_second: float | None,
+        video: Path | None,
+        names: Set[str],
     ) -> None:
-        """Prepare to write; see `OutputImages` for `frames_per_second` and `names`."""
+        """Prepare to write; see `ResultWriter` for `video`, and `OutputImages` for `frames_per_second` and `names`."""
         self.folder = folder
         self.options = options
         self.frames_per_second = frames_per_second
+        self.video = video
         self._anonymised = OutputImages(folder, "anonymized", frames_per_second, names)
 
     def publishable(self, image: np.ndarray, detections: Detections, heads: Sequence[HeadMask] | None) -> np.ndarray:
@@ -89,7 +75,7 @@ class FaceFiles:
             detections: faces of the image.
         """
         written = WrittenFiles()
-        if self.options.thumbnails and self._has_thumbnail(position):
+        if self.options.page and self._has_thumbnail(position):
             written.entry["thumbnail"] = write_file(
                 self.folder, f"thumbnails/{position:06d}.jpg", self._thumbnail(shown)
             )
@@ -108,8 +94,8 @@ class FaceFiles:
         if video is None:
             return None
         problem: str | None = "without sound, because a camera has none"
-        if self.options.video is not None:
-            problem = add_audio(video, self.options.video)
+        if self.video is not None:
+            problem = add_audio(video, self.video)
         return f"{video}: {problem}" if problem else None
 
     def _has_thumbnail(self, position: int) -> bool:
@@ -129,8 +115,8 @@ class FaceFiles:
 
     def _write_crops(self, file_name: str, image: np.ndarray, detections: Detections, index: int) -> dict[str, str]:
         crops = {}
-        if "plain" in self.options.crops:
+        if "plain" in self.options.save_crops:
             crops["crops"] = plain_crop(image, detections.boxes[index].numpy(), self.options.crop_margin)
-        if "aligned" in self.options.crops and detections.landmarks is not None:
-            crops["aligned"] = aligned_crop(image, detections.landmarks[index].numpy(), self.options.crop_side)
+        if "aligned" in self.options.save_crops and detections.landmarks is not None:
+            crops["aligned"] = aligned_crop(image, detections.landmarks[index].numpy(), self.options.crop_size)
         return write_crops(self.folder, file_name, crops)

@@ -14,57 +14,48 @@ from utils.datasets.formats.registry import FORMATS
 from utils.datasets.labels import FaceRow, labelled_image
 from utils.results.files import Summary
 from utils.results.page import PageHead, file_url, relative_url, settings_rows, write_page
-from utils.results.records import Record, RecordIndex
+from utils.results.records import RecordIndex
 
 EXPORT_FOLDER = "exports"
 
 
-@dataclass(frozen=True)
-class InferencePage:
-    """Writes the page of a run.
+def write_inference_page(
+    folder: Path, settings: Mapping[str, Any], records: RecordIndex, summary: Summary, images: Path | None
+) -> None:
+    """Write the page of a run; `images` is the folder of the images that were read, None for a video or camera."""
+    threshold = float(settings.get("detection", {}).get("confidence_threshold", 0.0))
+    counts = f"{summary.images} images, {summary.faces} faces, {len(summary.skipped)} skipped"
+    if images is None:
+        counts = f"{summary.images} frames, {summary.faces} faces; one frame a second is shown"
+    name, source = settings.get("experiment", ""), settings.get("source", "")
+    head = PageHead(
+        title=f"Faces in {Path(source).name or source}",
+        summary=f"{counts}; detector {name}",
+        lowest_score=threshold,
+        threshold=threshold,
+        settings=settings_rows(settings),
+    )
+    write_page(folder, head, _page_entries(folder, records, images), len(records))
 
-    Attributes:
-        images: folder of the images that were read; None for a video or camera.
-    """
 
-    images: Path | None
-
-    def __call__(self, folder: Path, settings: Mapping[str, Any], records: RecordIndex, summary: Summary) -> None:
-        threshold = float(settings.get("detection", {}).get("confidence_threshold", 0.0))
-        counts = f"{summary.images} images, {summary.faces} faces, {len(summary.skipped)} skipped"
-        if self.images is None:
-            counts = f"{summary.images} frames, {summary.faces} faces; one frame a second is shown"
-        name, source = settings.get("experiment", ""), settings.get("source", "")
-        head = PageHead(
-            title=f"Faces in {Path(source).name or source}",
-            summary=f"{counts}; detector {name}",
-            lowest_score=threshold,
-            threshold=threshold,
-            settings=settings_rows(settings),
-        )
-        write_page(folder, head, self._entries(folder, records), len(records))
-
-    def _entries(self, folder: Path, records: RecordIndex) -> Iterator[dict[str, Any]]:
-        for record in records:
-            entry = record.entry
-            if entry is None:
-                yield {"name": record.name, "skipped": record.problem or "unreadable"}
-            elif "thumbnail" in entry:
-                yield {
-                    **{key: entry[key] for key in ("name", "width", "height", "seconds") if key in entry},
-                    "thumbnail": relative_url(entry["thumbnail"]),
-                    "source": self._source(folder, record),
-                    "faces": [_page_face(face) for face in entry["faces"]],
-                }
-
-    def _source(self, folder: Path, record: Record) -> str:
-        """The URL of the full-size image, or of its anonymised copy if there is one."""
-        entry = record.entry or {}
-        if self.images is None:
-            return relative_url(entry["thumbnail"])
-        if "anonymized" in entry:
-            return relative_url(entry["anonymized"])
-        return file_url(self.images / record.name, folder)
+def _page_entries(folder: Path, records: RecordIndex, images: Path | None) -> Iterator[dict[str, Any]]:
+    for record in records:
+        entry = record.entry
+        if entry is None:
+            yield {"name": record.name, "skipped": record.problem or "unreadable"}
+        elif "thumbnail" in entry:
+            if images is None:
+                source = relative_url(entry["thumbnail"])
+            elif "anonymized" in entry:
+                source = relative_url(entry["anonymized"])
+            else:
+                source = file_url(images / record.name, folder)
+            yield {
+                **{key: entry[key] for key in ("name", "width", "height", "seconds") if key in entry},
+                "thumbnail": relative_url(entry["thumbnail"]),
+                "source": source,
+                "faces": [_page_face(face) for face in entry["faces"]],
+            }
 
 
 def _page_face(face: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,23 +70,12 @@ def _page_face(face: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
-@dataclass(frozen=True)
-class Exports:
-    """Writes annotations below `exports/`.
-
-    Attributes:
-        formats: names in `FORMATS`.
-        images: folder of the images that were read; None for a video or camera.
-    """
-
-    formats: Sequence[str]
-    images: Path | None
-
-    def __call__(self, folder: Path, settings: Mapping[str, Any], records: RecordIndex, summary: Summary) -> None:
-        target = folder / EXPORT_FOLDER
-        for name in self.formats:
-            target.mkdir(exist_ok=True)
-            FORMATS[name].write(target / FORMATS[name].file, _AnnotatedRecords(records), self.images)
+def write_exports(folder: Path, formats: Sequence[str], records: RecordIndex, images: Path | None) -> None:
+    """Write annotations in these formats of `FORMATS` below `exports/`; see `write_inference_page` for `images`."""
+    target = folder / EXPORT_FOLDER
+    for name in formats:
+        target.mkdir(exist_ok=True)
+        FORMATS[name].write(target / FORMATS[name].file, _AnnotatedRecords(records), images)
 
 
 @dataclass(frozen=True)

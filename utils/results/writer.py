@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from config import InferenceOptions
 from utils.drawing import draw_detections
 from utils.errors import ConfigError, UserError
 from utils.results.face_files import FaceFiles
 from utils.results.files import OUTPUT_FOLDERS, ResultFiles, Summary, remove_output
 from utils.results.image_files import OutputImages, write_crops
 from utils.results.masks import HeadMask, crop
-from utils.results.output import OutputOptions
 from utils.results.records import Record, RecordStore
+from utils.results.reports import write_exports, write_inference_page
 from utils.runtime.distributed import SINGLE_PROCESS, DistributedContext, run_on_all, run_on_main
 from utils.runtime.files import disk_errors, make_folder, remove_temporary_files
 from utils.runtime.manifest import first_difference, require_same_settings
@@ -62,9 +63,11 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
         settings: Mapping[str, Any],
         *,
         names: Sequence[str] = (),
-        output: OutputOptions = OutputOptions(),  # noqa: B008, frozen
+        options: InferenceOptions = InferenceOptions(page=False),  # noqa: B008, frozen
+        images: Path | None = None,
+        video: Path | None = None,
+        frames_per_second: float | None = None,
         threads: int | None = None,
-        resume: bool = False,
         context: DistributedContext = SINGLE_PROCESS,
     ) -> None:
         """Begin or continue a run; a collective call of all processes.
@@ -75,9 +78,11 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
             settings: everything that the results depend on; `results.json` begins with them.
             names: names of all images, if known. They give crops of images whose names differ only in the suffix
                 different names, and ensure that no image is missed.
-            output: outputs for every image besides its record.
+            options: options that select what is written, and whether the results of an interrupted run are kept.
+            images: folder of the images that are read; None for a video or camera.
+            video: video file whose frames are processed, for its audio.
+            frames_per_second: frame rate of a video or camera; None for images.
             threads: number of threads that compute, if results depend on it.
-            resume: whether to keep the results of an interrupted run.
             context: rank and number of processes.
 
         Raises:
@@ -87,26 +92,27 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
         self.folder = folder
         self.summary = Summary()
         self.context = context
-        self.output = output
         self.notes: list[str] = []  # for the user, when the writer is closed
         self._settings = settings
+        self._options, self._images, self._is_video = options, images, frames_per_second is not None
         self._count = len(names)
         self._files = ResultFiles(folder, experiment_name)
         self._store = RecordStore(folder / ".records" / experiment_name)
-        needs_names = output.drawings or output.face_files.anonymize
+        needs_names = options.save_img or options.anonymize
         lower_names = frozenset(name.lower() for name in names) if needs_names else frozenset[str]()
-        self._drawings = OutputImages(folder, "result_images", output.frames_per_second, lower_names)
-        self._face_files = FaceFiles(folder, output.face_files, output.frames_per_second, lower_names)
+        self._drawings = OutputImages(folder, "result_images", frames_per_second, lower_names)
+        self._face_files = FaceFiles(folder, options, frames_per_second, video, lower_names)
         # Number of images of each name, with and without suffix: `a.jpg` and `a.png` share `a`.
-        has_crops = output.crops or output.face_files.crops
+        has_crops = options.save_mask or options.save_crops
         labels = (label for name in names for label in {name.lower(), _stem(name).lower()}) if has_crops else ()
         self._name_counts = Counter(labels)
         self._next_position = 0
-        self.start: RunStart = run_on_main(lambda: self._begin(threads, resume))
+        self.start: RunStart = run_on_main(lambda: self._begin(threads))
         run_on_all(self._check_settings_of_main)
         self._records = run_on_all(self._open_shard)
 
-    def _begin(self, threads: int | None, resume: bool) -> RunStart:
+    def _begin(self, threads: int | None) -> RunStart:
+        resume = self._options.resume
         with disk_errors(make_folder(self.folder)):
             self._files.check_writable()
             if self._store.in_use:
@@ -207,7 +213,7 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
             self._close_shard()
             if self.context.world_size == 1:
                 # A video cannot be resumed, so these results are final.
-                self._finish(is_complete=self.output.frames_per_second is not None)
+                self._finish(is_complete=self._is_video)
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
@@ -232,8 +238,9 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
                     f"{self.folder}: holds results of {len(records)} of {self._count} images; --resume does the rest"
                 )
             self.summary = self._files.write(self._settings, records, self.start.done)
-            for report in self.output.reports:
-                report(self.folder, self._settings, records, self.summary)
+            if self._options.page:
+                write_inference_page(self.folder, self._settings, records, self.summary, self._images)
+            write_exports(self.folder, self._options.export, records, self._images)
             if is_complete:
                 stale = set(self._store.run.get("former_files", []))
                 for record in records if stale else ():
@@ -265,7 +272,7 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
                 face["landmarks"] = [_rounded(point) for point in detections.landmarks[index].tolist()]
             if heads is not None:
                 face |= {"head_box": heads[index].head_box, "face_box_in_head": heads[index].face_box}
-                if self.output.crops:
+                if self._options.save_mask:
                     face["files"] = self._write_crops(f"{self._crop_stem(name)}_{index}.png", image, heads[index])
                     files += face["files"].values()
             faces.append(face)
@@ -276,7 +283,7 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
             if crops:
                 face["files"] = face.get("files", {}) | crops
         files += written.files
-        if self.output.drawings:
+        if self._options.save_img:
             drawing, is_new = self._drawings.write(name, draw_detections(shown, detections))
             files += [drawing] if is_new else []
         entry = {"name": name, "width": image.shape[1], "height": image.shape[0], "faces": faces, **written.entry}

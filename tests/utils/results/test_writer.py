@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from config import InferenceOptions
 from utils.errors import UserError
 from utils.results.masks import HeadMask
-from utils.results.output import OutputOptions
 from utils.results.records import Record, RecordStore
 from utils.results.writer import ResultWriter
 from utils.runtime.images import read_image
@@ -24,7 +25,8 @@ from utils.structures import Detections
 FACE = [10.25, 5.5, 20.75, 17.0]
 HEAD = HeadMask((0, 0, 30, 20), (10, 5, 20, 17), np.full((20, 30), 255, np.uint8))
 
-DRAWINGS, CROPS = OutputOptions(drawings=True), OutputOptions(crops=True)
+PLAIN, RESUMED = InferenceOptions(page=False), InferenceOptions(page=False, resume=True)
+DRAWINGS, CROPS = replace(PLAIN, save_img=True), replace(PLAIN, mask=True, save_mask=True)
 
 
 def picture(level: int = 100) -> np.ndarray:
@@ -97,7 +99,7 @@ def test_table_is_the_originals_and_json_has_everything(tmp_path: Path) -> None:
 
 
 def test_masks_and_crops_lie_in_four_folders(tmp_path: Path) -> None:
-    write(tmp_path, ["sub/a.jpg"], output=CROPS)
+    write(tmp_path, ["sub/a.jpg"], options=CROPS)
     (image,) = results(tmp_path)["images"]
     assert image["faces"][0]["head_box"] == [0, 0, 30, 20]
     assert image["faces"][0]["face_box_in_head"] == [10, 5, 20, 17]
@@ -108,7 +110,7 @@ def test_masks_and_crops_lie_in_four_folders(tmp_path: Path) -> None:
 
 
 def test_face_outside_the_picture_has_no_crops(tmp_path: Path) -> None:
-    writer = ResultWriter(tmp_path, "exp", {}, output=CROPS)
+    writer = ResultWriter(tmp_path, "exp", {}, options=CROPS)
     writer.add("a.jpg", picture(), faces(), [HeadMask((30, 0, 30, 0), (0, 0, 0, 0), np.zeros((0, 0), np.uint8))])
     writer.close()
     assert results(tmp_path)["images"][0]["faces"][0]["files"] == {}
@@ -126,7 +128,7 @@ def test_face_outside_the_picture_has_no_crops(tmp_path: Path) -> None:
     ],
 )
 def test_no_picture_overwrites_the_crops_of_another(tmp_path: Path, names: list[str]) -> None:
-    write(tmp_path, names, output=CROPS)
+    write(tmp_path, names, options=CROPS)
     for level, image in enumerate(results(tmp_path)["images"]):
         assert read_image(tmp_path / image["faces"][0]["files"]["heads"]).max() == level
     crops = [file.lower() for file in files_below(tmp_path / "heads")]
@@ -137,17 +139,17 @@ def test_no_picture_overwrites_the_crops_of_another(tmp_path: Path, names: list[
     ("name", "drawn"), [("a b.JPG", "a b.JPG"), ("ü/b.webp", "ü/b.webp"), ("c.gif", "c.gif.png"), ("d", "d.png")]
 )
 def test_drawings_keep_the_name_where_its_kind_can_be_written(tmp_path: Path, name: str, drawn: str) -> None:
-    write(tmp_path, [name], output=DRAWINGS)
+    write(tmp_path, [name], options=DRAWINGS)
     assert files_below(tmp_path / "result_images") == {drawn}
     assert read_image(tmp_path / "result_images" / drawn).shape == (20, 30, 3)
 
 
 def test_second_run_replaces_its_own_files_only(tmp_path: Path) -> None:
-    assert not write(tmp_path, ["a.png", "b.png"], output=OutputOptions(drawings=True, crops=True)).start.note
+    assert not write(tmp_path, ["a.png", "b.png"], options=replace(CROPS, save_img=True)).start.note
     users = {"notes.txt", "result_images/mine.png", "masks/b_1.png"}
     for name in users:
         (tmp_path / name).write_text("mine")
-    assert write(tmp_path, ["b.png"], output=DRAWINGS).start.note == "replacing the results of an earlier run"
+    assert write(tmp_path, ["b.png"], options=DRAWINGS).start.note == "replacing the results of an earlier run"
     assert files_below(tmp_path) == TABLES | users | {"result_images/b.png"}
     assert [image["name"] for image in results(tmp_path)["images"]] == ["b.png"]
 
@@ -187,7 +189,7 @@ def test_former_results_stand_until_the_new_ones_are_complete(tmp_path: Path) ->
 
 def test_names_that_are_no_text_are_kept(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.png")  # Latin-1
-    write(tmp_path, [name], output=DRAWINGS)
+    write(tmp_path, [name], options=DRAWINGS)
     assert results(tmp_path)["images"][0]["name"] == name
     assert (tmp_path / "exp_inference_results.txt").read_bytes().startswith(b"caf\xe9.png\n")
     assert (tmp_path / "result_images" / name).is_file()
@@ -206,7 +208,7 @@ def test_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
 def test_file_that_cannot_be_written_is_named_and_the_rest_is_kept(tmp_path: Path) -> None:
     (tmp_path / "result_images").mkdir()
     (tmp_path / "result_images" / "sub").touch()
-    writer = ResultWriter(tmp_path, "exp", {}, output=DRAWINGS)
+    writer = ResultWriter(tmp_path, "exp", {}, options=DRAWINGS)
     writer.add("a.png", picture(), faces())
     with pytest.raises(UserError, match=r"result_images/sub.*: cannot be written"):
         writer.add("sub/b.png", picture(), faces())
@@ -215,8 +217,7 @@ def test_file_that_cannot_be_written_is_named_and_the_rest_is_kept(tmp_path: Pat
 
 
 def test_drawings_of_a_video_become_a_video(tmp_path: Path) -> None:
-    video = OutputOptions(drawings=True, frames_per_second=10.0)
-    write(tmp_path, ["my_clip_000001.jpg", "my_clip_000002.jpg"], output=video)
+    write(tmp_path, ["my_clip_000001.jpg", "my_clip_000002.jpg"], options=DRAWINGS, frames_per_second=10.0)
     assert results(tmp_path)["files"] == ["result_images/my_clip.mp4"]
     written = cv2.VideoCapture(str(tmp_path / "result_images" / "my_clip.mp4"))
     assert written.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
@@ -224,7 +225,7 @@ def test_drawings_of_a_video_become_a_video(tmp_path: Path) -> None:
 
 
 def test_video_that_cannot_be_encoded_is_an_error(tmp_path: Path) -> None:
-    writer = ResultWriter(tmp_path, "exp", {}, output=OutputOptions(drawings=True, frames_per_second=1e9))
+    writer = ResultWriter(tmp_path, "exp", {}, options=DRAWINGS, frames_per_second=1e9)
     with pytest.raises(UserError, match="cannot encode it at"):
         writer.add("clip_000001.jpg", picture(), faces())
     writer.close()
@@ -236,7 +237,7 @@ def test_positions_give_the_order_and_suffixes_the_names(tmp_path: Path) -> None
     writer.add("b.jpg", picture(), faces(0), position=1)
     with pytest.raises(UserError, match="holds results of 1 of 2 images; --resume does the rest"):
         writer.close()
-    resumed = ResultWriter(tmp_path, "exp", {}, names=["a.jpg", "b.jpg"], resume=True)
+    resumed = ResultWriter(tmp_path, "exp", {}, names=["a.jpg", "b.jpg"], options=RESUMED)
     assert resumed.start.done.tolist() == [1]
     resumed.add("a.jpg", picture(), faces(0), position=0)
     resumed.close()
@@ -252,16 +253,16 @@ def test_interrupted_run_leaves_final_files_and_can_be_resumed(tmp_path: Path) -
         writer.add("a.png", picture(), faces())
         raise KeyboardInterrupt
     assert [image["name"] for image in results(tmp_path)["images"]] == ["a.png"]
-    with ResultWriter(tmp_path, "exp", {}, names=names, resume=True) as resumed:
+    with ResultWriter(tmp_path, "exp", {}, names=names, options=RESUMED) as resumed:
         resumed.add("b.png", picture(), faces(), position=1)
     assert [image["name"] for image in results(tmp_path)["images"]] == names
 
 
 def test_new_run_removes_what_an_interrupted_one_wrote(tmp_path: Path) -> None:
-    writer = ResultWriter(tmp_path, "exp", {}, output=DRAWINGS)
+    writer = ResultWriter(tmp_path, "exp", {}, options=DRAWINGS)
     writer.add("a.png", picture(), faces())
     del writer  # killed
-    anew = write(tmp_path, ["b.png"], output=DRAWINGS)
+    anew = write(tmp_path, ["b.png"], options=DRAWINGS)
     assert anew.start.note == "replacing 1 results of a run that was interrupted (--resume keeps them)"
     assert files_below(tmp_path) == TABLES | {"result_images/b.png"}
 
@@ -269,13 +270,13 @@ def test_new_run_removes_what_an_interrupted_one_wrote(tmp_path: Path) -> None:
 def test_resumed_run_must_be_made_in_the_same_way(tmp_path: Path) -> None:
     ResultWriter(tmp_path, "exp", {"detection": {"top_k": 0}}, names=["a.png"])
     with pytest.raises(UserError, match=r"were made with detection\.top_k 0, now it is 5; repeat the flags"):
-        ResultWriter(tmp_path, "exp", {"detection": {"top_k": 5}}, names=["a.png"], resume=True)
+        ResultWriter(tmp_path, "exp", {"detection": {"top_k": 5}}, names=["a.png"], options=RESUMED)
 
 
 def test_complete_results_need_nothing_more(tmp_path: Path) -> None:
-    write(tmp_path, ["a.png"], output=DRAWINGS)
+    write(tmp_path, ["a.png"], options=DRAWINGS)
     before = files_below(tmp_path)
-    again = ResultWriter(tmp_path, "exp", {}, names=["a.png"], resume=True)
+    again = ResultWriter(tmp_path, "exp", {}, names=["a.png"], options=RESUMED)
     again.close()
     assert again.start.is_complete
     assert files_below(tmp_path) == before
@@ -283,13 +284,13 @@ def test_complete_results_need_nothing_more(tmp_path: Path) -> None:
 
 def test_files_of_former_runs_stay_until_a_run_is_complete(tmp_path: Path) -> None:
     """Two runs are interrupted after one that was not; the fourth removes what is left of all three."""
-    write(tmp_path, ["a.png"], output=DRAWINGS)
+    write(tmp_path, ["a.png"], options=DRAWINGS)
     for name in ("b.png", "c.png"):
-        with pytest.raises(KeyboardInterrupt), ResultWriter(tmp_path, "exp", {}, output=DRAWINGS) as writer:
+        with pytest.raises(KeyboardInterrupt), ResultWriter(tmp_path, "exp", {}, options=DRAWINGS) as writer:
             writer.add(name, picture(), faces())
             raise KeyboardInterrupt
     assert files_below(tmp_path / "result_images") == {"a.png", "b.png", "c.png"}
-    write(tmp_path, ["c.png", "d.png"], output=DRAWINGS)
+    write(tmp_path, ["c.png", "d.png"], options=DRAWINGS)
     assert files_below(tmp_path) == TABLES | {"result_images/c.png", "result_images/d.png"}
     assert RecordStore(tmp_path / ".records/exp").run == {
         "settings": {},
@@ -300,22 +301,22 @@ def test_files_of_former_runs_stay_until_a_run_is_complete(tmp_path: Path) -> No
 
 
 def test_resumed_run_removes_what_runs_before_it_wrote(tmp_path: Path) -> None:
-    write(tmp_path, ["a.png"], output=DRAWINGS)
+    write(tmp_path, ["a.png"], options=DRAWINGS)
     names = ["b.png", "c.png"]
-    killed = ResultWriter(tmp_path, "exp", {}, names=names, output=DRAWINGS)
+    killed = ResultWriter(tmp_path, "exp", {}, names=names, options=DRAWINGS)
     killed.add("b.png", picture(), faces())
     del killed
-    with ResultWriter(tmp_path, "exp", {}, names=names, output=DRAWINGS, resume=True) as resumed:
+    with ResultWriter(tmp_path, "exp", {}, names=names, options=replace(DRAWINGS, resume=True)) as resumed:
         resumed.add("c.png", picture(), faces(), position=1)
     assert files_below(tmp_path) == TABLES | {"result_images/b.png", "result_images/c.png"}
 
 
 def test_tables_of_another_experiment_are_replaced_and_its_images_stay(tmp_path: Path) -> None:
     """There is one results.json in a folder, so results of both would be mixed up."""
-    write(tmp_path, ["a.png", "b.png"], output=DRAWINGS)
+    write(tmp_path, ["a.png", "b.png"], options=DRAWINGS)
     with pytest.raises(UserError, match='were made with experiment null, now it is "other"'):
-        ResultWriter(tmp_path, "other", {"experiment": "other"}, names=["b.png"], resume=True)
-    writer = ResultWriter(tmp_path, "other", {"experiment": "other"}, names=["b.png"], output=DRAWINGS)
+        ResultWriter(tmp_path, "other", {"experiment": "other"}, names=["b.png"], options=RESUMED)
+    writer = ResultWriter(tmp_path, "other", {"experiment": "other"}, names=["b.png"], options=DRAWINGS)
     assert writer.start.note == "replacing the results of an earlier run"
     writer.add("b.png", picture(), faces())
     assert files_below(tmp_path / "result_images") == {"a.png", "b.png"}
@@ -331,13 +332,15 @@ def test_run_of_another_experiment_that_was_interrupted_can_be_resumed(tmp_path:
         raise KeyboardInterrupt
     with ResultWriter(tmp_path, "other", {"experiment": "other"}, names=["c.png"]) as other:
         other.add("c.png", picture(), faces())
-    assert ResultWriter(tmp_path, "exp", {}, names=names, resume=True).start.done.tolist() == [0]
+    assert ResultWriter(tmp_path, "exp", {}, names=names, options=RESUMED).start.done.tolist() == [0]
 
 
 def test_interrupted_video_needs_nothing_more(tmp_path: Path) -> None:
     """Its frames cannot be continued."""
-    video = OutputOptions(drawings=True, frames_per_second=10.0)
-    with pytest.raises(KeyboardInterrupt), ResultWriter(tmp_path, "exp", {}, output=video) as writer:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ResultWriter(tmp_path, "exp", {}, options=DRAWINGS, frames_per_second=10.0) as writer,
+    ):
         writer.add("clip_000001.jpg", picture(), faces())
         raise KeyboardInterrupt
     assert files_below(tmp_path) == TABLES | {"result_images/clip.mp4"}
@@ -348,12 +351,12 @@ def test_interrupted_video_needs_nothing_more(tmp_path: Path) -> None:
 def test_folder_depends_neither_on_an_interruption_nor_on_the_run_before(tmp_path: Path) -> None:
     """All files are the same to the byte, the records among them."""
     names = ["a.png", "b.png", "c.png"]
-    write(tmp_path / "undisturbed", names, output=DRAWINGS)
-    write(tmp_path / "resumed", ["d.png"], output=CROPS)
-    writer = ResultWriter(tmp_path / "resumed", "exp", {}, names=names, output=DRAWINGS)
+    write(tmp_path / "undisturbed", names, options=DRAWINGS)
+    write(tmp_path / "resumed", ["d.png"], options=CROPS)
+    writer = ResultWriter(tmp_path / "resumed", "exp", {}, names=names, options=DRAWINGS)
     writer.add("b.png", picture(1), faces(), [HEAD], position=1)
     del writer  # killed
-    with ResultWriter(tmp_path / "resumed", "exp", {}, names=names, output=DRAWINGS, resume=True) as resumed:
+    with ResultWriter(tmp_path / "resumed", "exp", {}, names=names, options=replace(DRAWINGS, resume=True)) as resumed:
         resumed.add("c.png", picture(2), faces(), [HEAD], position=2)
         resumed.add("a.png", picture(0), faces(), [HEAD], position=0)
     undisturbed, interrupted = (

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
+import inference
 from config import ROOT
 from tests.browser import Browser
+from tests.scripts import run_script
 from utils.datasets.formats.registry import FORMATS
 
 SAMPLES = ROOT / "data/sample_widerface/images"
@@ -22,9 +23,8 @@ FAST = "mobilenet0.25_anc2_casT_fpn3"
 EVIL = "<img src=x onerror=alert(1)>.jpg"
 
 
-def infer(*flags: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "inference.py", "--gpu_num=-1", f"--experiment_name={FAST}", *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def infer(*flags: object) -> CompletedProcess[str]:
+    return run_script(inference, "--gpu_num=-1", f"--experiment_name={FAST}", *flags)
 
 
 def entries(out: Path) -> dict[str, dict[str, Any]]:

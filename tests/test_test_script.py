@@ -16,7 +16,9 @@ from pathlib import Path
 import cv2
 import pytest
 
+import test
 from config import ROOT
+from tests.scripts import run_script
 
 EXPERIMENT = "mobilenet0.25_anc2_casT_fpn3"  # five times as fast as the default
 WEIGHTS = ROOT / f"experiments/{EXPERIMENT}/ckpt/mobilenet0.25_ckpt-best.pth"
@@ -24,27 +26,20 @@ SAMPLES = ROOT / "data/sample_widerface"
 
 
 @pytest.fixture
-def results(request: pytest.FixtureRequest) -> Path:
-    """The results of an experiment of its own below experiments/, removed afterwards with its rows in the table."""
-    folder = ROOT / "experiments" / f"pytest_test_{os.getpid()}"
-    table = ROOT / "experiments/results.csv"
-
-    def clean() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        lines = table.read_text().splitlines(keepends=True) if table.exists() else []
-        kept = [line for line in lines if folder.name not in line]
-        table.write_text("".join(kept)) if len(kept) > 1 else table.unlink(missing_ok=True)
-
-    request.addfinalizer(clean)
-    return folder / "results"
-
-
-def command(results: Path, *flags: str) -> list[str]:
-    return [sys.executable, "test.py", f"--experiment_name={results.parent.name}", "--gpu_num=-1", *flags]
+def results(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for the results of an experiment, in an empty folder of experiments."""
+    experiments = tmp_path_factory.mktemp("experiments")
+    monkeypatch.setattr(test, "EXPERIMENTS", experiments)
+    return experiments / "own/results"
 
 
 def measure(results: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(results, *flags), cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_script(test, f"--experiment_name={results.parent.name}", "--gpu_num=-1", *flags)
+
+
+def command(results: Path, *flags: str) -> list[str]:
+    """For a process of its own."""
+    return [sys.executable, "test.py", f"--output_dir={results}", "--gpu_num=-1", *flags]
 
 
 def detector(*flags: str) -> list[str]:
@@ -67,8 +62,9 @@ def test_own_pictures_are_measured_over_all_faces(results: Path) -> None:
     images = sorted(path.stem for path in (SAMPLES / "images").iterdir())
     assert sorted(path.stem for path in (results / "predictions").rglob("*.txt")) == images
     assert 0.9 < about["ap"]["all"] <= 1
-    with (ROOT / "experiments/results.csv").open() as file:
-        (row,) = [row for row in csv.DictReader(file) if row["experiment"] == results.parent.name]
+    with (results.parents[1] / "results.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["experiment"] == results.parent.name
     assert (row["images"], row["easy"]) == (str(len(images)), "")
     assert float(row["all"]) == pytest.approx(about["ap"]["all"], abs=1e-4)
 

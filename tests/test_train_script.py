@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 import torch
 
+import train as script
 from config import ROOT, ModelConfig
 from models.checkpoint import load_checkpoint
 from models.retinaface import RetinaFace
 from tests.ground_truth import save_ground_truth
+from tests.scripts import run_script
 from utils.runtime.experiment import Experiment, load_config
 
 FAST = [
@@ -62,13 +64,17 @@ def experiment(request: pytest.FixtureRequest) -> Experiment:
     return Experiment(folder)
 
 
+def arguments(dataset: Path, experiment: Experiment, *flags: str) -> list[str]:
+    return [f"--experiment_name={experiment.folder.name}", f"--dataset={dataset}", *FAST, *flags]
+
+
 def command(dataset: Path, experiment: Experiment, *flags: str) -> list[str]:
-    name = f"--experiment_name={experiment.folder.name}"
-    return [sys.executable, "train.py", name, f"--dataset={dataset}", *FAST, *flags]
+    """For a process of its own."""
+    return [sys.executable, "train.py", *arguments(dataset, experiment, *flags)]
 
 
 def train(dataset: Path, experiment: Experiment, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(dataset, experiment, *flags), cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_script(script, *arguments(dataset, experiment, *flags))
 
 
 def table(experiment: Experiment) -> bytes:

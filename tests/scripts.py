@@ -1,0 +1,80 @@
+"""Scripts as a user runs them: in this process, which saves the seconds that PyTorch takes to import, or in another."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from types import ModuleType
+
+from config import ROOT
+from utils.runtime.cli import run
+
+
+def run_script(script: ModuleType, *flags: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Do in this process what `python SCRIPT.py FLAGS` does, with its exit status and what it writes.
+
+    An exception that the script does not turn into a line and a status is raised here.
+    """
+    argv, status, former = [str(flag) for flag in flags], 0, Path.cwd()
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        with ExitStack() as stack:
+            stack.enter_context(_redirected(1, output.fileno()))
+            stack.enter_context(_redirected(2, errors.fileno()))
+            stack.enter_context(_shown_warnings())
+            stack.callback(os.chdir, former)
+            os.chdir(cwd)
+            try:
+                run(lambda: script.main(argv))
+            except SystemExit as ended:
+                status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+                if isinstance(ended.code, str):
+                    print(ended.code, file=sys.stderr)
+        written = [_text(file.fileno()) for file in (output, errors)]
+    return subprocess.CompletedProcess([script.__name__, *argv], status, *written)
+
+
+def run_process(script: str, *flags: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run `python SCRIPT.py FLAGS`."""
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@contextmanager
+def _redirected(number: int, target: int) -> Iterator[None]:
+    """Send to `target` what Python and native libraries write to standard output (1) or error (2)."""
+    redirect = redirect_stdout if number == 1 else redirect_stderr
+    kept = os.dup(number)
+    os.dup2(target, number)
+    try:
+        with open(number, "w", encoding="utf-8", closefd=False) as stream, redirect(stream):
+            yield
+    finally:
+        os.dup2(kept, number)
+        os.close(kept)
+
+
+@contextmanager
+def _shown_warnings() -> Iterator[None]:
+    """Write warnings to standard error, as Python does and pytest does not."""
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        warnings.resetwarnings()
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        yield
+
+
+def _text(file: int) -> str:
+    os.lseek(file, 0, os.SEEK_SET)
+    with open(file, encoding="utf-8", closefd=False) as stream:
+        return stream.read()

@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from config import ROOT
 from utils.runtime.cli import run
 
@@ -28,6 +30,7 @@ def run_script(script: ModuleType, *flags: object, cwd: Path = ROOT) -> subproce
             stack.enter_context(_redirected(2, errors.fileno()))
             stack.enter_context(_shown_warnings())
             stack.callback(os.chdir, former)
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
             os.chdir(cwd)
             try:
                 run(lambda: script.main(argv))

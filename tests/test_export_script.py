@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 
+import export as script
 from config import ROOT, ModelConfig
 from export import largest_difference
 from models.backend import fuse_batch_norm
 from models.image_pyramid import build_model
+from tests.scripts import run_script
 from utils.options import from_dict, to_dict
 from utils.runtime.images import read_image
 
@@ -24,9 +25,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def export(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "export.py", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def export(*flags: str) -> CompletedProcess[str]:
+    return run_script(script, *flags)
 
 
 def test_shipped_experiment_becomes_a_file_that_says_what_it_is(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ import cv2
 import numpy as np
 import pytest
 
+import inference as script
 from config import DEFAULT_EXPERIMENT, ROOT
 from inference import inference
+from tests.scripts import run_process, run_script
 from utils.errors import UserError
 from utils.results.records import RecordStore
 from utils.results.writer import ResultWriter
@@ -53,9 +55,7 @@ def torchrun(processes: int, pictures: Path, out: Path, *more: str) -> subproces
 
 
 def infer(pictures: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "inference.py", *flags(pictures, out, *more)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    return run_script(script, *flags(pictures, out, *more))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -75,7 +75,7 @@ def cut_off(out: Path, whole_lines: int) -> None:
 def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of one process."""
     out = tmp_path_factory.mktemp("undisturbed")
-    result = infer(pictures, out)
+    result = run_process("inference", *flags(pictures, out))
     assert result.returncode == 0, result.stderr
     found = contents(out)
     assert {f"{RECORDS}/run.json", f"{RECORDS}/0.jsonl"} < found.keys()

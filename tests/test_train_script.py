@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import resource
 import shutil
@@ -23,7 +24,8 @@ from config import ROOT, ModelConfig
 from models.checkpoint import load_checkpoint
 from models.retinaface import RetinaFace
 from tests.ground_truth import save_ground_truth
-from tests.scripts import run_script
+from tests.scripts import run_process, run_script
+from utils.runtime import logger
 from utils.runtime.experiment import Experiment, load_config
 
 FAST = [
@@ -74,7 +76,12 @@ def command(dataset: Path, experiment: Experiment, *flags: str) -> list[str]:
 
 
 def train(dataset: Path, experiment: Experiment, *flags: str) -> subprocess.CompletedProcess[str]:
-    return run_script(script, *arguments(dataset, experiment, *flags))
+    """In this process, without the plots of the curves, which take longer than the epochs."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(logger, "_draw_curves", lambda path, rows: None)
+        result = run_script(script, *arguments(dataset, experiment, *flags))
+    logging.getLogger(f"training.{experiment.log_folder}").handlers.clear()  # those of a run that failed
+    return result
 
 
 def table(experiment: Experiment) -> bytes:
@@ -92,7 +99,8 @@ def losses(experiment: Experiment) -> list[float]:
 
 
 def test_training_leaves_what_the_readme_says(dataset: Path, experiment: Experiment) -> None:
-    result = train(dataset, experiment, "--epochs=3", "--num_anchor=2")
+    flags = ["--epochs=3", "--num_anchor=2"]
+    result = run_process("train", *arguments(dataset, experiment, *flags))
     assert result.returncode == 0, result.stderr
     config = load_config(experiment.config_file)
     assert (config.train.epochs, config.model.num_anchor, config.data.im_size) == (3, 2, 64)

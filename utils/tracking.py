@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_iou
 
 _MIN_IOU = 0.3
@@ -58,6 +57,8 @@ class FaceTracker:
 
 def _match(expected: np.ndarray, boxes: np.ndarray) -> Sequence[tuple[int, int]]:
     """Pairs of expected and detected boxes with the largest sum of IoUs, except those that hardly overlap."""
+    from scipy.optimize import linear_sum_assignment  # takes half a second to import, and only tracking needs it
+
     overlaps = box_iou(torch.from_numpy(expected), torch.from_numpy(boxes)).numpy()
     rows, columns = linear_sum_assignment(overlaps, maximize=True)
     return [(row, column) for row, column in zip(rows, columns, strict=True) if overlaps[row, column] >= _MIN_IOU]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import cv2
 import numpy as np
 import pytest
 
+import test
 from config import ROOT, EvaluationOptions
+from tests.scripts import run_script
 from train import describe_faces
 from utils.datasets.folders import read_split
 from utils.datasets.labels import DatasetError, read_labels
@@ -44,9 +45,14 @@ def make_predictions(folder: Path, names: list[str], boxes: np.ndarray | None = 
     return folder
 
 
-def evaluate(cwd: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "test.py"), "--gpu_num=-1", *flags]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+def evaluate(cwd: Path, *flags: str) -> CompletedProcess[str]:
+    return run_script(test, "--gpu_num=-1", *flags, cwd=cwd)
+
+
+def experiment_files() -> dict[Path, int]:
+    """When each file of the experiments was changed, but for those that other tests make meanwhile."""
+    folders = [path for path in (ROOT / "experiments").iterdir() if not path.name.startswith("pytest_")]
+    return {path: path.stat().st_mtime_ns for folder in folders for path in (folder, *folder.rglob("*"))}
 
 
 def opened(dataset: Path) -> EvaluationSet:
@@ -131,7 +137,7 @@ def test_reports_of_predictions_overwrite_neither_each_other_nor_an_experiment(t
     name = "mobilenet0.25_pretrained"
     one = make_predictions(tmp_path / "one" / name, ["a"])
     two = make_predictions(tmp_path / "two" / name, ["a"], corners)
-    before = {path: path.stat().st_mtime_ns for path in (ROOT / "experiments").rglob("*")}
+    before = experiment_files()
     results = [evaluate(tmp_path, f"--pred_dir={each}", f"--dataset={dataset}") for each in (one, two, one)]
     assert [result.returncode for result in results] == [0, 0, 0], results
     folder = tmp_path / "test_results"
@@ -149,12 +155,12 @@ def test_reports_of_predictions_overwrite_neither_each_other_nor_an_experiment(t
     elsewhere = evaluate(tmp_path, f"--pred_dir={one}", f"--dataset={dataset}", f"--output_dir={tmp_path}/elsewhere")
     assert f"results are in {tmp_path}/elsewhere" in elsewhere.stdout
     assert (tmp_path / "elsewhere/results.csv").is_file()
-    assert {path: path.stat().st_mtime_ns for path in (ROOT / "experiments").rglob("*")} == before
+    assert experiment_files() == before
 
 
 def test_detector_without_a_name_leaves_the_experiments_alone(tmp_path: Path) -> None:
     """A folder of which no image can be read says so, rather than that there are no predictions."""
-    before = {path: path.stat().st_mtime_ns for path in (ROOT / "experiments").rglob("*")}
+    before = experiment_files()
     dataset = make_dataset(tmp_path / "set", ["a.png"])
     result = evaluate(tmp_path, f"--dataset={dataset}")
     assert result.returncode == 0, result.stderr
@@ -163,7 +169,7 @@ def test_detector_without_a_name_leaves_the_experiments_alone(tmp_path: Path) ->
     broken = evaluate(tmp_path, f"--dataset={dataset}", f"--model_weight={WEIGHTS}")
     assert broken.returncode == 1
     assert "none of its 1 images can be read; first a: not an image, or damaged" in broken.stderr
-    assert {path: path.stat().st_mtime_ns for path in (ROOT / "experiments").rglob("*")} == before
+    assert experiment_files() == before
 
 
 def test_text_files_of_others_are_not_taken_for_former_predictions(tmp_path: Path) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+import inference
 from config import ROOT, InferenceOptions
+from tests.scripts import run_script
 from utils.evaluation.predictions import read_predictions, write_predictions
 from utils.results.masks import HeadMask
 from utils.results.writer import ResultWriter
@@ -50,9 +51,8 @@ def drawn(folder: Path) -> set[str]:
     return {path.name for path in (folder / "result_images").iterdir()}
 
 
-def infer(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "inference.py", "--gpu_num=-1", "--backend=torch", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def infer(*flags: str, cwd: Path = ROOT) -> CompletedProcess[str]:
+    return run_script(inference, "--gpu_num=-1", "--backend=torch", *flags, cwd=cwd)
 
 
 @pytest.mark.parametrize(("source", "experiment"), [("other", "exp"), ("photos", "other"), ("other", "other")])
@@ -149,14 +149,8 @@ def test_what_is_said_about_files_is_in_the_summary(tmp_path: Path) -> None:
     frame.save(photos / "a.gif", save_all=True, append_images=[Image.new("RGB", (30, 20))])
     (photos / "b.cr2").touch()
     weights = ROOT / f"experiments/{EXPERIMENT}/ckpt/mobilenet0.25_ckpt-best.pth"
-    flags = ["--gpu_num=-1", "--backend=torch", f"--model_weight={weights}", "--experiment_name=family/child"]
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "inference.py"), "--inference_dir=.", "--inference_save_folder=../out", *flags],
-        cwd=photos,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    flags = [f"--model_weight={weights}", "--experiment_name=family/child"]
+    result = infer("--inference_dir=.", "--inference_save_folder=../out", *flags, cwd=photos)
     assert result.returncode == 0, result.stderr
     assert f"{photos}: 1 images" in result.stdout
     assert "note: a.gif: only the first of its 2 frames" in result.stdout

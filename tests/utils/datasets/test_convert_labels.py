@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from config import ROOT
+from tests.scripts import run_script
+from utils.datasets import convert_labels
 from utils.datasets.convert_labels import main, match_faces
 from utils.datasets.folders import read_split
 from utils.datasets.labels import read_labels
@@ -76,7 +78,7 @@ def test_download_becomes_a_dataset_as_a_user_makes_it(download: Path, tmp_path:
     assert train[1].faces.ignored.tolist() == [False, False, True]
     assert val[0].faces.boxes.tolist() == [[5, 6, 12, 14]]
 
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    again = run_script(convert_labels, download, f"--to={to}")
     assert (again.returncode, again.stdout, again.stderr.count("\n")) == (1, "", 1)
     assert again.stderr.startswith(f"error: {to}/train/images, {to}/train/label.txt, ")
     assert "exists already; add --overwrite" in again.stderr

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from config import ROOT
+from tests.scripts import run_script
+from utils.datasets import convert_labels
 from utils.datasets.convert_labels import convert_annotations, main
 from utils.datasets.formats.annotations import AnnotatedImage, upright_size
 from utils.datasets.formats.registry import FORMATS, check_names
@@ -259,9 +258,8 @@ def test_labels_go_to_every_form_and_back(form: str, photos: Path, tmp_path: Pat
 
 def test_command_says_what_it_did(photos: Path, tmp_path: Path) -> None:
     FORMATS["cvat"].write(tmp_path / "cvat", annotated(), None)
-    command = [sys.executable, "-m", "utils.datasets.convert_labels", str(tmp_path / "cvat/annotations.xml")]
-    command += ["--from=cvat", f"--to={tmp_path / 'label.txt'}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    flags = ["--from=cvat", f"--to={tmp_path / 'label.txt'}"]
+    result = run_script(convert_labels, tmp_path / "cvat/annotations.xml", *flags)
     assert (result.returncode, result.stderr) == (0, "")
     assert "3 images, 4 faces, 2 with landmarks" in result.stdout
 

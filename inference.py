@@ -72,11 +72,11 @@ def resolve(flags: Flags, context: DistributedContext, stack: ExitStack) -> Infe
     device, name = choose_device(flags.apply(RunOptions()).gpu_num), flags.apply(RunOptions()).experiment_name
     path = locate_checkpoint(EXPERIMENTS, name or DEFAULT_EXPERIMENT, flags.apply(WeightOptions()).model_weight)
     checkpoint = load_checkpoint(path, flags.apply(ModelOverrides()))
-    detector = FaceDetector(load_model(checkpoint).to(device), flags.apply(checkpoint.inference), compute)
     folder = user_path(options.inference_save_folder).absolute()
     # If the folder of the results is also the input, the images that earlier runs wrote there are skipped.
     exclude = {folder, *(folder / name for name in (*OUTPUT_FOLDERS, EXPORT_FOLDER))}
     source = open_source(options.inference_dir, DATA, exclude, options.max_frames)
+    detector = FaceDetector(load_model(checkpoint).to(device), flags.apply(checkpoint.inference), compute)
     segmenter_model = user_path(options.segmenter_model) if options.segmenter_model else None
     inference_run = InferenceRun(
         name=(name or checkpoint.experiment_name(EXPERIMENTS)).replace("/", "_"),

@@ -17,6 +17,25 @@ import torch
 from config import ROOT
 from utils.runtime.cli import run
 
+_FORK = """
+import importlib, os, socket, sys, torchvision
+from utils.runtime.cli import run
+script, count = importlib.import_module(sys.argv[1]), int(sys.argv[2])
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+children = []
+for rank in range(count):
+    child = os.fork()
+    if not child:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        run(lambda: script.main(sys.argv[3:]))
+        sys.exit()
+    children.append(child)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))
+"""
+
 
 def run_script(script: ModuleType, *flags: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Do in this process what `python SCRIPT.py FLAGS` does, with its exit status and what it writes.
@@ -46,6 +65,13 @@ def run_process(script: str, *flags: object, cwd: Path = ROOT) -> subprocess.Com
     """Run `python SCRIPT.py FLAGS`."""
     command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def run_processes(script: str, count: int, *flags: object) -> subprocess.CompletedProcess[str]:
+    """Run a script in several processes, as torchrun does; they are forked after it is imported, which is done once."""
+    command = [sys.executable, "-c", _FORK, script, str(count), *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +17,7 @@ import pytest
 
 import test
 from config import ROOT
-from tests.scripts import run_script
+from tests.scripts import run_processes, run_script
 
 EXPERIMENT = "mobilenet0.25_anc2_casT_fpn3"  # five times as fast as the default
 WEIGHTS = ROOT / f"experiments/{EXPERIMENT}/ckpt/mobilenet0.25_ckpt-best.pth"
@@ -37,9 +36,9 @@ def measure(results: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return run_script(test, f"--experiment_name={results.parent.name}", "--gpu_num=-1", *flags)
 
 
-def command(results: Path, *flags: str) -> list[str]:
-    """For a process of its own."""
-    return [sys.executable, "test.py", f"--output_dir={results}", "--gpu_num=-1", *flags]
+def arguments(results: Path, *flags: str) -> list[str]:
+    """For another process, which knows another folder of experiments."""
+    return [f"--output_dir={results}", "--gpu_num=-1", *flags]
 
 
 def detector(*flags: str) -> list[str]:
@@ -100,13 +99,13 @@ def test_interrupted_run_leaves_a_usable_folder(results: Path, tmp_path: Path) -
     """Ctrl-C as soon as something is written; what is there is measured, and --resume does the rest."""
     (tmp_path / "images").mkdir()
     lines = []
-    for number in range(24):
+    for number in range(16):
         shutil.copy(SAMPLES / "images/astronaut.jpg", tmp_path / f"images/{number}.jpg")
         lines.append(f"# {number}.jpg\n179 55 100 141\n")
     (tmp_path / "label.txt").write_text("".join(lines))
     flags = [f"--model_weight={WEIGHTS}", f"--dataset={tmp_path}", "--protocol=1600x2150"]
     process = subprocess.Popen(
-        command(results, *flags),
+        [sys.executable, "test.py", *arguments(results, *flags)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -120,30 +119,22 @@ def test_interrupted_run_leaves_a_usable_folder(results: Path, tmp_path: Path) -
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate()
     assert process.returncode == 130, errors
-    assert "of 24 images are done; --resume continues from here" in output
+    assert "of 16 images are done; --resume continues from here" in output
     done = len(list((results / "predictions").rglob("*.txt")))
-    assert 0 < done < 24
+    assert 0 < done < 16
 
     partial = measure(results, f"--pred_dir={results / 'predictions'}", f"--dataset={tmp_path}")
     assert partial.returncode == 0, partial.stderr
-    assert f"{24 - done} of 24 images have no predictions and count as empty" in partial.stdout
+    assert f"{16 - done} of 16 images have no predictions and count as empty" in partial.stdout
     rest = measure(results, *flags, "--resume")
     assert f"{done} from an earlier run" in rest.stdout
-    assert len(list((results / "predictions").rglob("*.txt"))) == 24
+    assert len(list((results / "predictions").rglob("*.txt"))) == 16
 
 
 def test_two_processes_measure_what_one_measures(results: Path) -> None:
     assert measure(results, *detector()).returncode == 0
     alone = json.loads((results / "results.json").read_text())
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = subprocess.run(
-        [*launcher, *command(results, *detector())[1:]],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    result = run_processes("test", 2, *arguments(results, *detector()))
     assert result.returncode == 0, result.stderr
     together = json.loads((results / "results.json").read_text())
     assert together["ap"] == pytest.approx(alone["ap"], abs=1e-6)

@@ -24,7 +24,7 @@ from config import ROOT, ModelConfig
 from models.checkpoint import load_checkpoint
 from models.retinaface import RetinaFace
 from tests.ground_truth import save_ground_truth
-from tests.scripts import run_process, run_script
+from tests.scripts import run_process, run_processes, run_script
 from utils.runtime import logger
 from utils.runtime.experiment import Experiment, load_config
 
@@ -180,11 +180,7 @@ def test_two_processes_learn_what_one_learns(dataset: Path, experiment: Experime
     assert alone.returncode == 0, alone.stderr
     shared = Experiment(experiment.folder / "shared")
     name = f"--experiment_name={shared.folder.relative_to(ROOT / 'experiments')}"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [*launcher, *command(dataset, experiment, *flags, name)[1:]]
-    result = subprocess.run(
-        words, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    result = run_processes("train", 2, *arguments(dataset, experiment, *flags, name))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("epoch 3: ") == 1
     with (experiment.log_folder / "metrics.csv").open() as one, (shared.log_folder / "metrics.csv").open() as two:

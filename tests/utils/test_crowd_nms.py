@@ -1,0 +1,60 @@
+"""`crowd_nms` keeps exactly what `torchvision.ops.nms` keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision.ops import nms
+
+from utils.crowd_nms import crowd_nms
+from utils.nms import _CROWD, pixel_nms
+
+
+def crowd(count: int, seed: int, spread: float = 400, side: float = 12, variety: float = 0.6) -> torch.Tensor:
+    """(N, 4) boxes at random places, with sides around `side` whose logarithm has the given standard deviation."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.rand(count, 2, generator=generator) * spread
+    common = torch.randn(count, 1, generator=generator) * variety
+    sides = side * (common + torch.randn(count, 2, generator=generator) * 0.2).exp()
+    return torch.cat([centres - sides / 2, centres + sides / 2], dim=1)
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.3, 0.4, 0.65, 0.8])
+@pytest.mark.parametrize("variety", [0.0, 0.6, 2.0])
+def test_equals_torchvision_in_crowds(threshold: float, variety: float) -> None:
+    boxes = crowd(7000, seed=1, variety=variety)
+    scores = torch.rand(7000, generator=torch.Generator().manual_seed(2))
+    kept = crowd_nms(boxes, scores, threshold)
+    assert 100 < len(kept) < 7000
+    assert kept.equal(nms(boxes, scores, threshold))
+
+
+def test_equals_torchvision_where_faces_have_many_boxes_of_equal_scores() -> None:
+    faces = crowd(300, seed=3, spread=1500, side=40)
+    boxes = faces.repeat(30, 1) + torch.randn(9000, 4, generator=torch.Generator().manual_seed(4))
+    scores = torch.randint(1, 20, (9000,), generator=torch.Generator().manual_seed(5)) / 20
+    assert crowd_nms(boxes, scores, 0.4).equal(nms(boxes, scores, 0.4))
+
+
+def test_equals_torchvision_with_extreme_boxes() -> None:
+    """Boxes far away, huge, thin, without area and equal ones."""
+    boxes = crowd(5000, seed=6)
+    boxes[:50] += 1e20
+    boxes[50:100] *= 1e6
+    boxes[100:600, 2] = boxes[100:600, 0] + 500
+    boxes[600:700, 2:] = boxes[600:700, :2]
+    boxes[700:900] = boxes[900]
+    scores = torch.rand(5000, generator=torch.Generator().manual_seed(7))
+    assert crowd_nms(boxes, scores, 0.3).equal(nms(boxes, scores, 0.3))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_few_boxes(count: int) -> None:
+    boxes, scores = crowd(count, seed=8), torch.rand(count)
+    assert crowd_nms(boxes, scores, 0.3).equal(nms(boxes, scores, 0.3))
+
+
+def test_pixel_nms_uses_it_for_crowds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.nms.crowd_nms", lambda boxes, scores, iou_threshold: torch.tensor([len(boxes)]))
+    assert len(pixel_nms(crowd(_CROWD, seed=9), torch.rand(_CROWD), 0.4)) > 1
+    assert pixel_nms(crowd(_CROWD + 1, seed=9), torch.rand(_CROWD + 1), 0.4).tolist() == [_CROWD + 1]

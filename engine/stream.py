@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Protocol
@@ -26,7 +26,7 @@ Detected = tuple[InputImage, Detections]
 
 
 class BatchDetector(Protocol):
-    """Detects faces in images of the same size, as `FaceDetector` and `TestTimeAugmentation` do.
+    """Detects faces in images that the model sees in the same size, as `FaceDetector` and `TestTimeAugmentation` do.
 
     Attributes:
         max_pixels: larger images are reduced to this number of pixels; 0 means no limit.
@@ -39,8 +39,8 @@ class BatchDetector(Protocol):
     @property
     def num_workers(self) -> int: ...
 
-    def pixels_seen(self, size_hw: tuple[int, int]) -> int:
-        """Number of pixels that the model sees in one pass of an image of this size; memory grows with it."""
+    def size_seen(self, size_hw: tuple[int, int]) -> tuple[int, int]:
+        """Height and width in which the model sees an image of this size, in its largest pass."""
         ...
 
     def for_worker(self) -> BatchDetector:
@@ -63,18 +63,20 @@ def detect_images(detector: BatchDetector, images: Iterable[InputImage], batch_s
     Args:
         detector: detector to run.
         images: images to process.
-        batch_same_sizes: process neighbours of the same size in one forward pass. They share a block of `BATCH_SIZE`
-            positions, so the batches do not depend on where a stream begins or which images it omits.
+        batch_same_sizes: process neighbours that the model sees in the same size in one forward pass. They share a
+            block of `BATCH_SIZE` positions, so the batches do not depend on where a stream begins or which images it
+            omits.
     """
     limit = _MAX_PIXELS_IN_FLIGHT // detector.num_workers
     batch_size = BATCH_SIZE if batch_same_sizes else 1
     batches = _batched(detector, _with_note(images, detector.max_pixels), batch_size, limit)
+    note_once = cache(tqdm.write)  # beside the progress bar
     for is_small, run in groupby(batches, lambda batch: _pixels(detector, batch[0]) * len(batch) <= limit):
         if is_small and detector.num_workers > 1:
-            detect = partial(_detect, detector.for_worker())
+            detect = partial(_detect, detector.for_worker(), note_once)
             yield from chain.from_iterable(map_in_order(detect, run, detector.num_workers))
         else:
-            yield from chain.from_iterable(map(partial(_detect, detector), run))
+            yield from chain.from_iterable(map(partial(_detect, detector, note_once), run))
 
 
 def _with_note(images: Iterable[InputImage], max_pixels: int) -> Iterator[InputImage]:
@@ -96,7 +98,7 @@ def _batched(
     for image in images:
         if batch:
             has_room = len(batch) < size and (len(batch) + 1) * _pixels(detector, image) <= limit
-            if not (has_room and _may_share_pass(batch[0], image)):
+            if not (has_room and _may_share_pass(detector, batch[0], image)):
                 yield batch
                 batch = []
         batch.append(image)
@@ -104,19 +106,27 @@ def _batched(
         yield batch
 
 
-def _may_share_pass(first: InputImage, other: InputImage) -> bool:
-    if first.pixels is None or other.pixels is None:
-        return False
-    same_size = first.pixels.shape == other.pixels.shape
-    return same_size and first.position // BATCH_SIZE == other.position // BATCH_SIZE
+def _may_share_pass(detector: BatchDetector, first: InputImage, other: InputImage) -> bool:
+    size = _size_seen(detector, first)
+    return size is not None and size == _size_seen(detector, other) and _block(first) == _block(other)
+
+
+def _block(image: InputImage) -> int:
+    return image.position // BATCH_SIZE
+
+
+def _size_seen(detector: BatchDetector, image: InputImage) -> tuple[int, int] | None:
+    return None if image.pixels is None else detector.size_seen((image.pixels.shape[0], image.pixels.shape[1]))
 
 
 def _pixels(detector: BatchDetector, image: InputImage) -> int:
-    return 0 if image.pixels is None else detector.pixels_seen((image.pixels.shape[0], image.pixels.shape[1]))
+    """Number of pixels that the model sees, with which its memory grows."""
+    height, width = _size_seen(detector, image) or (0, 0)
+    return height * width
 
 
-def _detect(detector: BatchDetector, images: Sequence[InputImage]) -> list[Detected]:
-    """Detect faces in images of the same size; a single image may be one that could not be read."""
+def _detect(detector: BatchDetector, note_once: Callable[[str], None], images: Sequence[InputImage]) -> list[Detected]:
+    """Detect faces in images that share a pass; a single image may be one that could not be read."""
     pixels = [image.pixels for image in images if image.pixels is not None]
     if not pixels:
         return [(image, _NO_DETECTIONS) for image in images]
@@ -128,7 +138,12 @@ def _detect(detector: BatchDetector, images: Sequence[InputImage]) -> list[Detec
                 raise
             raise UserError(f"{images[0].name}: {str(error).splitlines()[0]}") from error
     if len(images) > 1:
-        return [detected for image in images for detected in _detect(detector, [image])]
+        note_once("note: the memory is too small for some batches; they are processed in halves")
+        middle = len(images) // 2
+        return [
+            *_detect(detector, note_once, images[:middle]),
+            *_detect(detector, note_once, images[middle:]),
+        ]
     problem = f"{_size(pixels[0])} pixels are too many for the memory"
     return [(replace(images[0], pixels=None, problem=problem), _NO_DETECTIONS)]
 

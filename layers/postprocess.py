@@ -39,8 +39,8 @@ def postprocess(
 ) -> list[Detections]:
     """Compute scores, filter and decode boxes, and apply non-maximum suppression.
 
-    Filtering and decoding run on the device of the output, the suppression on the CPU, which takes two host-device
-    synchronisations per batch.
+    Filtering and decoding run on the device of the output, the suppression on the CPU. The host waits for the device
+    twice per batch: for the number of candidates, and for their values, which are copied at once.
 
     Args:
         output: raw outputs of the last stage for B images of the same size.
@@ -49,10 +49,24 @@ def postprocess(
     Returns:
         B `Detections`, on the CPU.
     """
-    candidates, image_indices, is_above = filter_and_decode(output, image_size_hw, model_config, config)
-    candidates, image_indices, is_above = candidates.cpu(), image_indices.cpu(), is_above.cpu()
+    candidates, image_indices, is_above = copy_to_cpu(*filter_and_decode(output, image_size_hw, model_config, config))
     counts = image_indices[is_above].bincount(minlength=len(output.box_deltas)).tolist()
     return [apply_nms(found, image_size_hw, config) for found in candidates.select(is_above).split(counts)]
+
+
+def copy_to_cpu(candidates: Detections, image_indices: Tensor, is_above: Tensor) -> tuple[Detections, Tensor, Tensor]:
+    """Copy the result of `filter_and_decode` to the CPU in one piece."""
+    if candidates.boxes.device.type == "cpu":
+        return candidates, image_indices, is_above
+    columns = [image_indices.unsqueeze(1), is_above.unsqueeze(1), candidates.scores.unsqueeze(1), candidates.boxes]
+    if candidates.landmarks is not None:
+        columns.append(candidates.landmarks.flatten(1))
+    # Doubles hold all of these values exactly.
+    table = torch.cat([column.double() for column in columns], dim=1).cpu()
+    indices, above, scores, boxes, *points = table.split([1, 1, 1, 4, *([10] if len(columns) > 4 else [])], dim=1)
+    landmarks = points[0].float().unflatten(1, (-1, 2)) if points else None
+    copied = Detections(boxes.float(), scores.squeeze(1).float(), landmarks)
+    return copied, indices.squeeze(1).long(), above.squeeze(1).bool()
 
 
 def filter_and_decode(

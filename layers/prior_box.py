@@ -70,7 +70,8 @@ def _prior_boxes(
     height, width = image_size_hw
     priors = []
     for level, (rows, columns) in zip(levels, feature_sizes(image_size_hw, levels), strict=True):
-        sides = torch.tensor(level.anchor_sizes, dtype=torch.float64, device=device)
+        # Filled on the device, because a copy from the host would wait for it.
+        sides = torch.stack([torch.full((), size, dtype=torch.float64, device=device) for size in level.anchor_sizes])
         centre_y = (torch.arange(rows, dtype=torch.float64, device=device) + offset) * level.stride / height
         centre_x = (torch.arange(columns, dtype=torch.float64, device=device) + offset) * level.stride / width
         shape = (rows, columns, len(sides))

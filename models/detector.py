@@ -20,7 +20,7 @@ from models.backend import Backend, build_backend
 from models.checkpoint import load_checkpoint, locate_checkpoint
 from models.initialise import load_model
 from models.retinaface import RetinaFace
-from utils.runtime.images import ImageLike, as_bgr_uint8, resize_to_limit
+from utils.runtime.images import ImageLike, as_bgr_uint8, limited_size, resize_to_limit
 from utils.runtime.threads import map_in_order
 from utils.structures import Detections
 
@@ -113,10 +113,9 @@ class FaceDetector:
         """Recommended number of threads that call `detect_batch` at the same time, each on its own `for_worker`."""
         return self.backend.num_workers
 
-    def pixels_seen(self, size_hw: tuple[int, int]) -> int:
-        """Number of pixels that the model sees of an image of this height and width."""
-        pixels = size_hw[0] * size_hw[1]
-        return min(pixels, self.max_pixels) if self.max_pixels else pixels
+    def size_seen(self, size_hw: tuple[int, int]) -> tuple[int, int]:
+        """Height and width in which the model sees an image of this height and width."""
+        return limited_size(size_hw, self.max_pixels)
 
     def for_worker(self) -> FaceDetector:
         """The same detector with the same weights for one of `num_workers` threads."""
@@ -152,9 +151,9 @@ class FaceDetector:
         return map_in_order(detector.detect, images, workers)
 
     def detect_batch(self, images: Sequence[ImageLike]) -> list[Detections]:
-        """Detect the faces of images of the same size in one forward pass; see `detect`."""
+        """Detect the faces of images that the model sees in the same size in one forward pass; see `detect`."""
         pixels = [as_bgr_uint8(image) for image in images]
-        if len({each.shape for each in pixels}) > 1:
+        if len({self.size_seen((each.shape[0], each.shape[1])) for each in pixels}) > 1:
             sizes = ", ".join(f"{each.shape[1]}x{each.shape[0]}" for each in pixels)
             raise ValueError(f"expected images of the same size, got {sizes}; call detect for each")
         # Cloned outside of inference mode, so that callers may write to the results.
@@ -162,14 +161,18 @@ class FaceDetector:
 
     @torch.inference_mode()
     def _detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
-        height, width = images[0].shape[:2]
         batch = self._to_device([resize_to_limit(image, self.max_pixels) for image in images])
-        size_hw = (batch.shape[1], batch.shape[2])
-        found = postprocess(self.backend(batch), size_hw, self.model.model_config, self.config)
-        if size_hw == (height, width):
+        seen_hw = (batch.shape[1], batch.shape[2])
+        found = postprocess(self.backend(batch), seen_hw, self.model.model_config, self.config)
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        return [self._enlarged(each, seen_hw, size_hw) for each, size_hw in zip(found, sizes, strict=True)]
+
+    def _enlarged(self, found: Detections, seen_hw: tuple[int, int], size_hw: tuple[int, int]) -> Detections:
+        """Detections in pixels of the image, from those in pixels of what the model has seen of it."""
+        if seen_hw == size_hw:
             return found
-        found = [detections.scaled(width / size_hw[1], height / size_hw[0]) for detections in found]
-        return [each.clipped((height, width)) for each in found] if self.config.clip_boxes else found
+        found = found.scaled(size_hw[1] / seen_hw[1], size_hw[0] / seen_hw[0])
+        return found.clipped(size_hw) if self.config.clip_boxes else found
 
     def _to_device(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """Copy images of the same size into a (B, H, W, 3) tensor on the device of the model."""

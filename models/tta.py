@@ -47,19 +47,19 @@ class TestTimeAugmentation:
     def num_workers(self) -> int:
         return self.detector.num_workers
 
-    def pixels_seen(self, size_hw: tuple[int, int]) -> int:
-        """Number of pixels that the model sees in its largest pass of an image of this height and width."""
+    def size_seen(self, size_hw: tuple[int, int]) -> tuple[int, int]:
+        """Height and width in which the model sees an image of this height and width in its largest pass."""
         factor = max(_SCALES) if self.protocol.multi_scale else 1.0
         height, width = resized_size(size_hw, self.protocol.protocol, factor)
         if self.protocol.protocol == "vga":
             height = width = max(height, width)
-        return self.detector.pixels_seen((height, width))
+        return self.detector.size_seen((height, width))
 
     def for_worker(self) -> TestTimeAugmentation:
         return TestTimeAugmentation(self.detector.for_worker(), self.protocol)
 
     def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
-        """Detect the faces of (H, W, 3) uint8 BGR images of the same size, in pixels of these images, on the CPU."""
+        """Detect the faces of (H, W, 3) uint8 BGR images of the same `size_seen`, in pixels of each, on the CPU."""
         passes = [
             self._detect(images, factor, mirrored)
             for factor in (_SCALES if self.protocol.multi_scale else (1.0,))
@@ -74,22 +74,28 @@ class TestTimeAugmentation:
         )
 
     def _detect(self, images: Sequence[np.ndarray], factor: float, mirrored: bool) -> list[Detections]:
-        height, width = images[0].shape[:2]
+        shown = [self._shown(image[:, ::-1] if mirrored else image, factor) for image in images]
+        if len({image.shape for image in shown}) == 1:
+            found = self.detector.detect_batch(shown)
+        else:  # sizes of several images may round to the same one at one scale and not at another
+            found = [self.detector.detect_batch([image])[0] for image in shown]
+        return [self._in_image(each, image, factor, mirrored) for each, image in zip(found, images, strict=True)]
+
+    def _shown(self, image: np.ndarray, factor: float) -> np.ndarray:
+        """The image as the detector sees it in one pass."""
+        size_hw = (image.shape[0], image.shape[1])
+        new_hw = resized_size(size_hw, self.protocol.protocol, factor)
+        if new_hw != size_hw:
+            image = cv2.resize(image, new_hw[::-1], interpolation=cv2.INTER_LINEAR)
+        return self._pad(image, round(_VGA_SIDE * factor)) if self.protocol.protocol == "vga" else image
+
+    def _in_image(self, found: Detections, image: np.ndarray, factor: float, mirrored: bool) -> Detections:
+        """Detections in pixels of the image, from those of one pass."""
+        height, width = image.shape[:2]
         new_height, new_width = resized_size((height, width), self.protocol.protocol, factor)
-        shown = [image[:, ::-1] if mirrored else image for image in images]
-        if (new_height, new_width) != (height, width):
-            shown = [cv2.resize(image, (new_width, new_height), interpolation=cv2.INTER_LINEAR) for image in shown]
-        if self.protocol.protocol == "vga":
-            shown = [self._pad(image, round(_VGA_SIDE * factor)) for image in shown]
-        found = [
-            detections.scaled(width / new_width, height / new_height)
-            for detections in self.detector.detect_batch(shown)
-        ]
-        if mirrored:
-            found = [detections.mirrored(width) for detections in found]
-        if self.config.clip_boxes:
-            found = [detections.clipped((height, width)) for detections in found]
-        return found
+        found = found.scaled(width / new_width, height / new_height)
+        found = found.mirrored(width) if mirrored else found
+        return found.clipped((height, width)) if self.config.clip_boxes else found
 
     def _pad(self, image: np.ndarray, side: int) -> np.ndarray:
         """Pad an image at the right and bottom to a square with the mean colour, which becomes zero in the model."""

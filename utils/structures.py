@@ -147,11 +147,16 @@ class Detections:
 
 
 def image_size_xy(size_hw: tuple[int, int], like: Tensor) -> Tensor:
-    """(2,) width and height with the device and type of `like`. Tracing passes tensors as sizes."""
+    """(2,) width and height with the device and type of `like`, made without a copy from the host.
+
+    Tracing passes tensors as sizes.
+    """
     import torch
 
     height, width = size_hw
-    return torch.stack([torch.as_tensor(width), torch.as_tensor(height)]).to(like)
+    if isinstance(height, torch.Tensor):
+        return torch.stack([torch.as_tensor(width), height]).to(like)
+    return torch.stack([like.new_full((), width), like.new_full((), height)])
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,26 @@ def test_a_picture_too_large_for_the_memory_stops_no_other(error: Exception) -> 
     assert problems == [None, "64x40 pixels are too many for the memory", None, "broken"]
 
 
+class RoomForTwo(FindsTheWhole):
+    """Has memory for two images."""
+
+    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        found = super().detect_batch(images)
+        if len(images) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return found
+
+
+def test_batch_that_is_too_large_for_the_memory_is_halved(capsys: pytest.CaptureFixture[str]) -> None:
+    detector = RoomForTwo()
+    images = [InputImage(str(number), SMALL) for number in range(16)]
+    found = list(detect_images(detector, images, batch_same_sizes=True))
+    assert [image.name for image, _ in found] == [image.name for image in images]
+    assert all(len(detections) == 1 for _, detections in found)
+    assert detector.batches == [8, 4, 2, 2, 4, 2, 2] * 2
+    assert capsys.readouterr().out.count("note: the memory is too small for some batches") == 1
+
+
 def test_first_reduced_picture_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     wide = np.zeros((40, 65, 3), np.uint8)
     pictures = [

@@ -23,8 +23,8 @@ class FindsTheWhole:
         self.max_pixels = max_pixels
         self.batches: list[int] = []
 
-    def pixels_seen(self, size_hw: tuple[int, int]) -> int:
-        return size_hw[0] * size_hw[1]
+    def size_seen(self, size_hw: tuple[int, int]) -> tuple[int, int]:
+        return size_hw
 
     def for_worker(self) -> BatchDetector:
         return self

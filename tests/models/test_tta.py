@@ -100,19 +100,29 @@ def test_number_of_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("protocol", "pixels"),
+    ("protocol", "size"),
     [
-        (ProtocolConfig(), 400 * 300),
-        (ProtocolConfig(flip=True), 400 * 300),
-        (ProtocolConfig(protocol="vga"), 640 * 640),
-        (ProtocolConfig(protocol="1600x2150"), 2133 * 1600),
-        (ProtocolConfig(multi_scale=True), 850 * 638),
+        (ProtocolConfig(), (300, 400)),
+        (ProtocolConfig(flip=True), (300, 400)),
+        (ProtocolConfig(protocol="vga"), (640, 640)),
+        (ProtocolConfig(protocol="1600x2150"), (1600, 2133)),
+        (ProtocolConfig(multi_scale=True), (638, 850)),
     ],
 )
-def test_pixels_of_the_largest_pass(protocol: ProtocolConfig, pixels: int) -> None:
+def test_size_of_the_largest_pass(protocol: ProtocolConfig, size: tuple[int, int]) -> None:
     detector = FaceDetector.from_experiment()
     detector.max_pixels = 0
-    assert TestTimeAugmentation(detector, protocol).pixels_seen((300, 400)) == pixels
+    assert TestTimeAugmentation(detector, protocol).size_seen((300, 400)) == size
+
+
+@pytest.mark.parametrize("protocol", [ProtocolConfig("vga", flip=True), ProtocolConfig("800x1200", multi_scale=True)])
+def test_images_of_several_sizes_have_the_same_detections_together(protocol: ProtocolConfig) -> None:
+    """With 800x1200 both have 1200x800 pixels, but differ by a row at another scale."""
+    detector = TestTimeAugmentation(cast(FaceDetector, RedSpot()), protocol)
+    images = [picture()[:, :67], picture()[:99, :66]] if protocol.protocol == "vga" else [picture(), picture()[:, :99]]
+    for found, image in zip(detector.detect_batch(images), images, strict=True):
+        assert torch.equal(found.boxes, detector.detect_batch([image])[0].boxes)
+        assert len(found) == 1
 
 
 def test_original_size_in_one_pass_is_the_detector_itself() -> None:

@@ -186,6 +186,15 @@ def to_8_bits(pixels: np.ndarray) -> np.ndarray:
     return (values * (255 / limit)).round().astype(np.uint8)
 
 
+def limited_size(size_hw: tuple[int, int], max_pixels: int) -> tuple[int, int]:
+    """Height and width of an image after `resize_to_limit`."""
+    height, width = size_hw
+    if not max_pixels or height * width <= max_pixels:
+        return size_hw
+    factor = math.sqrt(max_pixels / (height * width))
+    return max(1, int(height * factor)), max(1, int(width * factor))
+
+
 def resize_to_limit(image: np.ndarray, max_pixels: int) -> np.ndarray:
     """Resize an image of more than `max_pixels` pixels to that number, keeping its aspect ratio.
 
@@ -193,12 +202,9 @@ def resize_to_limit(image: np.ndarray, max_pixels: int) -> np.ndarray:
         image: (H, W, 3).
         max_pixels: largest number of pixels; 0 means no limit.
     """
-    height, width = image.shape[:2]
-    if not max_pixels or height * width <= max_pixels:
-        return image
-    factor = math.sqrt(max_pixels / (height * width))
-    size = (max(1, int(width * factor)), max(1, int(height * factor)))
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    size_hw = (image.shape[0], image.shape[1])
+    limited_hw = limited_size(size_hw, max_pixels)
+    return image if limited_hw == size_hw else cv2.resize(image, limited_hw[::-1], interpolation=cv2.INTER_AREA)
 
 
 def write_image(path: Path, image: np.ndarray) -> None:

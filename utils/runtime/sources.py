@@ -32,7 +32,7 @@ VIDEO_SUFFIXES = frozenset(
     ".mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg .mpe .m1v .m2v .wmv .asf .flv .f4v .ts .mts .m2ts .3gp .3g2 .ogv .ogm "
     ".vob .mxf .divx .mjpeg .mjpg .rm .rmvb .mod .tod .dv".split()
 )
-_READER_THREADS = 2
+_READER_THREADS = min(16, max(2, os.cpu_count() or 2))
 _MAX_CAMERA_DIGITS = 3  # longer numbers, such as 20240102, are names of missing folders
 
 

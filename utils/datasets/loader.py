@@ -38,6 +38,10 @@ def build_loader(
 
 
 def _prepare_worker(_worker: int) -> None:
-    """Disable OpenCV's threads, because workers run in parallel already, and leave Ctrl-C to the main process."""
+    """Disable OpenCV's threads, because workers run in parallel already, and leave stopping to the main process.
+
+    Terminals and schedulers such as SLURM send Ctrl-C and SIGTERM to every process of a run.
+    """
     cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

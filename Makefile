@@ -25,6 +25,7 @@ BENCH_FLAGS ?=
 BENCH_DATA ?= data/sample_widerface
 bench: $(VENV)/dev-installed
 	$(RUN) -m benchmarks.speed --images=$(BENCH_IMAGES) $(BENCH_FLAGS)
+	$(RUN) -m benchmarks.host --images=$(BENCH_IMAGES)
 	$(RUN) -m benchmarks.evaluator --largest=1e6
 	$(RUN) -m benchmarks.training --dataset=$(BENCH_DATA) --steps=6
 

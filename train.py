@@ -34,6 +34,7 @@ from models.teacher import Teacher
 from utils.datasets.contact_sheet import write_contact_sheet
 from utils.datasets.folders import find_datasets, read_split
 from utils.datasets.labels import LabelledImage, count_faces
+from utils.datasets.loader import ended_workers
 from utils.datasets.sampler import image_weights
 from utils.errors import ConfigError
 from utils.evaluation.ground_truth import open_validation_set
@@ -171,7 +172,7 @@ def train(training: TrainingRun, device: torch.device, context: DistributedConte
         new_parameters=new_parameters,
         teacher=open_teacher(config, device),
     )
-    with disk_errors(experiment.folder):
+    with disk_errors(experiment.folder), ended_workers(trainer.loader):
         if start.show_batch:
             sheet = experiment.log_folder / "batch.png"
             write_contact_sheet(sheet, trainer.loader, start.show_batch)

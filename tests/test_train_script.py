@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import logging
 import os
@@ -153,17 +154,25 @@ def test_runs_of_one_seed_have_one_table_however_many_workers(dataset: Path, exp
     assert table(experiment) != first
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_interrupted_run_says_how_to_go_on(dataset: Path, experiment: Experiment, batch_size: int) -> None:
-    """In the middle of an epoch or, where it is a single step, between two."""
-    flags = ["--epochs=500", "--save_minutes=0", f"--batch_size={batch_size}"]
+@pytest.mark.parametrize(("batch_size", "number"), [(1, signal.SIGINT), (4, signal.SIGTERM)])
+def test_interrupted_run_says_how_to_go_on(
+    dataset: Path, experiment: Experiment, batch_size: int, number: signal.Signals
+) -> None:
+    """In the middle of an epoch or, where it is a single step, between two; workers receive the signal as well."""
+    flags = ["--epochs=500", "--save_minutes=0", f"--batch_size={batch_size}", "--num_workers=1"]
     process = subprocess.Popen(
-        command(dataset, experiment, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(dataset, experiment, *flags),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not experiment.checkpoint("mobilenet0.25", "last").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, number)
     output, errors = process.communicate()
     assert process.returncode == 130, errors
     assert "the same command continues from here" in output

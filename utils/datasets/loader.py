@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import cv2
@@ -16,6 +17,7 @@ from utils.datasets.labels import LabelledImage
 from utils.datasets.sampler import EpochSampler
 
 _MAX_WORKERS = 16  # more would wait for batches to be consumed
+_SECONDS_AFTER_SIGTERM = 30  # after which a worker ends
 
 
 def build_loader(
@@ -37,11 +39,22 @@ def build_loader(
     )
 
 
+@contextmanager
+def ended_workers(loader: DataLoader[Any]) -> Iterator[None]:
+    """Context manager that ends the worker processes, if there are any, when it is left."""
+    try:
+        yield
+    finally:
+        if loader._iterator is not None:
+            loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
 def _prepare_worker(_worker: int) -> None:
     """Disable OpenCV's threads, because workers run in parallel already, and leave stopping to the main process.
 
-    Terminals and schedulers such as SLURM send Ctrl-C and SIGTERM to every process of a run.
+    Terminals and schedulers such as SLURM send Ctrl-C and SIGTERM to every process of a run. After SIGTERM, which
+    Python also sends at exit to processes that are left, the main process has some time to save.
     """
     cv2.setNumThreads(0)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_SECONDS_AFTER_SIGTERM))

@@ -26,7 +26,7 @@ from utils.results.writer import ResultWriter
 from utils.runtime.cli import show_progress
 from utils.runtime.distributed import DistributedContext, shard_positions
 from utils.runtime.manifest import file_digest
-from utils.runtime.sources import ImageFiles, InputImage, Source, VideoFrames
+from utils.runtime.sources import ImageFiles, InputImage, Source, VideoFrames, is_large
 from utils.runtime.threads import BackgroundWorker
 from utils.structures import Detections
 from utils.tracking import FaceTracker
@@ -165,6 +165,7 @@ def run_inference(
             for image, detections, heads in _detect(run, writer, worker):
                 if image.pixels is not None:
                     keep(detections, heads or [])
+                del image
     except KeyboardInterrupt:
         say(f"interrupted{'; --resume continues from here' if isinstance(run.source, ImageFiles) else ''}")
         raise
@@ -194,7 +195,7 @@ def _detect(run: InferenceRun, writer: ResultWriter, worker: BackgroundWorker) -
     if writer.start.threads is not None:
         torch.set_num_threads(writer.start.threads)
     detected = detect_images(run.detector, images, batched)
-    missing = ((image, detections) for image, detections in detected if image.position not in repeated)
+    missing = filter(lambda each: each[0].position not in repeated, detected)
     for image, detections in show_progress(missing, total) if writer.context.is_main else missing:
         heads = None
         if image.pixels is None:
@@ -214,7 +215,10 @@ def _detect(run: InferenceRun, writer: ResultWriter, worker: BackgroundWorker) -
                 tracks=tracks,
                 seconds=image.seconds,
             )
+        if is_large(image):
+            worker.wait()
         yield image, detections, heads
+        del image  # frees its pixels before the next one is read
 
 
 def _shard_images(

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.runtime.sources import InputImage, read_images
+from utils.runtime.sources import InputImage, is_large, read_images
 from utils.runtime.threads import map_in_order
 from utils.structures import Detections
 
@@ -71,7 +71,7 @@ def detect_images(detector: BatchDetector, images: Iterable[InputImage], batch_s
     batch_size = BATCH_SIZE if batch_same_sizes else 1
     batches = _batched(detector, _with_note(images, detector.max_pixels), batch_size, limit)
     note_once = cache(tqdm.write)  # beside the progress bar
-    for is_small, run in groupby(batches, lambda batch: _pixels(detector, batch[0]) * len(batch) <= limit):
+    for is_small, run in groupby(batches, partial(_is_small, detector, limit=limit)):
         if is_small and detector.num_workers > 1:
             detect = partial(_detect, detector.for_worker(), note_once)
             yield from chain.from_iterable(map_in_order(detect, run, detector.num_workers))
@@ -88,6 +88,7 @@ def _with_note(images: Iterable[InputImage], max_pixels: int) -> Iterator[InputI
             limit = f"images of more than --max_pixels={max_pixels} pixels are reduced to that"
             tqdm.write(f"note: {image.name}: {_size(image.pixels)} pixels; {limit}")  # beside the progress bar
         yield image
+        del image  # frees its pixels before the next one is read
 
 
 def _batched(
@@ -102,6 +103,10 @@ def _batched(
                 yield batch
                 batch = []
         batch.append(image)
+        del image
+        if is_large(batch[0]):  # not kept until the next one has been read
+            yield batch
+            batch = []
     if batch:
         yield batch
 
@@ -117,6 +122,11 @@ def _block(image: InputImage) -> int:
 
 def _size_seen(detector: BatchDetector, image: InputImage) -> tuple[int, int] | None:
     return None if image.pixels is None else detector.size_seen((image.pixels.shape[0], image.pixels.shape[1]))
+
+
+def _is_small(detector: BatchDetector, batch: Sequence[InputImage], limit: int) -> bool:
+    """Whether several such batches may be in memory, both their images and what the model sees of them."""
+    return not is_large(batch[0]) and _pixels(detector, batch[0]) * len(batch) <= limit
 
 
 def _pixels(detector: BatchDetector, image: InputImage) -> int:

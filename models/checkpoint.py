@@ -8,8 +8,10 @@ Files are read with `weights_only=True`: loading a checkpoint never runs code fr
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,6 +196,7 @@ def _read_own(path: Path, content: Mapping[str, Any]) -> Checkpoint:
         raise CheckpointError(f"{path}: lacks the configuration or the weights of a checkpoint; it is damaged")
     if not all(isinstance(tensor, Tensor) for tensor in content["model"].values()):
         raise CheckpointError(f"{path}: has weights that are not tensors; it is damaged")
+    _check_integrity(path, content)
     experiment = from_dict(ExperimentConfig, content["config"], where=str(path))
     beside = path.parent.parent / "config.json"
     if beside.is_file() and load_config(beside).model != experiment.model:
@@ -202,8 +205,47 @@ def _read_own(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     if content["format"] != FORMAT:
         state = _upgrade_levels(state, experiment.model.image_pyramid.upsampled_levels)
         state = _upgrade_landmarks(state, experiment.model)
-    training = {name: value for name, value in content.items() if name not in ("format", "config", "model")}
+    others = ("format", "config", "model", "digest")
+    training = {name: value for name, value in content.items() if name not in others}
     return Checkpoint(path, experiment.model, state, "own", experiment, training)
+
+
+def _check_integrity(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuse a file of which a bit has changed since it was written, which `torch.load` would not notice.
+
+    The format of the file has a checksum of each part; checkpoints from before the digest have nothing else.
+    """
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                part = archive.testzip()
+        except Exception as error:  # its directory is damaged
+            part = type(error).__name__
+        if part is not None:
+            raise CheckpointError(f"{path}: damaged ({part} has changed since it was written)")
+    if "digest" in content and content["digest"] != content_digest(content):
+        raise CheckpointError(f"{path}: damaged (its content has changed since it was written)")
+
+
+def content_digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of everything in a checkpoint but the digest itself, in hexadecimal."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(value, (Mapping, list, tuple)):
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            digest.update(f"{type(value).__name__}{len(value)}".encode())
+            for name, item in items:
+                digest.update(f"{name!r}:".encode())
+                add(item)
+        else:
+            digest.update(f"{value!r};".encode())
+
+    add({name: value for name, value in content.items() if name != "digest"})
+    return digest.hexdigest()
 
 
 def _upgrade_levels(state: State, count: int) -> State:
@@ -295,6 +337,7 @@ def save_checkpoint(path: Path, config: ExperimentConfig, state: Mapping[str, Te
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
-            torch.save({"format": FORMAT, "config": to_dict(config), "model": tensors, **training}, temporary)
+            content = {"format": FORMAT, "config": to_dict(config), "model": tensors, **training}
+            torch.save({**content, "digest": content_digest(content)}, temporary)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be written ({error}); the previous checkpoint is intact") from None

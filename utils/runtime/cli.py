@@ -48,12 +48,14 @@ def choose_device(gpu_num: int) -> torch.device:
 def show_progress(items: Iterable[Item], total: int | None) -> Iterator[Item]:
     """Yield the items under a progress bar; without a terminal print a line every ten items, as the original does."""
     start = time.perf_counter()
-    bar = tqdm(items, total=total, unit="image", disable=None)
-    for number, item in enumerate(bar, start=1):
-        yield item
-        if bar.disable and number % 10 == 0:
-            milliseconds = 1000 * (time.perf_counter() - start) / number
-            print(f"im_detect: {number}/{total or '?'} {milliseconds:.1f} ms an image", flush=True)
+    with tqdm(total=total, unit="image", disable=None) as bar:
+        for number, item in enumerate(items, start=1):
+            yield item
+            del item  # frees its pixels before the next one is made
+            bar.update()
+            if bar.disable and number % 10 == 0:
+                milliseconds = 1000 * (time.perf_counter() - start) / number
+                print(f"im_detect: {number}/{total or '?'} {milliseconds:.1f} ms an image", flush=True)
 
 
 def _open_closed_streams() -> None:

@@ -7,11 +7,14 @@ import importlib.util
 import io
 import math
 import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from utils.runtime.files import atomic_write
 
@@ -36,7 +39,13 @@ _OPENCV_BEGINNINGS = (b"\xff\xd8", b"BM", *_DEEP_BEGINNINGS)
 _HEIF_BRANDS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"))
 _CHANNELS = ((), (1,), (3,), (4,))
 _MAX_UNIT_VALUE = 2.0  # values meant for 0 to 1 may overshoot after a filter or lossy compression
-_MAX_PIXELS = 1 << 30  # OpenCV's limit
+# Decoding may take so much memory, which is enough for photographs of 200 megapixels, or of 150 with 16 bits.
+_MAX_DECODED_BYTES = 1_400_000_000
+_BYTES_PER_PIXEL = 6  # of OpenCV, with a second copy to rotate
+_DEEP_BYTES_PER_PIXEL = 9  # of OpenCV with 16 bits, and the 8 bits that are made of them
+_PILLOW_BYTES_PER_PIXEL = 16
+LARGE_PIXELS = 1 << 24  # images of more pixels are not read ahead; see `LargeImageError`
+_ROWS_AT_ONCE = 256
 
 
 # Types that are accepted as an image in Python; see `as_bgr_uint8`.
@@ -45,6 +54,10 @@ ImageLike = np.ndarray | Image.Image | str | os.PathLike[str]
 
 class UnreadableImageError(Exception):
     """A file is missing, damaged or not an image. The message is the reason, without the name of the file."""
+
+
+class LargeImageError(Exception):
+    """An image is so large that only one at a time should be in memory."""
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -61,8 +74,12 @@ def read_image(path: Path) -> np.ndarray:
     return read_image_with_note(path)[0]
 
 
-def read_image_with_note(path: Path) -> tuple[np.ndarray, str | None]:
-    """`read_image`, and a note for the user or None; for example that the file has several pages."""
+def read_image_with_note(path: Path, *, allow_large: bool = True) -> tuple[np.ndarray, str | None]:
+    """`read_image`, and a note for the user or None; for example that the file has several pages.
+
+    Raises:
+        LargeImageError: the image is large, and `allow_large` is False. Nothing has been decoded.
+    """
     if path.suffix.lower() in UNSUPPORTED_SUFFIXES:
         raise UnreadableImageError(UNSUPPORTED_REASON)
     try:
@@ -71,54 +88,91 @@ def read_image_with_note(path: Path) -> tuple[np.ndarray, str | None]:
         raise UnreadableImageError(getattr(error, "strerror", None) or str(error)) from None
     if not data:
         raise UnreadableImageError("empty file")
+    width, height, bytes_per_pixel = _read_header(data)
+    if width * height * bytes_per_pixel > _MAX_DECODED_BYTES:
+        raise UnreadableImageError(f"{width}x{height} pixels are too many to decode; reduce it or cut it into parts")
+    if width * height > LARGE_PIXELS and not allow_large:
+        raise LargeImageError
+    if data.startswith(b"\x89PNG") and not _has_its_chunks(data):
+        raise UnreadableImageError("a part of the file is missing")
+    if not data.startswith(_OPENCV_BEGINNINGS):
+        return _decode_with_pillow(data)
     is_special_png = data.startswith(b"\x89PNG") and (
         data[24:25] > b"\x08" or b"acTL" in data[: max(0, data.find(b"IDAT"))]
     )
-    if data.startswith(_OPENCV_BEGINNINGS) and data.rstrip(b"\0").endswith(_COMPLETE_ENDINGS) and not is_special_png:
-        return _decode_with_opencv(data), None
+    note = None
+    if not data.rstrip(b"\0").endswith(_COMPLETE_ENDINGS) or is_special_png:
+        try:
+            # OpenCV would silently fill a missing part with grey; Pillow raises an error.
+            note = _check_with_pillow(data)
+        except UnreadableImageError:
+            if data.startswith(b"\xff\xd8") and width * height < LARGE_PIXELS and _lacks_only_its_end(data):
+                return _decode_with_opencv(data + _JPEG_END), "the end of the file is missing, but nothing of the image"
+            # Pillow reads no TIFF of floats in colour.
+            if data.startswith(_TIFF_BEGINNINGS) and (deep := _imdecode(data)) is not None and deep.dtype != np.uint8:
+                return to_8_bits(deep), None
+            raise
+    return _decode_with_opencv(data), note
+
+
+def _read_header(data: bytes) -> tuple[int, int, int]:
+    """Width, height, and the number of bytes that decoding takes for each pixel; zeros where they are unknown."""
     try:
-        # OpenCV would silently fill a missing part with grey; Pillow raises an error.
-        pixels, note = _decode_with_pillow(data)
-    except UnreadableImageError:
-        if data.startswith(b"\xff\xd8") and _lacks_only_its_end(data):
-            return _decode_with_opencv(data + _JPEG_END), "the end of the file is missing, but nothing of the image"
-        if data.startswith(_TIFF_BEGINNINGS) and (deep := _decode_deep(data)) is not None:
-            return deep, None  # Pillow reads no TIFF of floats in colour
-        raise
-    if data.startswith(_DEEP_BEGINNINGS) and (deep := _decode_deep(data)) is not None:
-        return deep, note
-    return (_decode_with_opencv(data) if data.startswith(_OPENCV_BEGINNINGS) else pixels), note
+        if data.startswith(b"\x89PNG"):
+            return (*struct.unpack(">II", data[16:24]), _DEEP_BYTES_PER_PIXEL if data[24] > 8 else _BYTES_PER_PIXEL)
+        if data.startswith(_TIFF_BEGINNINGS):
+            stream = io.BytesIO(data)
+            tags = TiffImagePlugin.ImageFileDirectory_v2(stream.read(8))
+            stream.seek(tags.next)
+            tags.load(stream)
+            depth = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
+            return int(tags[TiffImagePlugin.IMAGEWIDTH]), int(tags[TiffImagePlugin.IMAGELENGTH]), 3 + 3 * -(-depth // 8)
+        with _open_with_pillow(data) as image:
+            is_pnm, is_opencv = data.startswith(b"P"), data.startswith(_OPENCV_BEGINNINGS)
+            opencv_bytes = _DEEP_BYTES_PER_PIXEL if is_pnm else _BYTES_PER_PIXEL
+            return image.width, image.height, opencv_bytes if is_opencv else _PILLOW_BYTES_PER_PIXEL
+    except Exception:  # decoding will report it
+        return 0, 0, 0
+
+
+def _has_its_chunks(data: bytes) -> bool:
+    """Whether the chunks of a PNG end within the file. OpenCV allocates what their headers say, up to 4 GB."""
+    start = 8
+    while start + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        start += length + 12
+        if kind == b"IEND":
+            break
+    return start <= len(data)
+
+
+def _imdecode(data: bytes) -> np.ndarray | None:
+    """Decode with OpenCV, (H, W, 3) BGR of any type; None if it cannot."""
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    except cv2.error:
+        return None
 
 
 def _decode_with_opencv(data: bytes) -> np.ndarray:
+    image = _imdecode(data)
+    return _decode_with_pillow(data)[0] if image is None else to_8_bits(image)
+
+
+def _open_with_pillow(data: bytes) -> Image.Image:
+    Image.MAX_IMAGE_PIXELS = None  # `_read_header` serves to check the size, before anything is decoded
+    if data[4:12] in _HEIF_BRANDS and importlib.util.find_spec("pillow_heif"):
+        import pillow_heif  # an optional package
+
+        pillow_heif.register_heif_opener()
+    return Image.open(io.BytesIO(data))
+
+
+@contextmanager
+def _reasons(data: bytes) -> Iterator[None]:
+    """Turn whatever Pillow raises in this block into an `UnreadableImageError`."""
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error as error:
-        raise UnreadableImageError(f"OpenCV cannot decode it ({error.err})") from None
-    return _decode_with_pillow(data)[0] if image is None else image
-
-
-def _decode_deep(data: bytes) -> np.ndarray | None:
-    """Decode an image of more than 8 bits and reduce it to 8 by its range; None if OpenCV cannot, or it has 8 bits."""
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-    except cv2.error:
-        return None
-    return None if image is None or image.dtype == np.uint8 else to_8_bits(image)
-
-
-def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, str | None]:
-    """Decode the image, or the first of several; also returns a note if there are several."""
-    Image.MAX_IMAGE_PIXELS = _MAX_PIXELS
-    try:
-        if data[4:12] in _HEIF_BRANDS and importlib.util.find_spec("pillow_heif"):
-            import pillow_heif  # an optional package
-
-            pillow_heif.register_heif_opener()
-        with Image.open(io.BytesIO(data)) as image:
-            frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
-            note = f"only the first of its {frames} frames or pages was looked at" if frames > 1 else None
-            return _pixels_of(ImageOps.exif_transpose(image)), note
+        yield
     except UnidentifiedImageError:
         needs_package = data[4:8] == b"ftyp"
         reason = "HEIC or AVIF, which needs another package: pip install pillow-heif" if needs_package else None
@@ -127,11 +181,35 @@ def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, str | None]:
         raise UnreadableImageError(str(error) or type(error).__name__) from None
 
 
+def _note_on_frames(image: Image.Image) -> str | None:
+    frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+    return f"only the first of its {frames} frames or pages was looked at" if frames > 1 else None
+
+
+def _check_with_pillow(data: bytes) -> str | None:
+    """Decode the image, or the first of several, only to see whether it is complete; returns a note if there are
+    several."""
+    with _reasons(data), _open_with_pillow(data) as image:
+        note = _note_on_frames(image)
+        image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))  # a JPEG takes less memory
+        image.load()
+        return note
+
+
+def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, str | None]:
+    """Decode the image, or the first of several; also returns a note if there are several."""
+    with _reasons(data), _open_with_pillow(data) as image:
+        note = _note_on_frames(image)
+        ImageOps.exif_transpose(image, in_place=True)
+        return _pixels_of(image), note
+
+
 def _pixels_of(image: Image.Image) -> np.ndarray:
     """Convert a Pillow image to (H, W, 3) uint8 BGR."""
     if image.mode.startswith(("I", "F")):  # Pillow's conversion would clip at 255
         return cv2.cvtColor(to_8_bits(np.asarray(image)), cv2.COLOR_GRAY2BGR)
-    return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
+    pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
 
 
 def as_bgr_uint8(image: ImageLike) -> np.ndarray:
@@ -176,14 +254,25 @@ def to_8_bits(pixels: np.ndarray) -> np.ndarray:
     """Convert pixels of any type to uint8 by the range that they use: 0 to 1, 8, 12 or 16 bits, or any other."""
     if pixels.dtype == np.uint8:
         return pixels
-    values = np.nan_to_num(pixels.astype(np.float32), posinf=0, neginf=0)
-    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    if not pixels.size:
+        return pixels.astype(np.uint8)
+    parts = [pixels[row : row + _ROWS_AT_ONCE] for row in range(0, len(pixels), _ROWS_AT_ONCE)]
+    ranges = [(float(values.min()), float(values.max())) for values in map(_finite, parts)]
+    low, high = min(0.0, *(each[0] for each in ranges)), max(0.0, *(each[1] for each in ranges))
+    offset, limit, largest = 0.0, next((float(limit) for limit in (255, 4095, 65535) if high <= limit), 0.0), math.inf
     if low < 0 or high > 65535:
-        return ((values - low) * (255 / (high - low))).round().astype(np.uint8)
-    if pixels.dtype == bool or (pixels.dtype.kind == "f" and high <= _MAX_UNIT_VALUE):
-        return (values.clip(max=1) * 255).round().astype(np.uint8)
-    limit = next(limit for limit in (255, 4095, 65535) if high <= limit)
-    return (values * (255 / limit)).round().astype(np.uint8)
+        offset, limit = low, high - low
+    elif pixels.dtype == bool or (pixels.dtype.kind == "f" and high <= _MAX_UNIT_VALUE):
+        limit, largest = 1.0, 1.0
+    factor = 255 / limit
+    result = np.empty(pixels.shape, np.uint8)
+    for row, part in zip(range(0, len(pixels), _ROWS_AT_ONCE), parts, strict=True):
+        result[row : row + _ROWS_AT_ONCE] = ((_finite(part) - offset).clip(max=largest) * factor).round()
+    return result
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
 
 
 def limited_size(size_hw: tuple[int, int], max_pixels: int) -> tuple[int, int]:

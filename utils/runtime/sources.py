@@ -20,8 +20,10 @@ from utils.errors import UserError
 from utils.runtime.files import candidate_paths, missing, path_exists, read_text
 from utils.runtime.images import (
     IMAGE_SUFFIXES,
+    LARGE_PIXELS,
     UNSUPPORTED_REASON,
     UNSUPPORTED_SUFFIXES,
+    LargeImageError,
     UnreadableImageError,
     read_image_with_note,
 )
@@ -32,7 +34,7 @@ VIDEO_SUFFIXES = frozenset(
     ".mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg .mpe .m1v .m2v .wmv .asf .flv .f4v .ts .mts .m2ts .3gp .3g2 .ogv .ogm "
     ".vob .mxf .divx .mjpeg .mjpg .rm .rmvb .mod .tod .dv".split()
 )
-_READER_THREADS = min(16, max(2, os.cpu_count() or 2))
+_READER_THREADS = min(8, max(2, os.cpu_count() or 2))
 _MAX_CAMERA_DIGITS = 3  # longer numbers, such as 20240102, are names of missing folders
 
 
@@ -206,8 +208,7 @@ class ImageFiles:
     def read(self, positions: Sequence[int]) -> Iterator[InputImage]:
         """Read the images at these positions of `names`, in the order given."""
         images = read_images((self.names[position], self.folder / self.names[position]) for position in positions)
-        for position, image in zip(positions, images, strict=True):
-            yield replace(image, position=position)
+        return map(lambda position, image: replace(image, position=position), positions, images)
 
     def digest(self) -> str:
         """SHA-256 of the paths in their order, in hexadecimal."""
@@ -270,14 +271,30 @@ Source = ImageFiles | VideoFrames
 
 
 def read_images(files: Iterable[tuple[str, Path]]) -> Iterator[InputImage]:
-    """Read image files, each given with its name, in their order. Threads decode the next few in advance."""
-    return map_in_order(lambda file: read_named_image(file[1], file[0]), files, _READER_THREADS)
+    """Read image files, each given with its name, in their order. Threads decode the next few in advance.
+
+    Large images are decoded when they are needed, so that there is never more than one in advance.
+    """
+    for image, (name, path) in map_in_order(_read_ahead, files, _READER_THREADS):
+        yield image or read_named_image(path, name)
 
 
-def read_named_image(path: Path, name: str) -> InputImage:
-    """Read an image file under the given name; `problem` says why it cannot be read."""
+def is_large(image: InputImage) -> bool:
+    """Whether only one such image should be in memory at a time."""
+    return image.pixels is not None and image.pixels[..., 0].size > LARGE_PIXELS
+
+
+def _read_ahead(file: tuple[str, Path]) -> tuple[InputImage | None, tuple[str, Path]]:
     try:
-        pixels, note = read_image_with_note(path)
+        return read_named_image(file[1], file[0], allow_large=False), file
+    except LargeImageError:
+        return None, file
+
+
+def read_named_image(path: Path, name: str, *, allow_large: bool = True) -> InputImage:
+    """Read an image file under the given name; `problem` says why it cannot be read. See `read_image_with_note`."""
+    try:
+        pixels, note = read_image_with_note(path, allow_large=allow_large)
         return InputImage(name, pixels, note=note)
     except UnreadableImageError as reason:
         return InputImage(name, None, str(reason))

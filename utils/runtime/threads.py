@@ -44,6 +44,10 @@ class BackgroundWorker:
         if self._error is not None:
             raise self._error
 
+    def wait(self) -> None:
+        """Wait until all calls have been run."""
+        self._calls.join()
+
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
             if self._error is None and not self._dropped:
@@ -52,6 +56,7 @@ class BackgroundWorker:
                 except BaseException as error:  # raised again in the caller's thread
                     self._error = error
             del call  # frees the image that it refers to
+            self._calls.task_done()
 
     def __enter__(self) -> BackgroundWorker:
         self._thread.start()

@@ -15,9 +15,12 @@ from tempfile import TemporaryDirectory
 import cv2
 import torch
 
+from campaigns.chaos import disturb, fill_disk, kill, make_unwritable, set_clock_back, take_data_away
 from campaigns.checkpoints import run_checkpoints
 from campaigns.files import run_configs, run_labels, run_predictions
 from campaigns.images import run_images
+from campaigns.names import run_names
+from campaigns.soak import run_soak
 from utils.runtime.cli import run
 
 # Each with its usual number of cases.
@@ -27,6 +30,14 @@ CAMPAIGNS = {
     "predictions": (run_predictions, 1000),
     "configs": (run_configs, 1000),
     "checkpoints": (run_checkpoints, 500),
+    "names": (run_names, 40),
+    "kills": (disturb(kill), 20),
+    "kills_of_several": (disturb(kill, several=True), 20),
+    "full_disk": (disturb(fill_disk), 5),
+    "unwritable": (disturb(make_unwritable), 5),
+    "vanishing_data": (disturb(take_data_away), 5),
+    "soak": (run_soak, 100_000),
+    "clock": (disturb(set_clock_back), 2),
 }
 
 

@@ -51,7 +51,7 @@ def run_checkpoints(seed: int, count: int, folder: Path) -> Tally:
         finished = run_isolated(use)
         tally.add(f"{name}, {kind} {number}", finished)
         if kind == "weight" and name.startswith("ours"):
-            tally.counts["flipped bits refused"] += finished.verdict == "named"
+            tally.others["flipped bits in a weight of ours refused"] += finished.verdict == "named"
             tally.require(finished.verdict == "named", f"{name} {number}: a flipped bit is used")
         tally.require(not mark.exists(), f"{name}, {kind} {number}: code was run")
     return tally

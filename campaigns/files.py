@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from utils.evaluation.localisation import localisation_ap
 from utils.evaluation.predictions import read_predictions, write_predictions
 from utils.runtime.experiment import load_config, load_recipe
 
-_WORDS = b"nan inf -inf 1e38 -1e38 1e999 0 -1 1e-45 99999999999999999999 0x10 1_0 \xd9\xa3 \xc2\xb2 \x00 # ../x.jpg".split()
+_WORDS = (
+    b"nan inf -inf 1e38 -1e38 1e999 0 -1 1e-45 99999999999999999999 0x10 1_0 \xd9\xa3 \xc2\xb2 \x00 # ../x.jpg".split()
+)
 _SIDE = 64
 
 
@@ -86,7 +89,7 @@ def run_configs(seed: int, count: int, folder: Path) -> Tally:
         text = original.read_bytes()
         data = mutate_json(text, generator) if number % 2 else mutate_text(text, generator)
         (folder / "mutated.json").write_bytes(data)
-        tally.add(f"configuration {number} of {original}: {data!r}", run_isolated(lambda: _build(original, folder)))
+        tally.add(f"configuration {number} of {original}: {data!r}", run_isolated(partial(_build, original, folder)))
     return tally
 
 
@@ -126,7 +129,9 @@ def mutate_json(text: bytes, generator: np.random.Generator) -> bytes:
     root = json.loads(text)
     values = [root]
     for value in values:  # grows while it is walked
-        values += [part for part in (value.values() if isinstance(value, dict) else value) if isinstance(part, (dict, list))]
+        values += [
+            part for part in (value.values() if isinstance(value, dict) else value) if isinstance(part, (dict, list))
+        ]
     while not (chosen := values[int(generator.integers(len(values)))]):
         pass
     key = list(chosen)[int(generator.integers(len(chosen)))] if isinstance(chosen, dict) else 0

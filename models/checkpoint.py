@@ -236,8 +236,12 @@ def content_digest(content: Mapping[str, Any]) -> str:
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         elif isinstance(value, (Mapping, list, tuple)):
-            items = value.items() if isinstance(value, Mapping) else enumerate(value)
-            digest.update(f"{type(value).__name__}{len(value)}".encode())
+            items = (
+                sorted(value.items(), key=lambda item: repr(item[0]))
+                if isinstance(value, Mapping)
+                else enumerate(value)
+            )
+            digest.update(f"{len(value)}:".encode())
             for name, item in items:
                 digest.update(f"{name!r}:".encode())
                 add(item)

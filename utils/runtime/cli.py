@@ -49,9 +49,11 @@ def show_progress(items: Iterable[Item], total: int | None) -> Iterator[Item]:
     """Yield the items under a progress bar; without a terminal print a line every ten items, as the original does."""
     start = time.perf_counter()
     with tqdm(total=total, unit="image", disable=None) as bar:
-        for number, item in enumerate(items, start=1):
+        number = 0
+        for item in items:
             yield item
-            del item  # frees its pixels before the next one is made
+            del item  # frees its pixels before the next one is made, until which enumerate() would keep them
+            number += 1  # noqa: SIM113
             bar.update()
             if bar.disable and number % 10 == 0:
                 milliseconds = 1000 * (time.perf_counter() - start) / number

@@ -39,12 +39,13 @@ _OPENCV_BEGINNINGS = (b"\xff\xd8", b"BM", *_DEEP_BEGINNINGS)
 _HEIF_BRANDS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"))
 _CHANNELS = ((), (1,), (3,), (4,))
 _MAX_UNIT_VALUE = 2.0  # values meant for 0 to 1 may overshoot after a filter or lossy compression
-# Decoding may take so much memory, which is enough for photographs of 200 megapixels, or of 150 with 16 bits.
-_MAX_DECODED_BYTES = 1_400_000_000
-_BYTES_PER_PIXEL = 6  # of OpenCV, with a second copy to rotate
-_DEEP_BYTES_PER_PIXEL = 9  # of OpenCV with 16 bits, and the 8 bits that are made of them
-_PILLOW_BYTES_PER_PIXEL = 16
-LARGE_PIXELS = 1 << 24  # images of more pixels are not read ahead; see `LargeImageError`
+# Decoding one image may take so much memory, so that with the model it is less than 2 GB.
+_MAX_DECODED_BYTES = 930_000_000
+# Bytes that decoding takes for each pixel: with 8, 16 and 32 bits, and by Pillow.
+_BYTES_PER_PIXEL, _DEEP_BYTES_PER_PIXEL, _FLOAT_BYTES_PER_PIXEL, _PILLOW_BYTES_PER_PIXEL = 6, 9, 22, 18
+_JPEG_BYTES_PER_PIXEL = 4.6  # less than the 6 that it takes, because there are photographs of 200 megapixels
+_MAX_JPEG_PIXELS_PER_BYTE = 1024  # twice as many as Huffman codes can express
+LARGE_PIXELS = 25_000_000  # images of more pixels are not read ahead; see `LargeImageError`
 _ROWS_AT_ONCE = 256
 
 
@@ -91,6 +92,8 @@ def read_image_with_note(path: Path, *, allow_large: bool = True) -> tuple[np.nd
     width, height, bytes_per_pixel = _read_header(data)
     if width * height * bytes_per_pixel > _MAX_DECODED_BYTES:
         raise UnreadableImageError(f"{width}x{height} pixels are too many to decode; reduce it or cut it into parts")
+    if data.startswith(b"\xff\xd8") and width * height > _MAX_JPEG_PIXELS_PER_BYTE * len(data):
+        raise UnreadableImageError(f"{width}x{height} pixels cannot be in {len(data)} bytes")
     if width * height > LARGE_PIXELS and not allow_large:
         raise LargeImageError
     if data.startswith(b"\x89PNG") and not _has_its_chunks(data):
@@ -115,7 +118,7 @@ def read_image_with_note(path: Path, *, allow_large: bool = True) -> tuple[np.nd
     return _decode_with_opencv(data), note
 
 
-def _read_header(data: bytes) -> tuple[int, int, int]:
+def _read_header(data: bytes) -> tuple[int, int, float]:
     """Width, height, and the number of bytes that decoding takes for each pixel; zeros where they are unknown."""
     try:
         if data.startswith(b"\x89PNG"):
@@ -126,11 +129,13 @@ def _read_header(data: bytes) -> tuple[int, int, int]:
             stream.seek(tags.next)
             tags.load(stream)
             depth = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
-            return int(tags[TiffImagePlugin.IMAGEWIDTH]), int(tags[TiffImagePlugin.IMAGELENGTH]), 3 + 3 * -(-depth // 8)
+            taken: float = _BYTES_PER_PIXEL if depth <= 8 else _DEEP_BYTES_PER_PIXEL
+            taken = _FLOAT_BYTES_PER_PIXEL if depth > 16 else taken
+            return int(tags[TiffImagePlugin.IMAGEWIDTH]), int(tags[TiffImagePlugin.IMAGELENGTH]), taken
         with _open_with_pillow(data) as image:
-            is_pnm, is_opencv = data.startswith(b"P"), data.startswith(_OPENCV_BEGINNINGS)
-            opencv_bytes = _DEEP_BYTES_PER_PIXEL if is_pnm else _BYTES_PER_PIXEL
-            return image.width, image.height, opencv_bytes if is_opencv else _PILLOW_BYTES_PER_PIXEL
+            taken = _JPEG_BYTES_PER_PIXEL if data.startswith(b"\xff\xd8") else _PILLOW_BYTES_PER_PIXEL
+            taken = _DEEP_BYTES_PER_PIXEL if data.startswith((b"BM", b"P")) else taken
+            return image.width, image.height, taken
     except Exception:  # decoding will report it
         return 0, 0, 0
 

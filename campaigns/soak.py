@@ -1,0 +1,78 @@
+"""Many small images and a long video through one process: memory and open files stay flat, time grows linearly."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from campaigns.harness import Tally, run_command
+from config import DATA
+
+_SIZE_WH = (64, 48)
+_MORE_MEGABYTES, _MORE_FILES, _MORE_TIME = 60, 8, 1.5  # a name takes a few hundred bytes; times are noisy
+_FLAGS = ("--gpu_num=-1", "--experiment_name=mobilenet0.25_anc2_casT_fpn3")
+
+
+def run_soak(seed: int, count: int, folder: Path) -> Tally:
+    """Compare `count` images, and half as many frames, with a half and a tenth of them."""
+    tally, generator = Tally(), np.random.default_rng(seed)
+    face = cv2.imread(str(DATA / "sample_widerface/images/astronaut.jpg"))[:256, 100:356]
+    image = np.roll(cv2.resize(face, _SIZE_WH), int(generator.integers(64)), axis=1)
+    for kind, largest in (("images", count), ("frames", count // 2)):
+        sizes = (largest // 10, largest // 2, largest)
+        peaks, files, seconds = zip(*(_measure(kind, size, folder, image, tally) for size in sizes), strict=True)
+        early, late = (1000 * (seconds[i + 1] - seconds[i]) / (sizes[i + 1] - sizes[i]) for i in (0, 1))
+        text = f"{sizes[0]} to {largest} {kind}: {peaks[0]:.0f} to {peaks[2]:.0f} MB, "
+        text += f"{files[0]} to {files[2]} open files, "
+        text += f"{early:.2f} ms for each of the first half, {late:.2f} ms of the second"
+        print(f"  {text}", flush=True)
+        is_flat = peaks[2] - peaks[0] < _MORE_MEGABYTES and files[2] - files[0] < _MORE_FILES
+        tally.require(is_flat and late < _MORE_TIME * early, text)
+    return tally
+
+
+def _measure(kind: str, count: int, folder: Path, image: np.ndarray, tally: Tally) -> tuple[float, int, float]:
+    """Peak memory in MB, largest number of open files, and seconds."""
+    source = folder / f"{count}{'.mp4' if kind == 'frames' else ''}"
+    if kind == "frames":
+        writer = cv2.VideoWriter(str(source), cv2.VideoWriter.fourcc(*"mp4v"), 25, _SIZE_WH)
+        for number in range(count):
+            writer.write(np.roll(image, number, axis=1))
+        writer.release()
+    else:
+        source.mkdir()
+        cv2.imwrite(str(source / "0000000.png"), image)
+        for number in range(1, count):
+            os.link(source / "0000000.png", source / f"{number:07d}.png")
+    counts, start = [0], time.monotonic()
+
+    def watch(pid: int) -> None:
+        while (open_files := _count_open_files(pid)) is not None:
+            counts.append(open_files)
+            time.sleep(0.2)
+
+    command: Sequence[str] = [
+        "inference.py",
+        *_FLAGS,
+        f"--inference_dir={source}",
+        f"--inference_save_folder={folder}/o",
+    ]
+    finished = run_command(
+        command, 3600 + count, started=lambda pid: threading.Thread(target=watch, args=(pid,)).start()
+    )
+    tally.add(f"{count} {kind}", finished)
+    seconds = time.monotonic() - start
+    return finished.peak_megabytes, max(counts), seconds
+
+
+def _count_open_files(pid: int) -> int | None:
+    try:
+        return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    except OSError:
+        return None

@@ -1,10 +1,10 @@
-# make demo | test | check | bench | gpu-check | train-sample; everything is installed into .venv on first use.
+# make demo | test | check | bench | campaign | gpu-check | train-sample; everything is installed into .venv on first use.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SAMPLE_DATA ?= sample_widerface/
 
-.PHONY: demo test check bench gpu-check train-sample clean
+.PHONY: demo test check bench campaign gpu-check train-sample clean
 
 demo: $(VENV)/runtime-installed
 	$(RUN) inference.py --save_img
@@ -28,6 +28,11 @@ bench: $(VENV)/dev-installed
 	$(RUN) -m benchmarks.host --images=$(BENCH_IMAGES)
 	$(RUN) -m benchmarks.evaluator --largest=1e6
 	$(RUN) -m benchmarks.training --dataset=$(BENCH_DATA) --steps=6
+
+# Damaged files, kills, full disks, odd names and long runs: hours. CAMPAIGN="--only=images --seed=2 --count=100" is less.
+CAMPAIGN ?=
+campaign: $(VENV)/dev-installed
+	$(RUN) -m campaigns $(CAMPAIGN)
 
 # On a machine with a CUDA device: its tests, agreement with the CPU, speed and memory.
 gpu-check: $(VENV)/dev-installed

@@ -83,7 +83,7 @@ def run_names(seed: int, count: int, folder: Path) -> Tally:
 
 def _make_name(generator: np.random.Generator) -> str:
     parts = [str(_PARTS[int(place)]) for place in generator.integers(len(_PARTS), size=int(generator.integers(1, 4)))]
-    stem = "".join(parts)
+    stem = "".join(parts).replace("/", "")
     while len(os.fsencode(stem)) > 251:
         stem = stem[:-1]
     return f"{stem}.jpg"

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -133,7 +133,7 @@ def _run_child(function: Callable[[], object], file: BinaryIO) -> None:
         _limit()
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        run(lambda: function() and None)
+        run(cast(Callable[[], None], function))
         status = 0
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1

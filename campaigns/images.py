@@ -70,7 +70,8 @@ def make_image(generator: np.random.Generator) -> tuple[str, bytes]:
     suffix = str(generator.choice(list(_FORMATS)))
     kind = generator.choice(["damaged", "lie", "bomb"], p=[0.8, 0.15, 0.05])
     if kind == "bomb":
-        return "png", bomb(*(int(side) for side in generator.integers(1000, 40_000, 2)), bool(generator.integers(2)))
+        width, height = (int(side) for side in generator.integers(1000, 40_000, 2))
+        return "png", bomb(width, height, bool(generator.integers(2)))
     data = encode(suffix, generator)
     if kind == "lie":
         largest = int(generator.choice([_LARGEST, 30_000, 16_000, 5000]))

@@ -234,7 +234,7 @@ def content_digest(content: Mapping[str, Any]) -> str:
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(value, (Mapping, list, tuple)):
             items = (
                 sorted(value.items(), key=lambda item: repr(item[0]))

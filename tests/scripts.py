@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
+from typing import TextIO
 
 import torch
 
@@ -92,7 +93,14 @@ def _redirected(number: int, target: int) -> Iterator[None]:
 def _shown_warnings() -> Iterator[None]:
     """Write warnings to standard error, as Python does and pytest does not."""
 
-    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
 
     with warnings.catch_warnings():

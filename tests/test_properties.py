@@ -153,10 +153,13 @@ def test_labels_are_read_as_they_were_written(faces: list[Faces]) -> None:
     """A face that is ignored has no landmarks in the file; small boxes would be taken for normalised ones."""
     images = []
     for number, each in enumerate(faces):
-        landmarks = [points if known and not ignored else None for points, known, ignored in _rows(each)]
-        rows = zip(each.boxes, landmarks, each.ignored, strict=True)
+        landmarks = [points.tolist() if known and not ignored else None for points, known, ignored in _rows(each)]
+        rows = [
+            FaceRow(box, points, bool(ignored))
+            for box, points, ignored in zip(each.boxes.tolist(), landmarks, each.ignored, strict=True)
+        ]
         large = FaceRow([0, 0, 300, 300])
-        images.append(labelled_image(Path(f"images/a b{number}.jpg"), [large, *(FaceRow(*row) for row in rows)]))
+        images.append(labelled_image(Path(f"images/a b{number}.jpg"), [large, *rows]))
     with TemporaryDirectory() as folder:
         write_labels(Path(folder) / "label.txt", images, Path("images"))
         again = read_labels(Path(folder) / "label.txt", Path("images"))

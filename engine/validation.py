@@ -11,9 +11,11 @@ from config import EVALUATION_COMPUTE, ExperimentConfig
 from engine.evaluation import prediction_rows
 from engine.stream import detect_files
 from models.detector import FaceDetector
+from models.image_pyramid import nearest_anchor
 from models.retinaface import RetinaFace
 from utils.drawing import draw_detections
 from utils.evaluation.ground_truth import EvaluationSet
+from utils.evaluation.report import CONFIDENT_SCORE, confident_false_boxes
 from utils.runtime.distributed import DistributedContext, broadcast_buffers, gather_dicts
 from utils.runtime.logger import RunLog
 from utils.structures import Detections
@@ -64,11 +66,25 @@ def validate(
             log.image(f"validation/{number}", draw_detections(image.pixels, confident), epoch)
         predictions[image.name] = prediction_rows(detections)
         found[image.name] = detections
-    evaluation = faces.evaluate(gather_dicts(predictions))
+    predictions = gather_dicts(predictions)
+    evaluation = faces.evaluate(predictions)
     log.curves(evaluation.curves, epoch)
+    false_boxes = confident_false_boxes(predictions, faces, evaluation)
+    log.line(f"false boxes per image, score from {CONFIDENT_SCORE}: {_by_level(false_boxes, model, len(faces.names))}")
     precisions = evaluation.average_precisions
     subsets = {f"val/ap_{subset}": value for subset, value in precisions.items()} if len(precisions) > 1 else {}
     errors = faces.landmark_errors(gather_dicts(found)) if faces.labelled is not None else None
     if errors is not None and len(errors):
         subsets["val/landmark_error"] = float(errors.mean())
     return {"val/ap": sum(precisions.values()) / len(precisions), **subsets}
+
+
+def _by_level(boxes: np.ndarray, model: RetinaFace, images: int) -> str:
+    """Number of boxes per image of the size of each level's anchors.
+
+    A level that has learnt from crops alone finds faces in the plain parts of whole images, which no loss shows.
+    """
+    nearest = [nearest_anchor(side, model.levels)[0] for side in np.sqrt(boxes[:, 2:].prod(axis=1)).clip(min=1)]
+    counts = np.bincount(nearest, minlength=len(model.levels))
+    parts = zip(model.levels, counts, strict=True)
+    return ", ".join(f"{count / images:.2f} of stride {level.stride}" for level, count in parts)

@@ -317,6 +317,7 @@ def test_official_ground_truth_is_what_validates(dataset: Path, experiment: Expe
     result = train(dataset, experiment, "--epochs=1")
     assert result.returncode == 0, result.stderr
     assert f"validation: mean of easy, medium and hard AP on the 1 images of {dataset / 'val/gt'}" in result.stdout
+    assert "false boxes per image, score from 0.5: " in result.stdout
     with (experiment.log_folder / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)
     subsets = [float(row[f"val/ap_{subset}"]) for subset in ("easy", "medium", "hard")]

@@ -118,6 +118,18 @@ def suspected_form(predictions: Mapping[str, np.ndarray], faces: EvaluationSet, 
     return None
 
 
+def confident_false_boxes(
+    predictions: Mapping[str, np.ndarray], faces: EvaluationSet, evaluation: Evaluation
+) -> np.ndarray:
+    """(N, 4) x, y, width, height of all predictions with a score of at least 0.5 that match no face, or one again."""
+    found = [np.zeros((0, 4))]
+    for truth, matches in zip(faces.truths, evaluation.matches, strict=True):
+        rows = predictions.get(truth.name, np.zeros((0, 5)))
+        counts = np.append(truth.subsets[faces.largest_subset], True)[matches.finds]
+        found.append(rows[counts & ~matches.is_first & (rows[:, 4] >= CONFIDENT_SCORE), :4])
+    return np.concatenate(found)
+
+
 def recall_by_height(faces: EvaluationSet, evaluation: Evaluation) -> list[HeightClass]:
     """Recall at any score, and at a score of at least 0.5, by the height of the faces.
 

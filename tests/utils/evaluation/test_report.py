@@ -19,6 +19,7 @@ from utils.evaluation.report import (
     DetectionStats,
     Measurement,
     append_to_table,
+    confident_false_boxes,
     describe,
     recall_by_height,
     write_report,
@@ -64,6 +65,13 @@ def test_recall_by_height(tmp_path: Path) -> None:
     assert [row.faces for row in rows.values()] == [1, 0, 1, 0, 1]
     assert [row.recall for row in rows.values()] == [1, 0, 1, 0, 0]
     assert [row.recall_sure for row in rows.values()] == [1, 0, 0, 0, 0]
+
+
+def test_confident_false_boxes_are_neither_faces_nor_ignored(tmp_path: Path) -> None:
+    """The second box on the face of 40 px is false as well, but its score is below 0.5."""
+    measured = measurement(tmp_path)
+    found = confident_false_boxes(PREDICTIONS, measured.faces, measured.evaluation)
+    assert found.tolist() == [[300, 300, 9, 9]]
 
 
 def test_lines_end_with_the_official_figures(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ demo: $(VENV)/runtime-installed
 	$(RUN) inference.py --save_img
 	@echo "Open inference_results/index.html in a browser; the drawings are in inference_results/result_images"
 
+# A process on each core; each test file runs in one of them.
 test: $(VENV)/dev-installed
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist=loadfile
 
 check: $(VENV)/dev-installed
 	$(RUN) -m ruff check .

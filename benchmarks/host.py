@@ -38,14 +38,19 @@ class StoredOutputs:
 
     def __init__(self, backend: Backend, images: Sequence[Tensor]) -> None:
         self._outputs = {_key(image): backend(image[None]) for image in images}
+        self._joined: dict[tuple[tuple[bytes, torch.Size], ...], StageOutput] = {}
         self.num_workers = torch.get_num_threads()
 
     def for_worker(self) -> Backend:
         return self
 
     def __call__(self, images: Tensor) -> StageOutput:
-        outputs = [self._outputs[_key(image)] for image in images]
-        return outputs[0] if len(outputs) == 1 else join_outputs(outputs)
+        keys = tuple(_key(image) for image in images)
+        if len(keys) == 1:
+            return self._outputs[keys[0]]
+        if keys not in self._joined:  # in the first of the repeated runs
+            self._joined[keys] = join_outputs([self._outputs[key] for key in keys])
+        return self._joined[keys]
 
 
 def _key(image: Tensor) -> tuple[bytes, torch.Size]:

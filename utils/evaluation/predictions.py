@@ -41,7 +41,7 @@ def write_predictions(folder: Path, name: str, rows: np.ndarray, *, integer_boxe
     line = "%d %d %d %d %.9g\n" if integer_boxes else "%.3f %.3f %.3f %.3f %.9g\n"
     path = prediction_file(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = f"{one_line(path.stem)}\n{len(rows)}\n" + "".join(line % tuple(row) for row in rows.tolist())
+    text = f"{one_line(path.stem)}\n{len(rows)}\n" + line * len(rows) % tuple(rows.flatten().tolist())
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 

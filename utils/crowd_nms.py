@@ -10,7 +10,9 @@ from torch import Tensor
 from torchvision.ops import nms
 
 _BLOCK = 2048  # boxes that enter torchvision's suppression together
-_SMALLEST, _LARGEST = 4.0, 32768.0  # sides in pixels between which boxes are told apart by size
+_SMALLEST = 4.0  # side in pixels below which boxes are not told apart by size
+_FARTHEST = 8192.0  # distance in pixels from the median position beyond which boxes are not told apart by position
+_MAX_COLUMNS = 1024  # of cells, and of rows, which bounds the memory
 
 
 def crowd_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -47,23 +49,25 @@ def crowd_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 class _Grid:
     """Boxes by position and size: two boxes overlap enough only if their cells are neighbours.
 
-    An IoU above t means that the sides differ by less than a factor of t, and the centres by less than 1 - t of the
+    An IoU above t means that the sides differ by a factor of less than 1 / t, and the centres by less than 1 - t of the
     larger side, in either direction. So sizes are divided into levels by powers of 1 / t, each with square cells of
-    1 - t times the largest side in it. Positions are rounded down and kept inside a margin of one cell.
+    1 - t times the largest side in it. A cell of the last level is as wide as the whole grid, which has a margin of one
+    cell at each border.
     """
 
     def __init__(self, boxes: np.ndarray, threshold: float) -> None:
         self.threshold = threshold
         self.x1, self.y1, self.x2, self.y2 = np.ascontiguousarray(boxes.T)
         self.areas = (self.x2 - self.x1) * (self.y2 - self.y1)
-        ratio = 1.001 / threshold  # the margin is for rounding
-        sides = np.maximum(self.x2 - self.x1, self.y2 - self.y1).clip(_SMALLEST, _LARGEST)
-        self.levels = (np.log(sides / _SMALLEST) / math.log(ratio)).astype(np.int32)
-        self.last_level = int(self.levels.max(initial=0))
-        self.cells_per_pixel = (1 / (_SMALLEST * ratio ** np.arange(1, self.last_level + 2) * (1 - threshold))).astype(
-            np.float32
-        )
         self.x, self.y = (_from_zero(low / 2 + high / 2) for low, high in ((self.x1, self.x2), (self.y1, self.y2)))
+        largest = float(max(self.x.max(initial=0), self.y.max(initial=0))) / (1 - threshold)
+        smallest = max(_SMALLEST, largest / _MAX_COLUMNS)
+        ratio = 1.001 / threshold  # the margin is for rounding
+        sides = np.maximum(self.x2 - self.x1, self.y2 - self.y1).clip(smallest, max(smallest, largest))
+        self.levels = (np.log(sides / smallest) / math.log(ratio)).astype(np.int32)
+        self.last_level = int(self.levels.max(initial=0))
+        cell_sides = smallest * ratio ** np.arange(1, self.last_level + 2) * (1 - threshold)
+        self.cells_per_pixel = (1 / cell_sides).astype(np.float32)
         self.columns, rows = (
             (positions.max(initial=0) * self.cells_per_pixel).astype(np.int32) + 3 for positions in (self.x, self.y)
         )
@@ -71,7 +75,7 @@ class _Grid:
         self.size = int(self.first_cells[-1]) + 1
         everything = slice(None)
         self.cells = self._cells(everything, self.levels)
-        # Those of the largest boxes lead to the last cell, which is empty.
+        # There is none above the last level, where this is not used.
         self.cells_above = self._cells(everything, np.minimum(self.levels + 1, self.last_level))
 
     def _cells(self, boxes: np.ndarray | slice, levels: np.ndarray) -> np.ndarray:
@@ -93,16 +97,19 @@ class _Grid:
 
     def overlap_any(self, boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Whether each of `boxes` overlaps any of `others` enough."""
+        below, others_below = (each[self.levels[each] < self.last_level] for each in (boxes, others))
         found = np.zeros(len(self.areas), bool)
-        below = boxes[self.levels[boxes] < self.last_level]
-        for near, near_others in (
-            self._neighbours(boxes, self.cells[boxes], self.levels[boxes], others),
-            self._neighbours(below, self.cells_above[below], self.levels[below] + 1, others),
-        ):
-            found[near[self.overlap(near, near_others)]] = True
-        below = others[self.levels[others] < self.last_level]
-        near_others, near = self._neighbours(below, self.cells_above[below], self.levels[below] + 1, boxes)
-        found[near[self.overlap(near_others, near)]] = True
+        near, near_others = self._neighbours(
+            np.concatenate([boxes, below]),
+            np.concatenate([self.cells[boxes], self.cells_above[below]]),
+            np.concatenate([self.levels[boxes], self.levels[below] + 1]),
+            others,
+        )
+        found[near[self.overlap(near, near_others)]] = True
+        near_others, near = self._neighbours(
+            others_below, self.cells_above[others_below], self.levels[others_below] + 1, boxes
+        )
+        found[near[self.overlap(near, near_others)]] = True
         return found[boxes]
 
     def _neighbours(
@@ -131,5 +138,5 @@ class _Grid:
 def _from_zero(positions: np.ndarray) -> np.ndarray:
     """Positions from the smallest one, where those far from the others are moved to the border."""
     centre = np.median(positions) if len(positions) else 0
-    moved: np.ndarray = (positions - centre).clip(-_LARGEST, _LARGEST)
-    return moved - moved.min(initial=_LARGEST)
+    moved: np.ndarray = (positions - centre).clip(-_FARTHEST, _FARTHEST)
+    return moved - moved.min(initial=_FARTHEST)

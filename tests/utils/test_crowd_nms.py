@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.ops import nms
 
-from utils.crowd_nms import crowd_nms
+from utils.crowd_nms import _Grid, crowd_nms
 from utils.nms import _CROWD, pixel_nms
 
 
@@ -46,6 +46,24 @@ def test_equals_torchvision_with_extreme_boxes() -> None:
     boxes[700:900] = boxes[900]
     scores = torch.rand(5000, generator=torch.Generator().manual_seed(7))
     assert crowd_nms(boxes, scores, 0.3).equal(nms(boxes, scores, 0.3))
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.4, 0.8])
+def test_equals_torchvision_with_boxes_of_a_hundred_thousand_pixels(threshold: float) -> None:
+    """As those of a diverged model; their centres lie far apart, and they overlap nevertheless."""
+    boxes = torch.cat([crowd(2500, seed=10, spread=60_000, side=200_000, variety=0.1), crowd(2500, seed=11)])
+    scores = torch.rand(5000, generator=torch.Generator().manual_seed(12))
+    assert crowd_nms(boxes, scores, threshold).equal(nms(boxes, scores, threshold))
+
+
+@pytest.mark.parametrize("threshold", [0.4, 0.65, 0.8])
+def test_few_boxes_far_away_do_not_enlarge_the_grid(threshold: float) -> None:
+    boxes = crowd(5000, seed=13)
+    boxes[:20] += 1e20
+    boxes[20:40] -= 1e20
+    scores = torch.rand(5000, generator=torch.Generator().manual_seed(14))
+    assert _Grid(boxes.numpy(), threshold).size < 5_000_000
+    assert crowd_nms(boxes, scores, threshold).equal(nms(boxes, scores, threshold))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])

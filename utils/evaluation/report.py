@@ -125,8 +125,8 @@ def confident_false_boxes(
     found = [np.zeros((0, 4))]
     for truth, matches in zip(faces.truths, evaluation.matches, strict=True):
         rows = predictions.get(truth.name, np.zeros((0, 5)))
-        counts = np.append(truth.subsets[faces.largest_subset], True)[matches.finds]
-        found.append(rows[counts & ~matches.is_first & (rows[:, 4] >= CONFIDENT_SCORE), :4])
+        is_false = matches.counts(truth.subsets[faces.largest_subset]) & ~matches.is_first
+        found.append(rows[is_false & (rows[:, 4] >= CONFIDENT_SCORE), :4])
     return np.concatenate(found)
 
 

@@ -75,6 +75,15 @@ class Matches:
     finds: np.ndarray
     is_first: np.ndarray
 
+    def counts(self, counted: np.ndarray) -> np.ndarray:
+        """(M,) bool, whether each prediction counts as true or false: not if it matches a face that does not count.
+
+        Args:
+            counted: (N,) bool, which faces count.
+        """
+        is_counted: np.ndarray = np.append(counted, True)[self.finds]  # -1: a prediction that matches no face is false
+        return is_counted
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -194,7 +203,7 @@ def _compare_images(
             passing = np.searchsorted(-scaled, -_THRESHOLDS, side="right")
             finds, is_first = matches.finds[order], matches.is_first[order]
             for number, counted in enumerate(truth.subsets.values()):
-                is_counted = np.append(counted, True)[finds]  # -1: a prediction that matches no face is false
+                is_counted = matches.counts(counted)[order]
                 counts[number, 0] = _prefix_sums(is_counted, passing)
                 counts[number, 1] = _prefix_sums(is_first & is_counted & (finds >= 0), passing)
         yield matches, counts

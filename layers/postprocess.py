@@ -58,15 +58,23 @@ def copy_to_cpu(candidates: Detections, image_indices: Tensor, is_above: Tensor)
     """Copy the result of `filter_and_decode` to the CPU in one piece."""
     if candidates.boxes.device.type == "cpu":
         return candidates, image_indices, is_above
+    return _from_table(_to_table(candidates, image_indices, is_above).cpu())
+
+
+def _to_table(candidates: Detections, image_indices: Tensor, is_above: Tensor) -> Tensor:
+    """The N candidates as the rows of one tensor of doubles, which hold all of these values exactly."""
     columns = [image_indices.unsqueeze(1), is_above.unsqueeze(1), candidates.scores.unsqueeze(1), candidates.boxes]
     if candidates.landmarks is not None:
         columns.append(candidates.landmarks.flatten(1))
-    # Doubles hold all of these values exactly.
-    table = torch.cat([column.double() for column in columns], dim=1).cpu()
-    indices, above, scores, boxes, *points = table.split([1, 1, 1, 4, *([10] if len(columns) > 4 else [])], dim=1)
-    landmarks = points[0].float().unflatten(1, (-1, 2)) if points else None
-    copied = Detections(boxes.float(), scores.squeeze(1).float(), landmarks)
-    return copied, indices.squeeze(1).long(), above.squeeze(1).bool()
+    return torch.cat([column.double() for column in columns], dim=1)
+
+
+def _from_table(table: Tensor) -> tuple[Detections, Tensor, Tensor]:
+    """Invert `_to_table`."""
+    indices, above, scores, boxes, points = table.tensor_split((1, 2, 3, 7), dim=1)
+    landmarks = points.float().unflatten(1, (-1, 2)) if points.shape[1] else None
+    candidates = Detections(boxes.float(), scores.squeeze(1).float(), landmarks)
+    return candidates, indices.squeeze(1).long(), above.squeeze(1).bool()
 
 
 def filter_and_decode(

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from config import PostprocessConfig
-from layers.postprocess import fuse_scores, postprocess
+from layers.postprocess import _from_table, _to_table, fuse_scores, postprocess
 from layers.prior_box import prior_boxes
 from models.architecture import usual_config
 from utils.boxes import encode_boxes
 from utils.nms import pixel_nms
-from utils.structures import StageOutput
+from utils.structures import Detections, StageOutput
 
 SIZE = (40, 64)
 MODEL = usual_config("mobilenet0.25", num_anchor=2, model_version="retina")
@@ -58,6 +58,21 @@ def test_the_weaker_of_two_overlapping_boxes_is_suppressed() -> None:
     output = output_of({2: (0.8, [0, 0, 20, 20]), 3: (0.7, [1, 1, 21, 21]), 40: (0.6, [40, 10, 60, 30])})
     (found,) = postprocess(output, SIZE, MODEL, EVERYTHING)
     torch.testing.assert_close(found.scores, torch.tensor([0.8, 0.6]))
+
+
+@pytest.mark.parametrize("has_landmarks", [True, False])
+@pytest.mark.parametrize("count", [0, 3])
+def test_values_of_candidates_survive_the_copy_in_one_piece(count: int, has_landmarks: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    landmarks = torch.randn(count, 5, 2, generator=generator) if has_landmarks else None
+    candidates = Detections(torch.randn(count, 4, generator=generator), torch.rand(count), landmarks)
+    indices, is_above = torch.arange(count) * 10_000_019, torch.arange(count) % 2 == 1
+    copied, copied_indices, copied_above = _from_table(_to_table(candidates, indices, is_above))
+    assert copied.boxes.equal(candidates.boxes)
+    assert copied.scores.equal(candidates.scores)
+    torch.testing.assert_close(copied.landmarks, landmarks, rtol=0, atol=0)
+    assert copied_indices.equal(indices)
+    assert copied_above.equal(is_above)
 
 
 def test_clipping_can_be_turned_off() -> None:

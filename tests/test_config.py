@@ -80,6 +80,8 @@ def test_dataset_weights_are_numbers_between_commas(text: str, weights: tuple[fl
         (["--backbone", "vgg"], "mobilenet0.25"),
         (["--anchor_sizes", "a,b"], "16,32/64,128/256,512"),
         (["--dataset_weights", "1;2"], "expected numbers like 1,0.25"),
+        (["--dataset_weights", "1, ,2"], "expected numbers like 1,0.25"),
+        (["--milestones", "70,0.5"], "expected integers like 70,90"),
         (["--cache", "tape"], "--cache"),
     ],
 )

@@ -115,8 +115,9 @@ def parse_bool(text: str) -> bool:
 
 def parse_tuple(text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
     """Parse values separated by commas: `1,0.25` to (1.0, 0.25) if `kind` is float, and the empty text to ()."""
+    parts = [part.strip() if kind is str else part for part in text.split(",")]
     try:
-        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+        return tuple(kind(part) for part in parts if part)
     except ValueError:
         expected = "integers like 70,90" if kind is int else "numbers like 1,0.25"
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None

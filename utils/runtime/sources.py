@@ -34,7 +34,7 @@ VIDEO_SUFFIXES = frozenset(
     ".mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg .mpe .m1v .m2v .wmv .asf .flv .f4v .ts .mts .m2ts .3gp .3g2 .ogv .ogm "
     ".vob .mxf .divx .mjpeg .mjpg .rm .rmvb .mod .tod .dv".split()
 )
-_READER_THREADS = min(8, max(2, os.cpu_count() or 2))
+_MAX_READER_THREADS = 8  # each holds an image
 _MAX_CAMERA_DIGITS = 3  # longer numbers, such as 20240102, are names of missing folders
 
 
@@ -275,7 +275,8 @@ def read_images(files: Iterable[tuple[str, Path]]) -> Iterator[InputImage]:
 
     Large images are decoded when they are needed, so that there is never more than one in advance.
     """
-    for image, (name, path) in map_in_order(_read_ahead, files, _READER_THREADS):
+    threads = min(_MAX_READER_THREADS, max(2, os.cpu_count() or 2))
+    for image, (name, path) in map_in_order(_read_ahead, files, threads):
         yield image or read_named_image(path, name)
 
 

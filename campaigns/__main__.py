@@ -1,7 +1,7 @@
 """Campaigns against the product: python -m campaigns [--only=NAME,...] [--seed=N] [--count=N].
 
-Each makes its cases from the seed, prints what it tried and how that ended, and contradicts its claim, which ends the
-command with status 1, if something hangs, ends in a traceback, is lost or written where it must not be.
+Each makes its cases from the seed and prints how many of them ended in which way. The command ends with status 1 if
+anything hangs, ends in a traceback, is lost, or is written where it must not be.
 """
 
 from __future__ import annotations

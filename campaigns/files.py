@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -136,23 +137,7 @@ def mutate_json(text: bytes, generator: np.random.Generator) -> bytes:
     while not (chosen := values[int(generator.integers(len(values)))]):
         pass
     key = list(chosen)[int(generator.integers(len(chosen)))] if isinstance(chosen, dict) else 0
-    odd: list[Any] = [
-        None,
-        True,
-        0,
-        -1,
-        1e308,
-        10**30,
-        0.5,
-        "",
-        "none",
-        [],
-        {},
-        [1],
-        [[1, 2]],
-        float("nan"),
-        float("inf"),
-    ]
+    odd: list[Any] = [None, True, 0, -1, 1e308, 10**30, 0.5, "", "none", [], {}, [1], [[1, 2]], math.nan, math.inf]
     if generator.random() < 0.2:
         del chosen[key]
     else:

@@ -1,4 +1,4 @@
-"""A detector that needs no network, and labelled images to learn by heart."""
+"""A detector that needs no model, and the configuration and labels of images to overfit."""
 
 from __future__ import annotations
 

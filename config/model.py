@@ -71,16 +71,25 @@ class ImagePyramidConfig(Options):
             They have half the stride and half the anchor sizes, in pixels of the image.
         native_scale_weight: weight of the logits of the native scale in the face logits of the upsampled levels.
         half_scale_weight: weight of the logits of the image at half its size in the face logits of all levels.
+        upsampled_channels: channels of every upsampled level, which then have a feature pyramid of their own. Empty
+            means that they share the feature pyramid of the native scale.
     """
 
     upsampled_levels: int = 0
     native_scale_weight: float = 0.0
     half_scale_weight: float = 0.0
+    upsampled_channels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.upsampled_levels >= 0, f"--fine_levels must not be negative, got {self.upsampled_levels}")
         for flag, weight in (("context_share", self.native_scale_weight), ("coarse_share", self.half_scale_weight)):
             require(0 <= weight <= 1, f"--{flag} must lie in [0, 1], got {weight}")
+        require(
+            len(self.upsampled_channels) in (0, self.upsampled_levels),
+            f"--fine_channels has {len(self.upsampled_channels)} number(s) for --fine_levels={self.upsampled_levels}",
+        )
+        for channels in self.upsampled_channels:
+            require(channels > 0 and channels % 4 == 0, f"--fine_channels must be multiples of 4, got {channels}")
 
 
 # The usual levels of three strides, by the number of anchors of a cell.
@@ -172,11 +181,7 @@ class ModelConfig(Options):
             self.refinement == "sum" or self.cascade,
             "--refinement rematch needs a second stage; add --cascade True, or drop it",
         )
-        upsampled = self.image_pyramid.upsampled_levels
-        require(
-            upsampled <= len(self.levels),
-            f"--fine_levels={upsampled} exceeds the {len(self.levels)} levels of the model",
-        )
+        self._check_image_pyramid()
 
     def _check_levels(self) -> None:
         strides = [level.stride for level in self.levels]
@@ -212,6 +217,18 @@ class ModelConfig(Options):
         require(self.anchor_ratio > 0, f"anchor_ratio must be positive, got {self.anchor_ratio}")
         require(min(self.variances) > 0, f"variances must be positive, got {self.variances}")
         require(min(self.pixel_std) > 0, f"pixel_std must be positive, got {self.pixel_std}")
+
+    def _check_image_pyramid(self) -> None:
+        count, channels = self.image_pyramid.upsampled_levels, self.image_pyramid.upsampled_channels
+        require(count <= len(self.levels), f"--fine_levels={count} exceeds the {len(self.levels)} levels of the model")
+        require(
+            not channels or (self.fpn, self.head, self.norm) == ("merged", "ssh", "batch"),
+            "--fine_channels needs fpn merged, head ssh and norm batch",
+        )
+        require(
+            not channels or self.levels[count - 1].stride <= 32,
+            "--fine_channels needs --fine_levels of strides up to 32",
+        )
 
     @property
     def level_channels(self) -> tuple[int, ...]:

@@ -184,4 +184,5 @@ def _override_image_pyramid(overrides: ModelOverrides, base: ImagePyramidConfig)
         upsampled_levels=count,
         native_scale_weight=native if count else 0.0,
         half_scale_weight=base.half_scale_weight if overrides.coarse_share is None else overrides.coarse_share,
+        upsampled_channels=base.upsampled_channels if overrides.fine_channels is None else overrides.fine_channels,
     )

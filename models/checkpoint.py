@@ -314,6 +314,8 @@ def _adapt_to_overrides(checkpoint: Checkpoint, overrides: ModelOverrides) -> Ch
         raise CheckpointError(
             f"{checkpoint.path}: trained with fine_levels {before}, but --fine_levels={after}; drop the flag"
         )
+    if asked.image_pyramid.upsampled_channels != saved.image_pyramid.upsampled_channels:
+        raise CheckpointError(f"{checkpoint.path}: not trained with this --fine_channels; drop the flag")
     state = checkpoint.state if before == after else add_upsampled_stages(checkpoint.state, after)
     dropped = [] if asked.cascade else [r"(upsampled_)?stages\.[1-9]\d*\."]
     dropped += [] if asked.landmarks else [r".*\.landmark_deltas\."]

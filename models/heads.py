@@ -68,10 +68,10 @@ class Stage(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor]) -> list[LevelOutput]:
-        """Map the (B, C_l, H_l, W_l) features of every level to its predictions."""
-        return [
-            head(context(feature)) for context, head, feature in zip(self.context, self.heads, features, strict=True)
-        ]
+        """Map the (B, C_l, H_l, W_l) features of every level, or of the coarsest ones, to their predictions."""
+        first = len(self.heads) - len(features)
+        layers = zip(self.context[first:], self.heads[first:], features, strict=True)
+        return [head(context(feature)) for context, head, feature in layers]
 
 
 class TowerStage(nn.Module):

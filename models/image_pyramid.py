@@ -15,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import LevelConfig, ModelConfig
+from config import ImagePyramidConfig, LevelConfig, ModelConfig
 from layers.prior_box import feature_sizes
 from models.heads import LevelOutput, build_stage
+from models.net import MergedFPN
 from models.retinaface import RetinaFace, run_cascade
 from utils.structures import StageOutput
+
+_COARSEST_OF_BACKBONE = 32  # stride
 
 
 def build_model(model_config: ModelConfig) -> RetinaFace:
@@ -43,21 +46,38 @@ def _scaled_level(level: LevelConfig, scale: float) -> LevelConfig:
     return LevelConfig(int(level.stride * scale), tuple(size * scale for size in level.anchor_sizes), level.channels)
 
 
+def _with_channels(model_config: ModelConfig, channels: Sequence[int]) -> ModelConfig:
+    """The configuration of the feature pyramid of the upsampled levels: their channels, and no level beyond C5."""
+    levels = [level for level in model_config.levels if level.stride <= _COARSEST_OF_BACKBONE]
+    finest = [dataclasses.replace(level, channels=width) for level, width in zip(levels, channels, strict=False)]
+    return dataclasses.replace(
+        model_config, levels=(*finest, *levels[len(finest) :]), image_pyramid=ImagePyramidConfig()
+    )
+
+
 class ImagePyramid(RetinaFace):
     """A `RetinaFace` that also sees the image at twice and at half its size.
 
-    The finest levels are computed on the image at twice its size, by context modules and heads of their own. They
-    replace the finest levels of the native scale; see `pyramid_levels`. Face logits of the upsampled levels are
-    averaged with those of the native scale at the same place, and all face logits with those of the image at half its
-    size, by the weights of `ImagePyramidConfig`.
+    The finest levels are computed on the image at twice its size, by context modules and heads of their own, and by a
+    feature pyramid of their own where the configuration has `upsampled_channels`. They replace the finest levels of
+    the native scale; see `pyramid_levels`. Face logits of the upsampled levels are averaged with those of the native
+    scale at the same place, and all face logits with those of the image at half its size, by the weights of
+    `ImagePyramidConfig`.
     """
 
     def __init__(self, model_config: ModelConfig) -> None:
         super().__init__(model_config)
         self.levels = pyramid_levels(model_config)
-        count = model_config.image_pyramid.upsampled_levels
+        pyramid = model_config.image_pyramid
+        count = pyramid.upsampled_levels
         levels, channels = model_config.levels[:count], model_config.level_channels[:count]
+        self.upsampled_fpn: MergedFPN | None = None
+        if pyramid.upsampled_channels:
+            channels = pyramid.upsampled_channels
+            self.upsampled_fpn = MergedFPN(self.backbone.channels, _with_channels(model_config, channels))
         self.upsampled_stages = nn.ModuleList(build_stage(model_config, levels, channels) for _ in self.stages)
+        # Without a weight, the native levels that upsampled ones replace are not computed.
+        self.first_native = 0 if pyramid.native_scale_weight else max(count - 1, 0)
         self._freeze_unused()
 
     def _freeze_unused(self) -> None:
@@ -73,11 +93,15 @@ class ImagePyramid(RetinaFace):
             _, kind, level, branch, _ = name.split(".", 4)
             if int(level) < pyramid.upsampled_levels - 1:
                 parameter.requires_grad_(has_logits and (kind == "context" or branch == "class_logits"))
+        if self.upsampled_fpn is not None and not has_logits:
+            for name, parameter in self.fpn.named_parameters():
+                kind, level, _ = name.split(".", 2)
+                parameter.requires_grad_(kind == "extra" or int(level) >= self.first_native)
 
     def forward(self, images: Tensor) -> list[StageOutput]:
         """See `RetinaFace.forward`."""
         normalised = self.normalise(images)
-        native = self.features(normalised)
+        native = self.features(normalised, self.first_native)
         upsampled, half = self._upsampled_features(normalised), self._half_features(normalised)
         stage_levels = []
         for stage, upsampled_stage in zip(self.stages, self.upsampled_stages, strict=True):
@@ -94,7 +118,8 @@ class ImagePyramid(RetinaFace):
         enlarged = F.interpolate(images, size=(2 * height, 2 * width), mode="bilinear")
         # An image of odd size has one cell more at twice its size than the level.
         sizes = feature_sizes((height, width), self.levels[:count])
-        features = zip(self.features(enlarged), sizes, strict=False)
+        levels = self.features(enlarged) if self.upsampled_fpn is None else self.upsampled_fpn(self.backbone(enlarged))
+        features = zip(levels, sizes, strict=False)
         return [feature[..., :rows, :columns] for feature, (rows, columns) in features]
 
     def _half_features(self, images: Tensor) -> list[Tensor]:
@@ -109,7 +134,7 @@ class ImagePyramid(RetinaFace):
         """The levels of both scales, with the face logits of the native scale averaged into the upsampled ones."""
         weight = self.model_config.image_pyramid.native_scale_weight
         averaged = _average_logits(upsampled, self.levels, native, self.model_config.levels, weight)
-        return [*averaged, *native[max(len(upsampled) - 1, 0) :]]
+        return [*averaged, *native[len(upsampled) - len(self.levels) :]]
 
     def _merge_half(self, levels: Sequence[LevelOutput], half: Sequence[LevelOutput]) -> list[LevelOutput]:
         """The levels with the face logits of the image at half its size averaged into all of them."""

@@ -166,6 +166,7 @@ def initialise_from_detector(model: RetinaFace, checkpoint: Checkpoint) -> list[
     for number in range(1, len(target.stages)):
         sources = _copies_of_first_stage(sources, number) | sources
     sources = add_upsampled_stages(sources, after) | sources
+    sources = {f"upsampled_{name}": sources[name] for name in sources if name.startswith("fpn.")} | sources
     state = model.state_dict()
     matching = {name: tensor for name, tensor in sources.items() if name in state and tensor.shape == state[name].shape}
     model.load_state_dict(state | matching)

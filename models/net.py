@@ -109,12 +109,16 @@ class MergedFPN(nn.Module):
         )
         self.extra = _extra_levels(in_channels, config, lambda i, o: conv_norm_act(i, o, 3, slope, 2, norm=norm))
 
-    def forward(self, features: Mapping[int, Tensor]) -> list[Tensor]:
-        """Map features of the backbone by stride to (B, C_l, H_l, W_l) features of every level, finest first."""
+    def forward(self, features: Mapping[int, Tensor], first: int = 0) -> list[Tensor]:
+        """Map features of the backbone by stride to (B, C_l, H_l, W_l) features of every level, finest first.
+
+        Levels before the one of index `first` are not computed.
+        """
         strides = [level.stride for level in self.config.levels if level.stride in features]
-        laterals = [conv(features[stride]) for conv, stride in zip(self.lateral, strides, strict=True)]
+        laterals = [conv(features[stride]) for conv, stride in list(zip(self.lateral, strides, strict=True))[first:]]
         levels = [laterals[-1]]
-        for lateral, merge, project in reversed(list(zip(laterals, self.merge, self.project, strict=False))):
+        steps = zip(laterals, self.merge[first:], self.project[first:], strict=False)
+        for lateral, merge, project in reversed(list(steps)):
             levels.insert(0, merge(lateral + _upsample(project(levels[0]), lateral, self.config.upsampling)))
         return levels + _apply_extra(self.extra, features)
 
@@ -136,13 +140,13 @@ class OutputFPN(nn.Module):
         self.output = nn.ModuleList(conv_norm(width, width, 3, norm=norm) for _ in strides)
         self.extra = _extra_levels(in_channels, config, lambda i, o: conv_norm(i, o, 3, 2, norm=norm))
 
-    def forward(self, features: Mapping[int, Tensor]) -> list[Tensor]:
+    def forward(self, features: Mapping[int, Tensor], first: int = 0) -> list[Tensor]:
         """See `MergedFPN.forward`."""
         strides = [level.stride for level in self.config.levels if level.stride in features]
-        sums = [conv(features[stride]) for conv, stride in zip(self.lateral, strides, strict=True)]
+        sums = [conv(features[stride]) for conv, stride in list(zip(self.lateral, strides, strict=True))[first:]]
         for index in range(len(sums) - 1, 0, -1):
             sums[index - 1] = sums[index - 1] + _upsample(sums[index], sums[index - 1], self.config.upsampling)
-        levels = [conv(feature) for conv, feature in zip(self.output, sums, strict=True)]
+        levels = [conv(feature) for conv, feature in zip(self.output[first:], sums, strict=True)]
         return levels + _apply_extra(self.extra, features)
 
 

@@ -74,9 +74,9 @@ class RetinaFace(nn.Module):
         centred = images - self.pixel_mean
         return centred if self.model_config.pixel_std == (1.0, 1.0, 1.0) else centred / self.pixel_std
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Map normalised (B, 3, H, W) images to (B, C, H_l, W_l) features of every pyramid level, finest first."""
-        features: list[Tensor] = self.fpn(self.backbone(images))
+    def features(self, images: Tensor, first: int = 0) -> list[Tensor]:
+        """Map normalised (B, 3, H, W) images to (B, C, H_l, W_l) features of the levels from `first` on."""
+        features: list[Tensor] = self.fpn(self.backbone(images), first)
         return features
 
 

@@ -120,6 +120,8 @@ def test_fine_levels_are_levels_of_the_image_at_twice_its_size() -> None:
     assert architecture("--fine_levels=0", base=fine) == architecture("--num_anchor=2")
     assert architecture("--coarse_share=0.2", base=fine).image_pyramid == ImagePyramidConfig(2, 0.3, 0.2)
     assert architecture("--context_share=0", base=fine).image_pyramid == ImagePyramidConfig(2)
+    narrow = architecture("--fine_channels=40,48", base=fine)
+    assert narrow.image_pyramid == ImagePyramidConfig(2, 0.3, upsampled_channels=(40, 48))
 
 
 def test_flags_change_only_what_they_name_of_a_saved_architecture() -> None:
@@ -250,6 +252,9 @@ def test_shipped_configurations_are_read() -> None:
         lambda: ModelConfig(head="tower", levels=(LevelConfig(8, (16, 32)), LevelConfig(16, (64,)))),
         lambda: ModelConfig(image_pyramid=ImagePyramidConfig(upsampled_levels=4)),
         lambda: ImagePyramidConfig(upsampled_levels=-1),
+        lambda: ImagePyramidConfig(2, upsampled_channels=(40,)),
+        lambda: ImagePyramidConfig(2, upsampled_channels=(40, 42)),
+        lambda: usual_config("resnet50", norm="group", image_pyramid=ImagePyramidConfig(1, upsampled_channels=(64,))),
         lambda: ImagePyramidConfig(native_scale_weight=1.5),
         lambda: ImagePyramidConfig(half_scale_weight=-0.1),
         lambda: ModelConfig(fpn_channels=30),

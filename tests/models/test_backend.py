@@ -69,6 +69,9 @@ CONFIGS = {
         "resnet18", cascade=False, model_version="retina", landmarks=False, num_anchor=2, fpn_channels=16
     ),
     "sum with four levels": usual_config("resnet18", fpn_channels=16, image_pyramid=ImagePyramidConfig(1, 0.3)),
+    "a feature pyramid of its own at twice the size": usual_config(
+        "mobilenet0.25", fpn_channels=16, image_pyramid=ImagePyramidConfig(2, 0.0, 0.3, upsampled_channels=(8, 12))
+    ),
     "two resolutions": usual_config(
         "mobilenet0.25",
         num_anchor=2,

@@ -192,6 +192,14 @@ def test_another_number_of_fine_levels_is_refused(asked: int, tmp_path: Path) ->
         load_checkpoint(tmp_path / "some.pth", ModelOverrides(fine_levels=asked))
 
 
+@pytest.mark.parametrize("saved", [(), (16, 16)])
+def test_other_channels_of_the_fine_levels_are_refused(saved: tuple[int, ...], tmp_path: Path) -> None:
+    model = dataclasses.replace(SMALL, image_pyramid=ImagePyramidConfig(2, upsampled_channels=saved))
+    save_checkpoint(tmp_path / "some.pth", ExperimentConfig(model=model), build_model(model).state_dict())
+    with pytest.raises(CheckpointError, match="not trained with this --fine_channels; drop the flag"):
+        load_checkpoint(tmp_path / "some.pth", ModelOverrides(fine_channels=(16, 20)))
+
+
 def test_two_stages_of_a_single_stage_checkpoint_are_refused(tmp_path: Path) -> None:
     model = dataclasses.replace(SMALL, stages=SMALL.stages[:1])
     save_checkpoint(tmp_path / "a.pth", ExperimentConfig(model=model), RetinaFace(model).state_dict())

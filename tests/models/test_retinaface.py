@@ -51,6 +51,9 @@ CONFIGURATIONS += [
         ImagePyramidConfig(3),
         ImagePyramidConfig(2, half_scale_weight=0.3),
         ImagePyramidConfig(half_scale_weight=0.3),
+        ImagePyramidConfig(2, 0.3, upsampled_channels=(16, 24)),
+        ImagePyramidConfig(2, half_scale_weight=0.3, upsampled_channels=(16, 24)),
+        ImagePyramidConfig(3, upsampled_channels=(16, 24, 32)),
     )
 ]
 CONFIGURATIONS += [
@@ -79,7 +82,7 @@ def two_images_with_faces() -> FaceTargets:
 
 def describe(config: ModelConfig) -> str:
     pyramid = config.image_pyramid
-    scales = (pyramid.upsampled_levels, pyramid.native_scale_weight, pyramid.half_scale_weight)
+    scales = tuple(vars(pyramid).values())
     return f"{config.name}-{config.landmarks}-{scales}"
 
 
@@ -110,7 +113,14 @@ def test_native_levels_that_are_replaced_learn_scores_at_most() -> None:
         assert "box_deltas" in {part[3] for part in parts if part[2] == "2"}
 
 
-@pytest.mark.parametrize("pyramid", [ImagePyramidConfig(count, 0.3) for count in range(4)])
+@pytest.mark.parametrize(
+    "pyramid",
+    [
+        *(ImagePyramidConfig(count, 0.3) for count in range(4)),
+        ImagePyramidConfig(3),
+        ImagePyramidConfig(2, half_scale_weight=0.3, upsampled_channels=(8, 12)),
+    ],
+)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_outputs_pair_with_the_priors(backbone: str, pyramid: ImagePyramidConfig) -> None:
     """An odd size: every level rounds up as `feature_sizes` does."""
@@ -299,10 +309,14 @@ NATIVE_PRIORS = [rows * columns * 3 for rows, columns in [(5, 7), (3, 4), (2, 2)
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("has_own_fpn", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_fine_levels_start_by_finding_what_the_detector_found_in_the_enlarged_picture(count: int) -> None:
+def test_fine_levels_start_by_finding_what_the_detector_found_in_the_enlarged_image(
+    count: int, has_own_fpn: bool
+) -> None:
     usual = model_of(cascade=False)
-    fine = model_of("sum", ImagePyramidConfig(count), cascade=False)
+    pyramid = ImagePyramidConfig(count, upsampled_channels=(64,) * count if has_own_fpn else ())
+    fine = model_of("sum", pyramid, cascade=False)
     assert initialise_from_detector(fine, checkpoint_of(usual)) == []
     assert_shows_both_sizes(fine(noise())[0], usual, count)
 

@@ -234,11 +234,17 @@ def initialise(model: RetinaFace, training: TrainingRun) -> list[str]:
 
 
 def open_teacher(config: ExperimentConfig, device: torch.device) -> Teacher | None:
-    """Open the detector that `--teacher` names, at the image scales at which its priors equal the model's."""
+    """Open the detector that `--teacher` names.
+
+    It keeps its own scales of the image if its priors are those of the model, and otherwise takes the model's scales.
+    """
     if config.train.teacher is None:
         return None
     checkpoint = load_checkpoint(user_path(config.train.teacher))
-    model_config = dataclasses.replace(checkpoint.model_config, image_pyramid=config.model.image_pyramid)
+    model_config = checkpoint.model_config
+    if pyramid_levels(model_config) != pyramid_levels(config.model):
+        pyramid = dataclasses.replace(config.model.image_pyramid, upsampled_channels=())
+        model_config = dataclasses.replace(model_config, image_pyramid=pyramid)
     if pyramid_levels(model_config) != pyramid_levels(config.model):
         raise ConfigError(f"--teacher {checkpoint.path}: its anchors differ from the model's; choose another")
     model = build_model(model_config)

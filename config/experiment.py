@@ -43,7 +43,7 @@ class LossConfig(Options):
     box_weight: float = option(2.0, "weight of the box loss", above=0)
     landmark_weight: float = option(0.1, "weight of the landmark loss", above=0)
     iou_weight: float = option(1.0, "weight of the IoU branch's loss (tina)", above=0)
-    distil_weight: float = option(1.0, "weight of the loss towards the scores of --teacher", above=0)
+    distil_weight: float = option(1.0, "weight of the loss towards the predictions of --teacher", above=0)
     negative_ratio: int = option(7, "hard negatives per positive prior in ohem_ce", above=0)
 
 
@@ -133,7 +133,9 @@ class TrainConfig(Options):
         1.0, "learning rate of parameters that --pretrained_detector lacks, such as the IoU branch", above=0
     )
     teacher: str | None = option(
-        None, "checkpoint of a detector whose scores, averaged over a crop and its mirror image, are learnt as well"
+        None,
+        "checkpoint of a detector whose scores, boxes and landmarks, averaged over a crop and its mirror image, are "
+        "learnt as well",
     )
     momentum: float = option(0.9, "momentum of SGD", minimum=0)
     weight_decay: float = option(5e-4, "weight decay", minimum=0)

@@ -192,8 +192,8 @@ class Trainer:
         images = batch.images.to(self.device, non_blocking=True).float().contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             outputs = self.ddp_model(images)
-            teacher_scores = self.teacher(images) if self.teacher else None
-        terms = self.loss(outputs, batch.targets.to(self.device), (images.shape[2], images.shape[3]), teacher_scores)
+            taught = self.teacher(images) if self.teacher else None
+        terms = self.loss(outputs, batch.targets.to(self.device), (images.shape[2], images.shape[3]), taught)
         total = torch.stack(list(terms.values())).sum()
 
         group_start = (step - 1) // train.accumulate * train.accumulate

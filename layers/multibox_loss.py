@@ -15,12 +15,16 @@ from config import LossConfig, ModelConfig, StageConfig
 from layers.matcher import BACKGROUND, match_priors
 from utils.boxes import clamp_deltas, decode_boxes, encode_boxes, encode_landmarks, paired_iou
 from utils.runtime.distributed import share_of_count
-from utils.structures import FaceTargets, StageOutput
+from utils.structures import FaceTargets, StageOutput, TeacherOutput
 
 # Width w and bend e of the Wing loss, in landmark deltas. A delta of 1 is a tenth of the prior's side (the first
 # variance). The bend keeps the paper's proportion of 10 to 2 pixels.
 WING_WIDTH = 1.0
 WING_BEND = 0.2
+
+# Weights of a teacher's boxes and landmarks relative to its scores.
+TEACHER_BOX_WEIGHT = 0.5
+TEACHER_LANDMARK_WEIGHT = 0.1
 
 
 class MultiBoxLoss:
@@ -40,7 +44,7 @@ class MultiBoxLoss:
         outputs: Sequence[StageOutput],
         targets: FaceTargets,
         image_size_hw: tuple[int, int],
-        teacher_scores: Tensor | None = None,
+        teacher: TeacherOutput | None = None,
     ) -> dict[str, Tensor]:
         """Compute the weighted terms, `stage1/class` and so on. Their sum is the loss to minimise.
 
@@ -51,7 +55,7 @@ class MultiBoxLoss:
             outputs: the raw outputs of each stage for B images.
             targets: faces of the B images, on the device of the outputs.
             image_size_hw: height and width of the model's input in pixels.
-            teacher_scores: (B, P) face scores of a teacher in [0, 1].
+            teacher: predictions of a teacher for the priors of the first stage.
         """
         terms = {}
         matched, matched_by = None, None
@@ -61,8 +65,8 @@ class MultiBoxLoss:
                 matched, matched_by = match_batch(targets, output.priors, stage), matching
             output_32 = output.float()
             values = self._stage_terms(output_32, matched, image_size_hw)
-            if teacher_scores is not None:
-                values["distil"] = distillation_loss(output_32.class_logits, teacher_scores) / matched.count
+            if teacher is not None:
+                values["distil"] = self._distillation_loss(output_32, teacher)
             for name, value in values.items():
                 terms[f"stage{number}/{name}"] = stage.loss_weight * getattr(self.loss_config, f"{name}_weight") * value
         return terms
@@ -86,6 +90,22 @@ class MultiBoxLoss:
             losses = F.binary_cross_entropy_with_logits(iou_logits, iou_targets, reduction="none")
             terms["iou"] = losses.sum() / matched.count
         return terms
+
+    def _distillation_loss(self, output: StageOutput, teacher: TeacherOutput) -> Tensor:
+        """The loss towards a teacher's scores, and towards its boxes and landmarks in proportion to these scores.
+
+        It is divided by the sum of the scores, the number of positive priors that the teacher expects.
+        """
+        variances = self.model_config.variances
+        loss = distillation_loss(output.class_logits, teacher.scores)
+        box_targets = encode_boxes(teacher.boxes, output.priors, variances)
+        box_losses = F.smooth_l1_loss(output.box_deltas, box_targets, reduction="none").sum(dim=2)
+        loss = loss + TEACHER_BOX_WEIGHT * (teacher.scores * box_losses).sum()
+        if output.landmark_deltas is not None and teacher.landmarks is not None:
+            targets = encode_landmarks(teacher.landmarks, output.priors, variances)
+            landmark_losses = F.smooth_l1_loss(output.landmark_deltas, targets, reduction="none").sum(dim=2)
+            loss = loss + TEACHER_LANDMARK_WEIGHT * (teacher.scores * landmark_losses).sum()
+        return loss / share_of_count(teacher.scores.sum())
 
     def _class_loss(self, class_logits: Tensor, matched: Matched) -> Tensor:
         if self.loss_config.classification == "focal":

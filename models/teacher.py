@@ -8,13 +8,15 @@ from torch import Tensor
 from layers.postprocess import fuse_scores
 from layers.prior_box import feature_sizes
 from models.retinaface import RetinaFace
+from utils.boxes import clamp_deltas, decode_boxes, decode_landmarks
 from utils.errors import UserError
+from utils.structures import MIRRORED_LANDMARKS, TeacherOutput
 
 
 class Teacher:
-    """Face scores of a frozen detector, averaged over an image and its mirror image.
+    """Scores, boxes and landmarks of a frozen detector, averaged over an image and its mirror image.
 
-    The average is the score of test-time flipping. It needs no labels, so the student can keep what the teacher has
+    The average score is that of test-time flipping. It needs no labels, so the student can keep what the teacher has
     learnt from images that are rare in a new training set.
     """
 
@@ -23,24 +25,47 @@ class Teacher:
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Map (B, 3, H, W) BGR images, 0 to 255, to the (B, P) face scores of the last stage.
+    def __call__(self, images: Tensor) -> TeacherOutput:
+        """Map (B, 3, H, W) BGR images, 0 to 255, to the predictions of the last stage.
 
         Raises:
             UserError: the width is not a multiple of every stride, so cells have no mirror image.
         """
-        levels = self.model.levels
         height, width = images.shape[2:]
-        if width % levels[-1].stride:
-            raise UserError(f"--teacher needs an --im_size that is a multiple of {levels[-1].stride}, got {width}")
-        scores, mirrored_scores = self._scores(images), self._scores(images.flip(3))
-        sizes = feature_sizes((height, width), levels)
-        shapes = [
-            (rows, columns, len(level.anchor_sizes)) for level, (rows, columns) in zip(levels, sizes, strict=True)
-        ]
-        parts = mirrored_scores.split([rows * columns * anchors for rows, columns, anchors in shapes], dim=1)
-        flipped = [part.unflatten(1, shape).flip(2).flatten(1) for part, shape in zip(parts, shapes, strict=True)]
-        return (scores + torch.cat(flipped, dim=1)) / 2
+        coarsest = self.model.levels[-1].stride
+        if width % coarsest:
+            raise UserError(f"--teacher needs an --im_size that is a multiple of {coarsest}, got {width}")
+        plain, mirrored = self._predict(images), self._predict(images.flip(3))
+        positions = self._mirrored_positions((height, width)).to(images.device)
+        landmarks = None
+        if plain.landmarks is not None and mirrored.landmarks is not None:
+            x, y = mirrored.landmarks[:, positions][..., MIRRORED_LANDMARKS, :].unbind(-1)
+            landmarks = (plain.landmarks + torch.stack([1 - x, y], dim=-1)) / 2
+        x1, y1, x2, y2 = mirrored.boxes[:, positions].unbind(-1)
+        return TeacherOutput(
+            scores=(plain.scores + mirrored.scores[:, positions]) / 2,
+            boxes=(plain.boxes + torch.stack([1 - x2, y1, 1 - x1, y2], dim=-1)) / 2,
+            landmarks=landmarks,
+        )
 
-    def _scores(self, images: Tensor) -> Tensor:
-        return fuse_scores(self.model(images)[-1].class_logits.float(), None, exponent=1)
+    def _predict(self, images: Tensor) -> TeacherOutput:
+        output, variances = self.model(images)[-1].float(), self.model.model_config.variances
+        landmarks = None
+        if output.landmark_deltas is not None:
+            landmarks = decode_landmarks(output.landmark_deltas, output.priors, variances)
+        return TeacherOutput(
+            scores=fuse_scores(output.class_logits, None, exponent=1),
+            boxes=decode_boxes(clamp_deltas(output.box_deltas, variances), output.priors, variances),
+            landmarks=landmarks,
+        )
+
+    def _mirrored_positions(self, size_hw: tuple[int, int]) -> Tensor:
+        """(P,) position of the prior that the mirror image has in place of each prior."""
+        positions: list[Tensor] = []
+        start = 0
+        for level, (rows, columns) in zip(self.model.levels, feature_sizes(size_hw, self.model.levels), strict=True):
+            shape = (rows, columns, len(level.anchor_sizes))
+            count = rows * columns * len(level.anchor_sizes)
+            positions.append(torch.arange(start, start + count).view(shape).flip(1).flatten())
+            start += count
+        return torch.cat(positions)

@@ -46,6 +46,21 @@ class StageOutput:
 
 
 @dataclass(frozen=True)
+class TeacherOutput:
+    """What a teacher predicts for each of P priors of B images.
+
+    Attributes:
+        scores: (B, P) face scores in [0, 1].
+        boxes: (B, P, 4) xyxy, normalised to the image.
+        landmarks: (B, P, 5, 2) x, y, normalised to the image, or None for a model without landmarks.
+    """
+
+    scores: Tensor
+    boxes: Tensor
+    landmarks: Tensor | None
+
+
+@dataclass(frozen=True)
 class Detections:
     """The detected faces of one image, best first. N = 0 is an ordinary value.
 

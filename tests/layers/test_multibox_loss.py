@@ -7,15 +7,25 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.ops import box_convert
 
 from config import LossConfig, ModelConfig, StageConfig
 from layers.matcher import IGNORED, match_priors
-from layers.multibox_loss import MultiBoxLoss, distillation_loss, focal_loss, ohem_cross_entropy, wing_loss
+from layers.multibox_loss import (
+    TEACHER_BOX_WEIGHT,
+    TEACHER_LANDMARK_WEIGHT,
+    MultiBoxLoss,
+    distillation_loss,
+    focal_loss,
+    ohem_cross_entropy,
+    wing_loss,
+)
 from layers.prior_box import _cached_prior_boxes, prior_boxes
 from models.architecture import usual_config
 from utils.boxes import encode_boxes, encode_landmarks
-from utils.structures import FaceTargets, StageOutput
+from utils.structures import FaceTargets, StageOutput, TeacherOutput
 
 SIZE = (32, 64)
 MODEL = usual_config("mobilenet0.25", num_anchor=2)
@@ -68,15 +78,41 @@ def values(
 def test_a_teacher_adds_a_term_to_every_stage() -> None:
     outputs = [zero_output(1)] * 2
     scores = torch.full((1, len(PRIORS)), 0.5)
+    teacher = TeacherOutput(scores, box_convert(PRIORS, "cxcywh", "xyxy")[None], None)
     loss = MultiBoxLoss(LossConfig(distil_weight=3.0), MODEL)
-    agreed = loss(outputs, FaceTargets.join([one_face()]), SIZE, scores)
+    agreed = loss(outputs, FaceTargets.join([one_face()]), SIZE, teacher)
     assert {name for name, value in agreed.items() if name.endswith("distil") and value.abs() < 1e-4} == {
         "stage1/distil",
         "stage2/distil",
     }
     scores[0, 0] = 1.0  # where the network says one half
-    differ = loss(outputs, FaceTargets.join([no_faces()]), SIZE, scores)
-    assert differ["stage1/distil"].item() == pytest.approx(3 * math.log(2), rel=1e-4)
+    differ = loss(outputs, FaceTargets.join([no_faces()]), SIZE, teacher)
+    assert differ["stage1/distil"].item() == pytest.approx(3 * math.log(2) / scores.sum().item(), rel=1e-4)
+
+
+def test_boxes_and_landmarks_of_a_teacher_are_learnt_where_its_score_is_high() -> None:
+    """Moving the teacher's boxes and landmarks of a prior by one delta each costs its share of the scores."""
+    priors_xyxy = box_convert(PRIORS, "cxcywh", "xyxy")[None]
+    centres = PRIORS[None, :, None, :2].expand(1, len(PRIORS), 5, 2)
+    logits = torch.zeros(1, len(PRIORS), 2)
+    logits[0, :2, 1] = torch.tensor([9.0, -9.0])
+    scores = logits.softmax(2)[..., 1]
+    output = dataclasses.replace(zero_output(1), class_logits=logits)
+
+    def distilled(boxes: Tensor, landmarks: Tensor) -> float:
+        teacher = TeacherOutput(scores, boxes, landmarks)
+        terms = MultiBoxLoss(LossConfig(), MODEL)([output] * 2, FaceTargets.join([no_faces()]), SIZE, teacher)
+        return terms["stage1/distil"].item()
+
+    assert distilled(priors_xyxy, centres) == pytest.approx(0, abs=1e-4)
+    for prior in (0, 1):
+        share = (scores[0, prior] / scores.sum()).item()
+        boxes, landmarks = priors_xyxy.clone(), centres.clone()
+        boxes[0, prior, [0, 2]] += 0.1 * PRIORS[prior, 2]
+        assert distilled(boxes, centres) == pytest.approx(0.5 * TEACHER_BOX_WEIGHT * share, rel=1e-2, abs=1e-6)
+        landmarks[0, prior, 0] += 0.1 * PRIORS[prior, 2:]
+        expected = 2 * 0.5 * TEACHER_LANDMARK_WEIGHT * share
+        assert distilled(priors_xyxy, landmarks) == pytest.approx(expected, rel=1e-2, abs=1e-6)
 
 
 def test_distillation_is_the_divergence_of_the_scores() -> None:

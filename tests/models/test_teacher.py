@@ -1,4 +1,4 @@
-"""A teacher's scores."""
+"""A teacher's predictions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from models.architecture import usual_config
 from models.image_pyramid import build_model
 from models.retinaface import RetinaFace
 from models.teacher import Teacher
+from utils.boxes import decode_boxes
 from utils.errors import UserError
 
 
@@ -21,7 +22,8 @@ def untrained() -> RetinaFace:
 def test_scores_are_the_mean_over_the_picture_and_its_mirror_image() -> None:
     network = untrained()
     images = torch.rand(2, 3, 64, 96) * 255
-    scores = Teacher(network)(images)
+    found = Teacher(network)(images)
+    scores = found.scores
     with torch.no_grad():
         plain, mirrored = (network(view)[-1].class_logits.softmax(2)[..., 1] for view in (images, images.flip(3)))
     # The finest level has 8 rows of 12 cells of 2 anchors; cell (3, 1) of the picture is (3, 10) of its mirror image.
@@ -32,9 +34,37 @@ def test_scores_are_the_mean_over_the_picture_and_its_mirror_image() -> None:
     assert not scores.requires_grad
 
 
+def test_predictions_for_the_mirror_image_are_those_mirrored() -> None:
+    images = torch.rand(1, 3, 64, 96) * 255
+    teacher = Teacher(untrained())
+    plain, mirrored = teacher(images), teacher(images.flip(3))
+    cell, mirror_cell = (3 * 12 + 1) * 2 + 1, (3 * 12 + 10) * 2 + 1
+    x1, y1, x2, y2 = plain.boxes[0, cell]
+    torch.testing.assert_close(mirrored.boxes[0, mirror_cell], torch.stack([1 - x2, y1, 1 - x1, y2]))
+    assert plain.landmarks is not None
+    assert mirrored.landmarks is not None
+    left_eye, right_eye = plain.landmarks[0, cell, :2]
+    expected = torch.tensor([1, 0]) + torch.tensor([-1, 1]) * torch.stack([right_eye, left_eye])
+    torch.testing.assert_close(mirrored.landmarks[0, mirror_cell, :2], expected)
+
+
+def test_boxes_are_the_mean_of_the_refined_boxes_of_the_last_stage() -> None:
+    torch.manual_seed(2)
+    network = RetinaFace(usual_config("mobilenet0.25", num_anchor=2, fpn_channels=16, refinement="rematch"))
+    teacher = Teacher(network)
+    images = torch.rand(1, 3, 64, 96) * 255
+    with torch.no_grad():
+        views = [network(view)[-1] for view in (images, images.flip(3))]
+    boxes = [decode_boxes(view.box_deltas, view.priors, (0.1, 0.2))[0] for view in views]
+    cell, mirror_cell = (3 * 12 + 1) * 2 + 1, (3 * 12 + 10) * 2 + 1
+    x1, y1, x2, y2 = boxes[1][mirror_cell]
+    expected = (boxes[0][cell] + torch.stack([1 - x2, y1, 1 - x1, y2])) / 2
+    torch.testing.assert_close(teacher(images).boxes[0, cell], expected)
+
+
 def test_scores_of_a_symmetric_picture_are_symmetric() -> None:
     half = torch.rand(1, 3, 32, 32) * 255
-    scores = Teacher(untrained())(torch.cat([half, half.flip(3)], dim=3))
+    scores = Teacher(untrained())(torch.cat([half, half.flip(3)], dim=3)).scores
     finest = scores[:, : 4 * 8 * 2].view(4, 8, 2)
     torch.testing.assert_close(finest, finest.flip(1))
 
@@ -44,7 +74,7 @@ def test_levels_of_the_image_at_twice_its_size_are_mirrored_too() -> None:
     torch.manual_seed(2)
     config = usual_config("mobilenet0.25", num_anchor=2, fpn_channels=16, image_pyramid=ImagePyramidConfig(2, 0.3))
     half = torch.rand(1, 3, 64, 32) * 255
-    scores = Teacher(build_model(config))(torch.cat([half, half.flip(3)], dim=3))
+    scores = Teacher(build_model(config))(torch.cat([half, half.flip(3)], dim=3)).scores
     finest, second, _ = scores.split([16 * 16 * 2, 8 * 8 * 2, (4 * 4 + 2 * 2) * 2], dim=1)
     for level, side in ((finest, 16), (second, 8)):
         grid = level.view(side, side, 2)

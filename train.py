@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from config import (
 )
 from engine.training import Trainer
 from engine.training_state import TrainingData
-from models.architecture import apply_overrides, combine_overrides, describe_architecture
+from models.architecture import apply_overrides, check_name, combine_overrides, describe_architecture
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.image_pyramid import build_model, pyramid_levels
 from models.initialise import initialise_backbone, initialise_for_focal_loss, initialise_from_detector
@@ -44,6 +45,9 @@ from utils.runtime.distributed import DistributedContext, distributed_context
 from utils.runtime.experiment import Experiment, load_config, load_recipe, save_config
 from utils.runtime.files import disk_errors, make_folder, user_path
 from utils.runtime.logger import RunLog
+
+# Processes that train wait for one another in every step and in every validation.
+_HANG_TIMEOUT = timedelta(minutes=30)
 
 GROUPS = (RunOptions(), StartOptions(), ModelOverrides(), DataConfig(), LossConfig(), TrainConfig())
 
@@ -70,7 +74,7 @@ class TrainingRun:
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse_flags(__doc__ or "", GROUPS, argv)
     device = choose_device(flags.apply(RunOptions()).gpu_num)
-    with distributed_context(device) as context:
+    with distributed_context(device, _HANG_TIMEOUT) as context:
         train(resolve(flags), device, context)
 
 
@@ -98,6 +102,8 @@ def resolve(flags: Flags) -> TrainingRun:
         saved, base = ExperimentConfig(), checkpoint.model_config if checkpoint else None
         overrides = combine_overrides(overrides, name or "")
     model_config = apply_overrides(overrides, base)
+    if recipe:
+        check_name(name or "", model_config)
     config = dataclasses.replace(
         saved,
         model=model_config,
@@ -159,6 +165,11 @@ def train(training: TrainingRun, device: torch.device, context: DistributedConte
     resumed = load_checkpoint(last) if start.resume and last.is_file() and not start.show_batch else None
     notes += describe_continuation(training, resumed) if resumed else []
     new_parameters = resumed.training["new_parameters"] if resumed else initialise(model, training)
+    if not (resumed or training.checkpoint or start.pretrained_backbone or config.model.backbone.startswith("resnet")):
+        notes.append(
+            "the backbone starts from random weights; --pretrained_backbone=mobilenetV1X0.25_pretrain.tar (of "
+            "biubug6/Pytorch_Retinaface) starts from ImageNet's"
+        )
     log = RunLog(make_folder(experiment.log_folder) if context.is_main else None)
     for note in notes:
         log.line(note)

@@ -101,16 +101,15 @@ class Trainer:
         self.loader = build_loader(data.images, config, self.sampler, pin_memory=self.device.type == "cuda")
         self.steps_per_epoch = len(self.sampler) * world_size // self.batch_size
         self.new_parameters = list(new_parameters)
-        self.eval_every = train.eval_every or usual_eval_every(data)
+        self.eval_every = train.eval_every or usual_eval_every(data, config.data.im_size)
         self.progress = Progress()
         self.optimizer = build_optimizer(model, train, self.new_parameters)
         self.averaged = build_average(model, train.ema_decay)
         self.amp_dtype = choose_amp_dtype(train, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
-        # Crops have one size, so cuDNN's search for the fastest algorithms pays off at once.
-        torch.backends.cudnn.benchmark = self.device.type == "cuda"
         self._build_scheduler()
         self._saved_at = time.monotonic()
+        self._steps_timed, self._timed_from = 0, 0.0
 
     @property
     def trained_model(self) -> RetinaFace:
@@ -135,12 +134,13 @@ class Trainer:
                 for step, batch in self._batches(epoch):
                     self._train_step(batch, epoch, step)
                     self._log_step(epoch, step)
+                    self._log_duration(epoch, step)
                     self._save_within_epoch(step)
                 seconds = time.perf_counter() - start
                 rate = (self.steps_per_epoch * self.batch_size - first_position) / seconds
                 metrics = self._epoch_metrics()
                 if epoch == 1:
-                    self.log.line(describe_loss_shares(metrics), f"; {describe_duration(train.epochs, seconds)}")
+                    self.log.line(describe_loss_shares(metrics))
                 progress.epoch, progress.position, progress.sums = epoch, 0, {}
                 metrics |= self._validate_and_save_best(epoch)
                 # Before ckpt-last: a run that is killed in between repeats the epoch and replaces its row.
@@ -155,6 +155,8 @@ class Trainer:
     def _start_epoch(self, epoch: int) -> None:
         """Set modes and frozen parameters of the epoch, and wrap the model where several processes train it."""
         train = self.config.train
+        # Crops have one size, so cuDNN's search for the fastest algorithms pays off at once.
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"
         self.model.train()
         backbone_is_frozen = epoch <= train.freeze_backbone_epochs
         self.model.backbone.requires_grad_(not backbone_is_frozen)
@@ -249,6 +251,16 @@ class Trainer:
         if self.bar.disable:
             self.log.line(f"epoch {epoch} step {step}/{self.steps_per_epoch}: mean loss {loss:.4f}")
 
+    def _log_duration(self, epoch: int, step: int) -> None:
+        """Say once, after the first steps of this process, how long the run will take."""
+        if self._steps_timed == 0:  # The first step includes the start of the workers.
+            self._timed_from = time.perf_counter()
+        if self._steps_timed == _LOG_EVERY_STEPS:
+            seconds = (time.perf_counter() - self._timed_from) / _LOG_EVERY_STEPS
+            remaining = (self.config.train.epochs - epoch + 1) * self.steps_per_epoch - step
+            self.log.line(describe_duration(remaining, seconds))
+        self._steps_timed += 1
+
     @property
     def _learning_rate(self) -> float:
         return float(self.scheduler.get_last_lr()[0])
@@ -267,6 +279,7 @@ class Trainer:
             return {}
         if epoch % self.eval_every and epoch != train.epochs:
             return {}
+        torch.backends.cudnn.benchmark = False  # Validation images differ in size.
         metrics = validate(self.trained_model, self.config, validation, self.context, self.log, epoch)
         value = metrics["val/ap" if train.best_metric == "mean" else f"val/ap_{train.best_metric}"]
         progress.validations_without_improvement += 1

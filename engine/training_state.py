@@ -16,6 +16,8 @@ from utils.errors import UserError
 from utils.evaluation.ground_truth import EvaluationSet
 from utils.runtime.distributed import DistributedContext
 
+_VALIDATION_PIXELS = 800_000  # of a WIDER FACE image, on average
+
 
 class TrainingError(UserError):
     """Training cannot continue."""
@@ -91,15 +93,15 @@ def choose_amp_dtype(train: TrainConfig, device: torch.device) -> torch.dtype | 
     return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16
 
 
-def usual_eval_every(data: TrainingData) -> int:
+def usual_eval_every(data: TrainingData, im_size: int) -> int:
     """Number of epochs between validations for which validation takes about a tenth of the time.
 
-    A training step on a crop takes about three times as long as detection in it, and validation images are about twice
-    as large as crops.
+    A training step takes about three times as long as detection in as many pixels.
     """
     if data.validation is None:
         return 1
-    return math.ceil(10 * 2 / 3 * len(data.validation.truths) / len(data.images))
+    trained_pixels = 3 * im_size**2 * len(data.images)
+    return math.ceil(10 * _VALIDATION_PIXELS * len(data.validation.truths) / trained_pixels)
 
 
 def describe_loss_shares(metrics: Mapping[str, float]) -> str:
@@ -109,7 +111,7 @@ def describe_loss_shares(metrics: Mapping[str, float]) -> str:
     return "shares of the loss: " + ", ".join(f"{name} {value / total:.0%}" for name, value in terms.items())
 
 
-def describe_duration(epochs: int, seconds_per_epoch: float) -> str:
-    """The time that the remaining epochs take at the speed of the first, without validation."""
-    remaining = timedelta(seconds=round((epochs - 1) * seconds_per_epoch))
-    return f"the remaining {epochs - 1} epochs take about {remaining} at this rate (--epochs sets their number)"
+def describe_duration(steps: int, seconds_per_step: float) -> str:
+    """The time that the remaining steps take at the speed of the first ones."""
+    remaining = timedelta(seconds=round(steps * seconds_per_step))
+    return f"the remaining {steps} steps take about {remaining}, without validation (--epochs sets their number)"

@@ -31,8 +31,10 @@ class MultiBoxLoss:
     """Losses of classes, boxes, landmarks and, for `tina`, of the IoU of the decoded boxes.
 
     By default the terms follow RetinaFace (arXiv:1905.00641, eq. 1) in the form of biubug6/Pytorch_Retinaface. The IoU
-    term is TinaFace's (arXiv:2011.13183, section 3.3), as are the focal and the DIoU loss. All terms are means over
-    the positive priors of all processes, are computed in float32, and are finite for images without faces.
+    term is TinaFace's (arXiv:2011.13183, section 3.3), as are the focal and the DIoU loss. Over all
+    processes, the class, box and IoU terms are divided by the number of positive priors, landmarks by that of positive
+    priors with landmarks, and distillation by the sum of the teacher's scores. All are computed in float32, and are
+    finite for images without faces.
     """
 
     def __init__(self, loss_config: LossConfig, model_config: ModelConfig) -> None:

@@ -1,4 +1,4 @@
-"""The default architectures, and their modification by flags."""
+"""The default architectures, and the overrides that change them."""
 
 from __future__ import annotations
 
@@ -84,12 +84,30 @@ def combine_overrides(overrides: ModelOverrides, experiment_name: str) -> ModelO
     return replace(overrides, **{name: value for name, value in vars(said).items() if value is not None})
 
 
+def check_name(experiment_name: str, config: ModelConfig) -> None:
+    """Ensure that an experiment's name in the original's form says the architecture that the experiment has.
+
+    Raises:
+        ConfigError: the name says another architecture.
+    """
+    said = overrides_from_name(experiment_name)
+    if said is None:
+        return
+    for name, value in {**vars(said), "levels": _LEVELS_OF_THE_ORIGINAL}.items():
+        present = len(config.levels) if name == "levels" else getattr(config, name, None)
+        if value not in (None, present):
+            raise ConfigError(
+                f"--experiment_name={experiment_name} says {name} {value}, but the recipe has {present}; choose "
+                "another name"
+            )
+
+
 def describe_architecture(config: ModelConfig) -> str:
     """The architecture in one line, for the user."""
     stages = f"{len(config.stages)} stages ({config.refinement})" if config.cascade else "1 stage"
     branch = (", two resolutions" if config.two_resolutions else "") + (", IoU branch" if config.iou_aware else "")
     strides = ", ".join(str(level.stride) for level in config.levels)
-    return f"{config.backbone}, {stages}{branch}, {config.num_anchor} anchors a cell, strides {strides}"
+    return f"{config.backbone}, {stages}{branch}, {config.num_anchor} anchors per cell, strides {strides}"
 
 
 def apply_overrides(overrides: ModelOverrides, base: ModelConfig | None = None) -> ModelConfig:
@@ -108,6 +126,8 @@ def apply_overrides(overrides: ModelOverrides, base: ModelConfig | None = None) 
     if given.get("backbone", base.backbone) != base.backbone:
         changes |= _backbone_defaults(given["backbone"])
     changes |= {name: given[name] for name in ("activation_slope", "fpn_channels", "two_resolutions") if name in given}
+    if "score_exponent" in given and given.get("model_version", base.model_version) != "tina":
+        raise ConfigError("--score_exponent needs the IoU branch of --model_version=tina; drop it")
     if "landmark_loss" in given:
         changes["landmarks"] = given["landmark_loss"]
     if not base.iou_aware and given.get("model_version") == "tina":
@@ -180,9 +200,12 @@ def _override_image_pyramid(overrides: ModelOverrides, base: ImagePyramidConfig)
     count = base.upsampled_levels if overrides.fine_levels is None else overrides.fine_levels
     usual = base.native_scale_weight if base.upsampled_levels else _NATIVE_SCALE_WEIGHT
     native = usual if overrides.context_share is None else overrides.context_share
+    if overrides.context_share and not count:
+        raise ConfigError("--context_share needs --fine_levels; drop it")
+    channels = base.upsampled_channels if count == base.upsampled_levels else ()
     return ImagePyramidConfig(
         upsampled_levels=count,
         native_scale_weight=native if count else 0.0,
         half_scale_weight=base.half_scale_weight if overrides.coarse_share is None else overrides.coarse_share,
-        upsampled_channels=base.upsampled_channels if overrides.fine_channels is None else overrides.fine_channels,
+        upsampled_channels=channels if overrides.fine_channels is None else overrides.fine_channels,
     )

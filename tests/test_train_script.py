@@ -337,6 +337,28 @@ def test_started_from_a_detector_it_begins_where_that_one_stood(
     assert (model.num_anchor, model.cascade, model.score_exponent) == (2, True, ModelConfig.score_exponent)
 
 
+def test_fine_levels_of_fewer_channels_learn_from_the_detector_that_they_start_from(
+    dataset: Path, experiment: Experiment, tmp_path: Path
+) -> None:
+    scales = ["--num_anchor=2", "--cascade=False", "--model_version=retina", "--fine_levels=2", "--coarse_share=0.3"]
+    assert train(dataset, experiment, *scales, "--epochs=1").returncode == 0
+    wide = tmp_path / "wide.pth"
+    experiment.checkpoint("mobilenet0.25", "best").rename(wide)
+    shutil.rmtree(experiment.folder)
+    narrow = [f"--pretrained_detector={wide}", f"--teacher={wide}", "--fine_channels=8,12", "--context_share=0"]
+    # Only what is new learns.
+    rates = ["--learning_rate=1e-12", "--new_rate_factor=1e9", "--freeze_bn", "--epochs=2"]
+    result = train(dataset, experiment, *scales, *narrow, *rates)
+    assert result.returncode == 0, result.stderr
+    with (experiment.log_folder / "metrics.csv").open() as file:
+        first, second = (float(row["stage1/distil"]) for row in csv.DictReader(file))
+    assert second < first
+    before = load_checkpoint(wide).state
+    after = load_checkpoint(experiment.checkpoint("mobilenet0.25", "last")).state
+    assert after["upsampled_fpn.merge.0.0.weight"].shape == (8, 8, 3, 3)
+    assert all(torch.allclose(after[name], before[name]) for name in before if name.startswith(("backbone.", "fpn.")))
+
+
 def test_without_validation_images_the_newest_epoch_is_the_best(dataset: Path, experiment: Experiment) -> None:
     shutil.rmtree(dataset / "val")
     result = train(dataset, experiment, "--epochs=2")

@@ -18,7 +18,7 @@ def encode_boxes(boxes: Tensor, priors: Tensor, variances: tuple[float, float]) 
 
     Args:
         boxes: (..., P, 4) xyxy, normalised to the image, of positive width and height.
-        priors: (P, 4) cxcywh, normalised to the image.
+        priors: (P, 4) or (B, P, 4) cxcywh, normalised to the image.
         variances: divisors of the centre and the size deltas.
 
     Returns:
@@ -36,7 +36,7 @@ def decode_boxes(deltas: Tensor, priors: Tensor, variances: tuple[float, float])
 
     Args:
         deltas: (..., P, 4) regression output.
-        priors: (P, 4) cxcywh, normalised to the image.
+        priors: (P, 4) or (B, P, 4) cxcywh, normalised to the image.
 
     Returns:
         (..., P, 4) xyxy, normalised to the image, not clipped.
@@ -58,7 +58,7 @@ def encode_landmarks(landmarks: Tensor, priors: Tensor, variances: tuple[float, 
 
     Args:
         landmarks: (..., P, K, 2) x, y, normalised to the image.
-        priors: (P, 4) cxcywh, normalised to the image.
+        priors: (P, 4) or (B, P, 4) cxcywh, normalised to the image.
 
     Returns:
         (..., P, 2 K) deltas: offsets from the prior's centre in units of its size and the first variance.
@@ -84,7 +84,7 @@ def refine_priors(deltas: Tensor, priors: Tensor, variances: tuple[float, float]
 
     Args:
         deltas: (..., P, 4) regression output; size deltas are clamped.
-        priors: (P, 4) cxcywh, normalised to the image.
+        priors: (P, 4) or (B, P, 4) cxcywh, normalised to the image.
 
     Returns:
         (..., P, 4) cxcywh, normalised to the image, of positive width and height, without a gradient.

@@ -37,16 +37,19 @@ def data_of(training: int, validation: int) -> TrainingData:
 
 
 @pytest.mark.parametrize(
-    ("training", "validation", "expected"),
+    ("training", "validation", "im_size", "expected"),
     [
-        (12_880, 3_226, 2),  # WIDER FACE: a validation takes a sixth of an epoch's time
-        (12_880, 0, 1),
-        (100, 3_226, 216),
-        (100_000, 10, 1),
+        (12_880, 3_226, 640, 2),  # WIDER FACE: a validation takes a sixth of an epoch's time
+        (12_880, 3_226, 320, 7),
+        (12_880, 0, 640, 1),
+        (100, 3_226, 640, 211),
+        (100_000, 10, 640, 1),
     ],
 )
-def test_validation_takes_about_a_tenth_of_the_time(training: int, validation: int, expected: int) -> None:
-    assert usual_eval_every(data_of(training, validation)) == expected
+def test_validation_takes_about_a_tenth_of_the_time(
+    training: int, validation: int, im_size: int, expected: int
+) -> None:
+    assert usual_eval_every(data_of(training, validation), im_size) == expected
 
 
 @pytest.mark.parametrize(
@@ -83,5 +86,7 @@ def test_the_loss_is_described_by_the_shares_of_its_terms() -> None:
 
 
 def test_a_long_run_says_how_long_it_takes() -> None:
-    line = describe_duration(8000, 432.0)
-    assert line == "the remaining 7999 epochs take about 39 days, 23:52:48 at this rate (--epochs sets their number)"
+    line = describe_duration(8_000_000, 0.432)
+    assert line == (
+        "the remaining 8000000 steps take about 40 days, 0:00:00, without validation (--epochs sets their number)"
+    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from config import USUAL_LEVELS, ModelOverrides, StageConfig
-from models.architecture import apply_overrides, combine_overrides, describe_architecture, usual_config
+from models.architecture import apply_overrides, check_name, combine_overrides, describe_architecture, usual_config
 from utils.errors import ConfigError
 
 
@@ -65,8 +67,31 @@ def test_flags_that_agree_with_the_name_are_taken() -> None:
 def test_the_architecture_is_described_in_one_line() -> None:
     config = apply_overrides(combine_overrides(ModelOverrides(), "tina_iou_anc3_casT_fpn3"))
     assert describe_architecture(config) == (
-        "resnet50, 2 stages (sum), IoU branch, 3 anchors a cell, strides 8, 16, 32"
+        "resnet50, 2 stages (sum), IoU branch, 3 anchors per cell, strides 8, 16, 32"
     )
+
+
+def test_a_recipe_of_another_architecture_than_the_name_says_is_refused() -> None:
+    config = usual_config("resnet50", num_anchor=2, model_version="retina")
+    check_name("resnet_anc2_casT_fpn3", config)
+    check_name("anything", config)
+    with pytest.raises(ConfigError, match="says num_anchor 3, but the recipe has 2"):
+        check_name("resnet_anc3_casT_fpn3", config)
+    with pytest.raises(ConfigError, match="says levels 3, but the recipe has 1"):
+        check_name("resnet_anc2_casT_fpn3", dataclasses.replace(config, levels=config.levels[:1]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (ModelOverrides(context_share=0.3), "--context_share needs --fine_levels"),
+        (ModelOverrides(fine_channels=(40, 48)), "--fine_channels has 2"),
+        (ModelOverrides(model_version="retina", score_exponent=0.9), "--score_exponent needs"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(overrides: ModelOverrides, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides(overrides)
 
 
 def test_every_stage_has_its_own_matching() -> None:

@@ -303,7 +303,7 @@ def test_a_cascade_that_refines_in_the_same_way_starts_as_it_is(refinement: str)
         torch.testing.assert_close(getattr(again(noise())[1], name), value)
 
 
-# 40 x 56 pixels, three anchors a cell: the levels of the enlarged image have 10 x 14 cells and so on.
+# 40 x 56 pixels, three anchors per cell: the levels of the enlarged image have 10 x 14 cells and so on.
 ENLARGED_PRIORS = [rows * columns * 3 for rows, columns in [(10, 14), (5, 7), (3, 4)]]
 NATIVE_PRIORS = [rows * columns * 3 for rows, columns in [(5, 7), (3, 4), (2, 2)]]
 

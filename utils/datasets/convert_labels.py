@@ -116,7 +116,7 @@ def write_parts(parts: Sequence[Part], overwrite: bool) -> None:
         raise UserError(f"{', '.join(map(str, kept))}: exists already; add --overwrite, or choose another --to")
     for part in parts:
         if part not in present:
-            print(f"{part.target}: skipped, for there is no {part.source}")
+            print(f"{part.target}: skipped, because {part.source} does not exist")
             continue
         make_folder(part.target.parent)
         with disk_errors(part.target):

@@ -57,7 +57,7 @@ def show_progress(items: Iterable[Item], total: int | None) -> Iterator[Item]:
             bar.update()
             if bar.disable and number % 10 == 0:
                 milliseconds = 1000 * (time.perf_counter() - start) / number
-                print(f"im_detect: {number}/{total or '?'} {milliseconds:.1f} ms an image", flush=True)
+                print(f"im_detect: {number}/{total or '?'} {milliseconds:.1f} ms per image", flush=True)
 
 
 def _open_closed_streams() -> None:

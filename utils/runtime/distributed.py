@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 
-# How long processes wait for one another. A process that dies is noticed at once; the limit must exceed the difference
-# in time that shards of the work can take.
-_TIMEOUT = timedelta(days=14)
+# How long processes wait for one another where each has its own shard of the work: longer than shards can differ.
+SHARD_TIMEOUT = timedelta(days=14)
 
 Value = TypeVar("Value")
 
@@ -39,11 +38,12 @@ SINGLE_PROCESS = DistributedContext()
 
 
 @contextmanager
-def distributed_context(device: torch.device) -> Iterator[DistributedContext]:
+def distributed_context(device: torch.device, timeout: timedelta = SHARD_TIMEOUT) -> Iterator[DistributedContext]:
     """Join the processes that torchrun started, or run alone.
 
     Args:
         device: device of the tensors that the processes exchange; each CUDA process has its own.
+        timeout: how long a process waits for another one that hangs. One that ends is noticed at once.
 
     Raises:
         UserError: the other processes cannot be reached.
@@ -55,7 +55,7 @@ def distributed_context(device: torch.device) -> Iterator[DistributedContext]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"cannot join the processes of torchrun: {str(error).splitlines()[0]}") from None
     try:

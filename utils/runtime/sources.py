@@ -110,7 +110,7 @@ def _read_list(file: Path) -> Source:
         raise SourceError(f"{file}: cannot be read ({error})") from None
     paths = [Path(line.strip()) for line in lines if line.strip()]
     if not paths:
-        raise SourceError(f"{file}: names no image; expected a path a line")
+        raise SourceError(f"{file}: names no image; expected one path per line")
     resolved = dict.fromkeys(path if path_exists(path) else file.parent / path for path in paths)
     return _listed_images(list(resolved), str(file))
 

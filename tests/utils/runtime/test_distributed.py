@@ -100,10 +100,31 @@ print("good")
 """
 
 
-def test_two_processes_agree() -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+
+HANGING = """
+import time
+from datetime import timedelta
+import torch
+from utils.runtime.distributed import distributed_context, reduce_mean
+with distributed_context(torch.device("cpu"), timedelta(seconds=2)) as context:
+    if context.rank == 1:
+        time.sleep(600)
+    reduce_mean(torch.tensor(1.0))
+"""
+
+
+def test_process_that_waits_for_one_that_hangs_ends() -> None:
     result = subprocess.run(
-        [*launcher, sys.executable, "-c", TWO], cwd=ROOT, capture_output=True, text=True, check=False
+        [*LAUNCHER, sys.executable, "-c", HANGING], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.returncode != 0
+    assert "timed out" in result.stderr.lower()
+
+
+def test_two_processes_agree() -> None:
+    result = subprocess.run(
+        [*LAUNCHER, sys.executable, "-c", TWO], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("good") == 2

@@ -175,7 +175,7 @@ def test_list_names_pictures_in_its_order(tmp_path: Path, monkeypatch: pytest.Mo
     assert source.names == ["here/a.png", "lists/b.png", "far/c.png", "lists/gone.png"]
     assert [picture.problem for picture in source] == [None, None, None, "No such file or directory"]
     file.write_text("\n")
-    with pytest.raises(SourceError, match="names no image; expected a path a line"):
+    with pytest.raises(SourceError, match="names no image; expected one path per line"):
         open_path(file)
 
 

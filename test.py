@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         report(predicted, DetectionStats(), faces, flags)
         return
     # PyTorch takes a second to import, and --pred_dir does not need it.
+    import torch
+
     from engine.evaluation import EvaluationRun, predict
     from models.checkpoint import load_checkpoint, locate_checkpoint
     from models.detector import FaceDetector
@@ -73,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from utils.runtime.distributed import distributed_context, run_on_main
 
     device, name = choose_device(flags.apply(RunOptions()).gpu_num), flags.apply(RunOptions()).experiment_name
-    with distributed_context(device) as context:
+    # The processes exchange messages, not tensors, for which the CPU suffices.
+    with distributed_context(torch.device("cpu")) as context:
         weight = flags.apply(WeightOptions()).model_weight
         path = locate_checkpoint(EXPERIMENTS, name or DEFAULT_EXPERIMENT, weight)
         checkpoint = load_checkpoint(path, flags.apply(ModelOverrides()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -144,7 +145,7 @@ def _detect(detector: BatchDetector, note_once: Callable[[str], None], images: S
         return list(zip(images, detector.detect_batch(pixels), strict=True))
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
-            if "CUDA" not in str(error):
+            if not re.search("cuda|cudnn|cublas", str(error), re.IGNORECASE):
                 raise
             raise UserError(f"{images[0].name}: {str(error).splitlines()[0]}") from error
     if len(images) > 1:

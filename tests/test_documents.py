@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from config import RECIPES, ROOT
+from config import RECIPES, ROOT, ExperimentConfig
 from utils.options import parse_flags
+from utils.runtime.experiment import load_recipe
 
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md"), *ROOT.glob("experiments/*/README.md")]
@@ -45,3 +47,25 @@ def test_links_lead_to_files(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", path.read_text()):
         if "://" not in target:
             assert (path.parent / target).exists(), target
+
+
+def section_of_recipe(name: str) -> str:
+    """The sections of docs/recipes.md that describe a recipe."""
+    sections = re.split(r"^## ", (ROOT / "docs/recipes.md").read_text(), flags=re.MULTILINE)
+    described = "".join(part for part in sections if name in part.splitlines()[0].replace(" ", "").split(","))
+    other = re.search(r"as `(\w+)` \|", described)
+    return described + (section_of_recipe(other[1]) if other else "")
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(RECIPES.glob("*.json"))])
+def test_what_a_recipe_sets_has_a_source(name: str) -> None:
+    """Every value that differs from the default one is in the table of the recipe."""
+    recipe, usual = load_recipe(name, RECIPES).experiment, ExperimentConfig()
+    section = section_of_recipe(name)
+    differing = [part for part in ("evaluation", "inference") if getattr(recipe, part) != getattr(usual, part)]
+    for part in ("model", "loss", "data", "train", "protocol"):
+        values, defaults = getattr(recipe, part), getattr(usual, part)
+        names = [field.name for field in dataclasses.fields(values) if field.name != "stages"]
+        differing += [field for field in names if getattr(values, field) != getattr(defaults, field)]
+    assert len(differing) > 5
+    assert not [field for field in differing if f"`{field}`" not in section]

@@ -57,7 +57,11 @@ def test_image_that_exceeds_the_memory_is_skipped(error: Exception) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["CUDA error: an illegal memory access was encountered\nCUDA kernel errors ...", "CUDA error: misaligned memory"],
+    [
+        "CUDA error: an illegal memory access was encountered\nCUDA kernel errors ...",
+        "CUDA error: misaligned memory",
+        "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+    ],
 )
 def test_other_errors_of_cuda_end_the_run_in_one_line(text: str) -> None:
     with pytest.raises(UserError) as ended:

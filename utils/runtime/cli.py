@@ -23,10 +23,10 @@ def choose_device(gpu_num: int) -> torch.device:
     """Choose the device of `--gpu_num`: the index of a CUDA device, or -1 for the CPU.
 
     Without CUDA the CPU is used, with a warning on standard error. Under torchrun each process has the device of its
-    local rank, unless the CPU is asked for.
+    local rank, unless the CPU is asked for; if there are more processes than devices, they share them.
 
     Raises:
-        ConfigError: CUDA is available, but this device does not exist.
+        ConfigError: CUDA is available, but this device does not exist or cannot be used.
     """
     import torch  # takes a second to import, and not every command needs it
 
@@ -38,11 +38,17 @@ def choose_device(gpu_num: int) -> torch.device:
             print(f"warning: no CUDA device found, using the CPU {hint}", file=sys.stderr)
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    gpu_num = int(os.environ.get("LOCAL_RANK", gpu_num))
+    if "LOCAL_RANK" in os.environ:
+        gpu_num = int(os.environ["LOCAL_RANK"]) % count
     if not 0 <= gpu_num < count:
         present = ", ".join(f"{index} ({torch.cuda.get_device_name(index)})" for index in range(count))
         raise ConfigError(f"--gpu_num={gpu_num}: no such device; there are {present}, and -1 for the CPU")
-    return torch.device("cuda", gpu_num)
+    device = torch.device("cuda", gpu_num)
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError as error:  # for example, another process has the device to itself
+        raise ConfigError(f"--gpu_num={gpu_num}: {str(error).splitlines()[0]}; choose another, or -1") from None
+    return device
 
 
 def show_progress(items: Iterable[Item], total: int | None) -> Iterator[Item]:

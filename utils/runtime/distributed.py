@@ -46,13 +46,16 @@ def distributed_context(device: torch.device, timeout: timedelta = SHARD_TIMEOUT
         timeout: how long a process waits for another one that hangs. One that ends is noticed at once.
 
     Raises:
-        UserError: the other processes cannot be reached.
+        UserError: the other processes cannot be reached, or CUDA devices are fewer than the processes.
     """
     if "WORLD_SIZE" not in os.environ:
         yield SINGLE_PROCESS
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
+        processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if processes > devices:
+            raise UserError(f"{processes} processes need a CUDA device each, and there are {devices}; start fewer")
         torch.cuda.set_device(device)
     try:
         dist.init_process_group(backend, timeout=timeout)

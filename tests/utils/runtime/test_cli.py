@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import NoReturn
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from config import ROOT
 from utils.errors import ConfigError, UserError
 from utils.runtime.cli import choose_device, run
+from utils.runtime.distributed import distributed_context
 
 
 @pytest.fixture
@@ -19,6 +21,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)  # no device to put them on
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -26,6 +29,36 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_number_is_the_device(gpu_num: int, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert choose_device(gpu_num) == torch.device(expected)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_more_processes_than_devices_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+    for rank in range(4):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        devices.append(str(choose_device(0)))
+    assert devices == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_device_that_cannot_be_used_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors ...")
+
+    monkeypatch.setattr(torch, "zeros", busy)
+    with pytest.raises(ConfigError, match=r"^--gpu_num=0: CUDA error: all .* unavailable; choose another, or -1$"):
+        choose_device(0)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_training_needs_a_device_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with (
+        pytest.raises(UserError, match="3 processes need a CUDA device each, and there are 2; start fewer"),
+        distributed_context(torch.device("cuda", 0)),
+    ):
+        pass
 
 
 @pytest.mark.usefixtures("two_gpus")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -37,12 +39,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("| checkpoint | faces, CPU and CUDA | largest difference, px | of scores |\n| --- | --- | --- | --- |")
     for path in checkpoints:
         print(compare_with_cpu(path, device, images), flush=True)
-    print(
-        "\n| checkpoint | batch | 16 bits | inference, images/s | training, images/s | peak memory of training, MiB |"
-    )
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("\n| checkpoint | batch | 16 bits | inference, images/s | MiB | training, images/s | MiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for path, batch_size, amp in product(checkpoints, _BATCH_SIZES, (False, True)):
         print(measure_speed(path, device, batch_size, amp), flush=True)
+    print("\n| checkpoint | inference by one process, images/s | by two on the same device |\n| --- | --- | --- |")
+    for path in checkpoints:
+        rates = [processes_rate(path, device, count) for count in (1, 2)]
+        print(f"| {path.parent.parent.name} | {rates[0]:.0f} | {rates[1]:.0f} |", flush=True)
 
 
 def compare_with_cpu(path: Path, device: torch.device, images: Sequence[np.ndarray]) -> str:
@@ -63,9 +67,9 @@ def compare_with_cpu(path: Path, device: torch.device, images: Sequence[np.ndarr
 def measure_speed(path: Path, device: torch.device, batch_size: int, amp: bool) -> str:
     """Measure images per second, with post-processing and optimiser steps, and peak memory; returns a row."""
     rng = np.random.default_rng(0)
-    images = list(rng.integers(0, 256, (batch_size, _SIDE, _SIDE, 3), dtype=np.uint8))
-    detector = FaceDetector.from_checkpoint(path, device, ComputeOptions(backend="torch", amp=amp))
-    detecting = seconds_per_call(lambda: detector.detect_batch(images))
+    torch.cuda.reset_peak_memory_stats(device)
+    detection_rate = inference_rate(path, device, batch_size, amp)
+    detection_peak = torch.cuda.max_memory_allocated(device) / 2**20
     model = load_model(load_checkpoint(path)).to(device).train()
     loss, optimizer = MultiBoxLoss(LossConfig(), model.model_config), torch.optim.SGD(model.parameters(), lr=1e-6)
     corners = rng.uniform(0, 600, (10, 2))
@@ -85,19 +89,33 @@ def measure_speed(path: Path, device: torch.device, batch_size: int, amp: bool) 
     torch.cuda.reset_peak_memory_stats(device)
     training = seconds_per_call(step)
     peak = torch.cuda.max_memory_allocated(device) / 2**20
-    speeds = f"{batch_size / detecting:.0f} | {batch_size / training:.0f}"
-    return f"| {path.parent.parent.name} | {batch_size} | {'yes' if amp else 'no'} | {speeds} | {peak:.0f} |"
+    figures = f"{detection_rate:.0f} | {detection_peak:.0f} | {batch_size / training:.0f} | {peak:.0f}"
+    return f"| {path.parent.parent.name} | {batch_size} | {'yes' if amp else 'no'} | {figures} |"
+
+
+def inference_rate(path: Path, device: torch.device, batch_size: int = 8, amp: bool = False) -> float:
+    """Images per second of detection in batches of noise."""
+    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, _SIDE, _SIDE, 3), dtype=np.uint8)
+    detector = FaceDetector.from_checkpoint(path, device, ComputeOptions(backend="torch", amp=amp))
+    return batch_size / seconds_per_call(lambda: detector.detect_batch(list(pixels)))
+
+
+def processes_rate(path: Path, device: torch.device, count: int) -> float:
+    """Images per second of several processes together that detect on the same device."""
+    with multiprocessing.get_context("spawn").Pool(count) as pool:
+        return sum(pool.map(partial(inference_rate, path), [device] * count, chunksize=1))
 
 
 def seconds_per_call(call: Callable[[], object]) -> float:
     """Mean time of a call, after three calls that are not counted."""
+    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else torch.cpu.synchronize
     for _ in range(3):
         call()
-    torch.cuda.synchronize()
+    synchronise()
     start = time.perf_counter()
     for _ in range(_REPEATS):
         call()
-    torch.cuda.synchronize()
+    synchronise()
     return (time.perf_counter() - start) / _REPEATS
 
 

@@ -182,9 +182,12 @@ def test_interrupted_run_says_how_to_go_on(
     assert f"continuing after epoch {done}" in resumed.stdout
 
 
-def test_two_processes_learn_what_one_learns(dataset: Path, experiment: Experiment) -> None:
-    """Batch normalisation is frozen, for on the CPU each process would have statistics of its own."""
-    flags = ["--epochs=3", "--batch_size=4", "--freeze_bn", "--learning_rate=0.001", "--ema_decay=0.5"]
+@pytest.mark.parametrize(
+    "more", [["--batch_size=4"], ["--batch_size=2", "--accumulate=2", "--freeze_backbone_epochs=1"]], ids=len
+)
+def test_two_processes_learn_what_one_learns(dataset: Path, experiment: Experiment, more: list[str]) -> None:
+    """Batch normalisation is frozen, because on the CPU each process would have statistics of its own."""
+    flags = ["--epochs=3", "--freeze_bn", "--learning_rate=0.001", "--ema_decay=0.5", *more]
     alone = train(dataset, experiment, *flags)
     assert alone.returncode == 0, alone.stderr
     shared = Experiment(experiment.folder / "shared")

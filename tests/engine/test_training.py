@@ -78,3 +78,23 @@ def test_batch_that_cannot_be_shared_is_refused(two_images: list[LabelledImage],
             RunLog(None),
             context=DistributedContext(0, 2),
         )
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_sixteen_bits_with_scaled_gradients_learn(two_images: list[LabelledImage], tmp_path: Path) -> None:
+    """As on a CUDA device without bfloat16. The initial scale overflows, so the first steps are skipped."""
+    config = ExperimentConfig(
+        model=usual_config("mobilenet0.25", cascade=False, model_version="retina", fpn_channels=16),
+        data=WHOLE,
+        train=TrainConfig(epochs=1, batch_size=2, optimizer="adamw", learning_rate=2e-3, warmup_epochs=0.1),
+    )
+    torch.manual_seed(0)
+    log = RunLog(None)
+    trainer = Trainer(RetinaFace(config.model), config, Experiment(tmp_path), TrainingData(two_images * 12), log)
+    trainer.amp_dtype = torch.float16
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+    trainer.fit()
+    assert 1 < trainer.scaler.get_scale() < 2.0**40
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+    started = trainer.optimizer.state.values()
+    assert {float(state["step"]) for state in started} <= set(range(1, 12))

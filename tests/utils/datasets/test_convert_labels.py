@@ -109,10 +109,10 @@ def test_missing_parts_are_skipped_with_a_line(
     convert(download, "--to", to)
     assert capsys.readouterr().out.splitlines() == [
         f"{to}/train/images: link to {download}/WIDER_train/images",
-        f"{to}/train/label.txt: skipped, for there is no {download}/wider_face_split/wider_face_train_bbx_gt.txt",
-        f"{to}/val/images: skipped, for there is no {download}/WIDER_val/images",
+        f"{to}/train/label.txt: skipped, because {download}/wider_face_split/wider_face_train_bbx_gt.txt",
+        f"{to}/val/images: skipped, because {download}/WIDER_val/images",
         f"{to}/val/label.txt: 1 images, 1 faces, 0 with landmarks",
-        f"{to}/val/gt: skipped, for there is no {download}/eval_tools/ground_truth",
+        f"{to}/val/gt: skipped, because {download}/eval_tools/ground_truth",
     ]
     assert sorted(path.name for path in to.glob("*/*")) == ["images", "label.txt"]
 

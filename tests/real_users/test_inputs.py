@@ -14,6 +14,8 @@ import pytest
 from PIL import Image, UnidentifiedImageError
 
 from config import ROOT
+from utils.datasets.folders import find_dataset
+from utils.datasets.labels import DatasetError
 from utils.runtime.files import candidate_paths
 from utils.runtime.images import UnreadableImageError, read_image, read_image_with_note, to_8_bits
 from utils.runtime.sources import SourceError, VideoFrames, open_source
@@ -55,6 +57,15 @@ def test_relative_paths_are_the_users(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Path(source.description).is_absolute()
     if name.startswith("."):
         assert candidate_paths(name, tmp_path / "data") == [(tmp_path / "work" / name).absolute()]
+
+
+def test_name_that_means_one_path_in_the_data_folder_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert candidate_paths("foo", tmp_path) == [tmp_path / "foo"]
+    with pytest.raises(DatasetError, match=f"no folder {tmp_path}/foo; see"):
+        find_dataset("foo", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["", "  "])

@@ -41,7 +41,7 @@ def candidate_paths(name: str, data_root: Path) -> list[Path]:
         raise UserError("an empty name was given where a file or folder is expected; '.' is the current folder")
     path = user_path(name)
     is_explicit = path.is_absolute() or re.match(r"\.{1,2}([/\\]|$)", name) is not None
-    return [path.absolute()] if is_explicit else [path.absolute(), data_root / path]
+    return [path.absolute()] if is_explicit else list(dict.fromkeys([path.absolute(), data_root / path]))
 
 
 def missing(candidates: Sequence[Path]) -> str:

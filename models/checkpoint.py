@@ -26,7 +26,7 @@ from models.foreign_checkpoint import CheckpointError, State, describe_anchors, 
 from models.image_pyramid import add_upsampled_stages
 from utils.options import from_dict, to_dict
 from utils.runtime.experiment import load_config
-from utils.runtime.files import atomic_write, user_path
+from utils.runtime.files import atomic_write, is_file, is_folder, user_path
 
 FORMAT = "retinaface-2"
 _FORMATS = ("retinaface-1", FORMAT)
@@ -87,18 +87,18 @@ def locate_checkpoint(experiments: Path, experiment_name: str, model_weight: str
         CheckpointError: there is no such file, or more than one.
     """
     direct = user_path(model_weight)
-    if direct.is_file():
+    if is_file(direct):
         return direct
     folder = experiments / experiment_name / "ckpt"
     if direct.parent != Path():
         raise CheckpointError(f"--model_weight {model_weight}: no such file")
-    if not folder.is_dir():
+    if not is_folder(folder):
         known = sorted(path.parent.name for path in experiments.glob("*/ckpt"))
         raise CheckpointError(
             f"{folder}: no such experiment; "
             + (f"choose --experiment_name from {', '.join(known)}" if known else "train one with train.py")
         )
-    if (folder / model_weight).is_file():
+    if is_file(folder / model_weight):
         return folder / model_weight
     found = sorted(path for path in folder.glob("*.pth") if path.name.endswith(f"_{model_weight}"))
     if len(found) == 1:

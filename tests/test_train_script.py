@@ -384,6 +384,8 @@ def test_saved_architecture_cannot_be_changed_on_the_way(dataset: Path, experime
     ("flags", "message"),
     [
         (["--dataset=nowhere"], "nowhere"),
+        ([f"--dataset={'x' * 300}"], "cannot be used (File name too long)"),
+        ([f"--experiment_name={'x' * 300}"], "--experiment_name is too long"),
         (["--pretrained_backbone=nowhere.pth"], "--pretrained_backbone nowhere.pth: no such file"),
         (["--pretrained_detector=nowhere.pth"], "nowhere.pth: cannot be read"),
         (["--epochs=0"], "--epochs must be positive"),

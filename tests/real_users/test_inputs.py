@@ -74,7 +74,7 @@ def test_empty_name_is_refused(tmp_path: Path, name: str) -> None:
         open_source(name, tmp_path, set(), 0)
 
 
-@pytest.mark.parametrize("name", ["20240102", "x" * 5000, "a\0b", "./gone", "/gone/there"])
+@pytest.mark.parametrize("name", ["20240102", "./gone", "/gone/there"])
 def test_what_is_missing_is_named_once(tmp_path: Path, name: str) -> None:
     with pytest.raises(SourceError, match="not exist") as refusal:
         open_source(name, tmp_path, set(), 0)

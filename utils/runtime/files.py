@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -17,28 +18,34 @@ from utils.errors import UserError
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 _MAX_NAME_BYTES = 255  # limit of common file systems
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EINVAL)  # the last is that of a pattern on Windows
 
 
 def user_path(text: str) -> Path:
-    """Convert what the user typed to a path, with `~` expanded.
+    """Convert what the user typed to a path, with `~` expanded. The path need not exist.
 
     Raises:
-        UserError: the path names the home of a user who does not exist.
+        UserError: the path is empty, invalid or not accessible, or names the home of a user who does not exist.
     """
+    if not text.strip():
+        raise UserError("an empty name was given where a file or folder is expected; '.' is the current folder")
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
+        path.stat()
     except RuntimeError:
         raise UserError(f"{text}: there is no such user") from None
+    except (OSError, ValueError) as error:  # ValueError is a zero byte
+        if not isinstance(error, OSError) or error.errno not in _ABSENT:
+            raise UserError(f"{text}: cannot be used ({getattr(error, 'strerror', None) or error})") from None
+    return path
 
 
 def candidate_paths(name: str, data_root: Path) -> list[Path]:
     """The paths that a user's name may mean: the name itself and, unless absolute or `./...`, one in `data_root`.
 
     Raises:
-        UserError: the name is empty, or names the home of a user who does not exist.
+        UserError: see `user_path`.
     """
-    if not name.strip():
-        raise UserError("an empty name was given where a file or folder is expected; '.' is the current folder")
     path = user_path(name)
     is_explicit = path.is_absolute() or re.match(r"\.{1,2}([/\\]|$)", name) is not None
     return [path.absolute()] if is_explicit else list(dict.fromkeys([path.absolute(), data_root / path]))
@@ -66,10 +73,17 @@ def make_folder(folder: Path) -> Path:
 
 def path_exists(path: Path) -> bool:
     """Whether a file or folder exists; False if the path is invalid, for example because its name is too long."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file exists; False if the path is invalid or not accessible, where `Path.is_file` raises."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder exists; False if the path is invalid or not accessible, where `Path.is_dir` raises."""
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def read_text(path: Path, errors: str = "strict") -> str:

@@ -86,6 +86,11 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112
 
 
+def is_utf8(path: Path) -> bool:
+    """Whether a path is valid UTF-8. OpenCV ends the process where the path of a video is not."""
+    return re.search("[\ud800-\udfff]", str(path)) is None
+
+
 def read_text(path: Path, errors: str = "strict") -> str:
     """Read a text file in UTF-8, or in UTF-16 if it begins with a byte order mark, as PowerShell writes it.
 

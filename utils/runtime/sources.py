@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from utils.errors import UserError
-from utils.runtime.files import candidate_paths, missing, path_exists, read_text
+from utils.runtime.files import candidate_paths, is_utf8, missing, path_exists, read_text
 from utils.runtime.images import (
     IMAGE_SUFFIXES,
     LARGE_PIXELS,
@@ -237,6 +237,8 @@ class VideoFrames:
         self.stem = stem
         self.folders = set[Path]() if isinstance(source, int) else {source.parent}
         self.max_frames = max_frames
+        if isinstance(source, Path) and not is_utf8(source):
+            raise SourceError(f"{source}: OpenCV opens no video whose path is not valid UTF-8; rename it")
         self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
         if not self._capture.isOpened():
             no_camera = "no such camera, file or folder, or the camera is in use"

@@ -115,6 +115,15 @@ def test_name_too_long_for_another_suffix_is_shortened(tmp_path: Path, stem: str
     assert list(read_predictions(tmp_path, [f"sub/{stem}.jpeg"])) == [f"sub/{stem}.jpeg"]
 
 
+@pytest.mark.parametrize("options", [DRAWINGS, replace(PLAIN, anonymize="solid")])
+def test_long_names_of_a_video_and_of_a_checkpoint_are_shortened(tmp_path: Path, options: InferenceOptions) -> None:
+    write(tmp_path, [f"{'x' * 250}_000001.jpg"], experiment="y" * 251, options=options, frames_per_second=25.0)
+    (table,) = tmp_path.glob("*.txt")
+    (video,) = tmp_path.glob("*/*.mp4")
+    assert table.read_text().count("\n") == 2
+    assert (video.name[:200], table.name[:200]) == ("x" * 200, "y" * 200)
+
+
 def test_video_below_a_path_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     """OpenCV would end the process."""
     folder = tmp_path / "o\udcffut"

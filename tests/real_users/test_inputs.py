@@ -113,7 +113,7 @@ def test_what_is_left_out_of_a_folder_is_named(tmp_path: Path, monkeypatch: pyte
         open_source(str(tmp_path / "lost+found"), tmp_path, set(), 0)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
 def test_list_may_be_written_by_powershell(tmp_path: Path, encoding: str) -> None:
     cv2.imwrite(str(tmp_path / "ü.png"), scene())
     (tmp_path / "list.txt").write_bytes("ü.png\r\n".encode(encoding))
@@ -124,10 +124,16 @@ def test_names_from_a_list_never_lead_out_of_the_results(tmp_path: Path) -> None
     for folder in ("in", "other"):
         (tmp_path / folder).mkdir()
         cv2.imwrite(str(tmp_path / folder / "a.png"), scene())
-    (tmp_path / "in/list.txt").write_text(f"a.png\n../other/a.png\n{'x' * 300}.png\na\0b.png\n")
+    (tmp_path / "in/list.txt").write_text(f"a.png\n../other/a.png\n{'x' * 300}.png\na\0b.png\nc\0d/e.png\n")
     source = open_source(str(tmp_path / "in/list.txt"), tmp_path, set(), 0)
     assert all(".." not in Path(name).parts for name in source.names)
-    assert [image.pixels is not None for image in source] == [True, True, False, False]
+    assert [image.pixels is not None for image in source] == [True, True, False, False, False]
+
+
+def test_only_line_breaks_separate_the_names_of_a_list(tmp_path: Path) -> None:
+    listed = ["a\u2028b.png", "c\x0cd.png", "e\x85f.png"]
+    (tmp_path / "list.txt").write_text("\n".join(listed), encoding="utf-8")
+    assert names(str(tmp_path / "list.txt"), tmp_path) == listed
 
 
 # ------------------------------------------------------------------------------------------------- videos

@@ -91,20 +91,26 @@ def is_utf8(path: Path) -> bool:
     return re.search("[\ud800-\udfff]", str(path)) is None
 
 
-def read_text(path: Path, errors: str = "strict") -> str:
-    """Read a text file in UTF-8, or in UTF-16 if it begins with a byte order mark, as PowerShell writes it.
+def read_lines(path: Path, errors: str = "strict") -> list[str]:
+    """Read a text file in UTF-8, or in UTF-16, as PowerShell writes it, with a byte order mark or without one.
+
+    The other characters at which `str.splitlines` ends a line, such as U+2028, may be part of a file name.
 
     Raises:
         OSError: the file cannot be read.
         UnicodeDecodeError: the file is in neither encoding.
     """
-    data = path.read_bytes()
-    return data.decode("utf-16" if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig", errors)
+    data, encoding = path.read_bytes(), "utf-8-sig"
+    if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif b"\0" in data[:2]:  # half of an ASCII character
+        encoding = "utf-16-be" if data[0] == 0 else "utf-16-le"
+    return re.split("\r\n|\r|\n", data.decode(encoding, errors))
 
 
 def one_line(name: str) -> str:
-    """Escape line breaks in a file name."""
-    return name.replace("\n", "\\n").replace("\r", "\\r")
+    """Escape in a file name all characters at which a reader may end a line."""
+    return "".join(repr(each)[1:-1] if each.splitlines() == [""] else each for each in name)
 
 
 def shortened(relative: str) -> str:

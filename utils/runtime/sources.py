@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from utils.errors import UserError
-from utils.runtime.files import candidate_paths, is_utf8, missing, path_exists, read_text
+from utils.runtime.files import candidate_paths, is_utf8, missing, path_exists, read_lines
 from utils.runtime.images import (
     IMAGE_SUFFIXES,
     LARGE_PIXELS,
@@ -105,10 +105,11 @@ def _match_pattern(pattern: str, candidates: Sequence[Path]) -> Source:
 def _read_list(file: Path) -> Source:
     """Open the images that a text file lists, one path per line, relative to the working directory or to the file."""
     try:
-        lines = read_text(file, errors="surrogateescape").splitlines()
+        lines = read_lines(file, errors="surrogateescape")
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{file}: cannot be read ({error})") from None
-    paths = [Path(line.strip()) for line in lines if line.strip()]
+    # A zero byte is escaped, because most functions refuse a path with one; reading the image will report it.
+    paths = [Path(line.strip().replace("\0", "\\0")) for line in lines if line.strip()]
     if not paths:
         raise SourceError(f"{file}: names no image; expected one path per line")
     resolved = dict.fromkeys(path if path_exists(path) else file.parent / path for path in paths)

@@ -94,8 +94,10 @@ def open_source(name: str, data_root: Path, exclude: Set[Path], max_frames: int)
 
 def _match_pattern(pattern: str, candidates: Sequence[Path]) -> Source:
     for candidate in candidates:
-        # Path.glob accepts no absolute pattern.
-        matched = map(Path, sorted(glob.glob(str(candidate), recursive=True)))  # noqa: PTH207
+        # Brackets in the name of an existing folder are no pattern. Path.glob would match hidden files.
+        folder = next(parent for parent in candidate.parents if path_exists(parent))
+        names = glob.glob(str(candidate.relative_to(folder)), root_dir=folder, recursive=True)  # noqa: PTH207
+        matched = [folder / name for name in sorted(names)]
         paths = [path for path in matched if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
         if paths:
             return _listed_images(paths, str(candidate))

@@ -103,6 +103,7 @@ def test_training_leaves_what_the_readme_says(dataset: Path, experiment: Experim
     flags = ["--epochs=3", "--num_anchor=2"]
     result = run_process("train", *arguments(dataset, experiment, *flags))
     assert result.returncode == 0, result.stderr
+    assert f"4 training images on cpu, 1 process(es); dataset {dataset}; experiment" in result.stdout
     config = load_config(experiment.config_file)
     assert (config.train.epochs, config.model.num_anchor, config.data.im_size) == (3, 2, 64)
     for name in ("logs.txt", "metrics.csv", "curves.png"):

@@ -39,7 +39,7 @@ from utils.evaluation.report import (
 from utils.options import Flags, parse_flags
 from utils.runtime.cli import choose_device, run
 from utils.runtime.experiment import Experiment
-from utils.runtime.files import disk_errors, make_folder, own_folder, user_path
+from utils.runtime.files import disk_errors, is_folder, make_folder, own_folder, user_path
 
 GROUPS = (
     RunOptions(),
@@ -96,7 +96,7 @@ def open_faces(options: EvaluationOptions, dataset_is_given: bool) -> Evaluation
     """Open the ground truth; images are required to run a detector and to draw errors."""
     needs_images = options.pred_dir is None or options.save_errors > 0
     is_optional = options.gt_dir is not None and not dataset_is_given and not needs_images
-    is_absent = is_optional and not (DATA / options.dataset).is_dir()
+    is_absent = is_optional and not is_folder(DATA / options.dataset)
     dataset = None if is_absent else find_dataset(options.dataset, DATA)
     gt_dir = user_path(options.gt_dir) if options.gt_dir else None
     return open_evaluation_set(dataset, gt_dir, need_images=needs_images)

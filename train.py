@@ -157,7 +157,8 @@ def describe_continuation(training: TrainingRun, resumed: Checkpoint) -> list[st
 
 def train(training: TrainingRun, device: torch.device, context: DistributedContext) -> None:
     config, experiment, start = training.config, training.experiment, training.start
-    data = open_data(config.data)
+    folders = find_datasets(config.data.dataset, DATA)
+    data = open_data(config.data, folders)
     notes = list(training.notes)
     torch.manual_seed(config.train.seed)
     model = build_model(config.model)
@@ -200,7 +201,7 @@ def train(training: TrainingRun, device: torch.device, context: DistributedConte
         log.line(f"architecture: {describe_architecture(config.model)}")
         log.line(
             f"{len(data.images)} training images on {device}, {context.world_size} process(es)",
-            f", {experiment.folder}",
+            f"; dataset {', '.join(map(str, folders))}; experiment {experiment.folder}",
         )
         log.line(describe_faces(data.images))
         log.line(describe_validation(data))
@@ -210,8 +211,7 @@ def train(training: TrainingRun, device: torch.device, context: DistributedConte
     log.close()
 
 
-def open_data(config: DataConfig) -> TrainingData:
-    folders = find_datasets(config.dataset, DATA)
+def open_data(config: DataConfig, folders: Sequence[Path]) -> TrainingData:
     parts = read_split(folders, "train")
     weights = image_weights(config.dataset_weights, [len(part) for part in parts])
     return TrainingData(list(chain.from_iterable(parts)), weights, open_validation_set(folders))

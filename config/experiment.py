@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +60,7 @@ class DataConfig(Options):
         (),
         "how often an image of each folder is drawn relative to those of the others, e.g. 1,0.25; empty draws every "
         "image once an epoch",
+        above=0,
     )
     im_size: int = option(640, "side of the training crops in pixels", minimum=32)
     crop_scales: tuple[float, ...] = option(
@@ -68,6 +68,7 @@ class DataConfig(Options):
         "sides of the crops relative to the short side of the image, drawn with equal probability; above 1 crops are "
         "padded and faces get smaller",
         above=0,
+        maximum=10,
     )
     crop_rule: str = option(
         "whole_face",
@@ -102,10 +103,6 @@ class DataConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(len(self.crop_scales) > 0, "--crop_scales needs at least one number")
-        require(
-            all(0 < weight < math.inf for weight in self.dataset_weights),
-            f"--dataset_weights must be positive, got {self.dataset_weights}",
-        )
 
     @staticmethod
     def upgrade(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ EXPERIMENTS = ROOT / "experiments"
 DATA = ROOT / "data"
 RECIPES = ROOT / "recipes"
 DEFAULT_EXPERIMENT = "mobilenet0.25_pretrained"
+_MAX_NAME_BYTES = 200  # files are named after the experiment, and file systems permit 255
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,10 @@ class RunOptions(Options):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.gpu_num >= -1, f"--gpu_num is the index of a CUDA device or -1 for the CPU, got {self.gpu_num}")
         name = Path(self.experiment_name or "default")
+        require(len(os.fsencode(name)) <= _MAX_NAME_BYTES, "--experiment_name is too long; give a shorter one")
         require(
             bool(name.parts) and not name.anchor and ".." not in name.parts,
             f"--experiment_name={self.experiment_name} leads out of experiments/; give the name of a folder in it",
@@ -137,7 +141,7 @@ class InferenceOptions(Options):
         "write a crop of every face: plain, with a margin, or aligned as face recognition expects it, or plain,aligned",
         choices=("plain", "aligned"),
     )
-    crop_size: int = option(112, "side of aligned crops in pixels", minimum=1)
+    crop_size: int = option(112, "side of aligned crops in pixels", minimum=1, maximum=4096)
     crop_margin: float = option(0.25, "margin around plain crops, relative to the longer side of the face", minimum=0)
     anonymize: str | None = option(
         None,

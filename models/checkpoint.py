@@ -22,11 +22,19 @@ from torch import Tensor
 
 from config import ExperimentConfig, ModelConfig, ModelOverrides, PostprocessConfig, ProtocolConfig
 from models.architecture import apply_overrides
-from models.foreign_checkpoint import CheckpointError, State, describe_anchors, read_foreign, recognise_backbone
+from models.foreign_checkpoint import (
+    CheckpointError,
+    State,
+    check_tensors,
+    describe_anchors,
+    plain_state,
+    read_foreign,
+    recognise_backbone,
+)
 from models.image_pyramid import add_upsampled_stages
 from utils.options import from_dict, to_dict
 from utils.runtime.experiment import load_config
-from utils.runtime.files import atomic_write, user_path
+from utils.runtime.files import atomic_write, is_file, is_folder, user_path
 
 FORMAT = "retinaface-2"
 _FORMATS = ("retinaface-1", FORMAT)
@@ -87,18 +95,18 @@ def locate_checkpoint(experiments: Path, experiment_name: str, model_weight: str
         CheckpointError: there is no such file, or more than one.
     """
     direct = user_path(model_weight)
-    if direct.is_file():
+    if is_file(direct):
         return direct
     folder = experiments / experiment_name / "ckpt"
     if direct.parent != Path():
         raise CheckpointError(f"--model_weight {model_weight}: no such file")
-    if not folder.is_dir():
+    if not is_folder(folder):
         known = sorted(path.parent.name for path in experiments.glob("*/ckpt"))
         raise CheckpointError(
             f"{folder}: no such experiment; "
             + (f"choose --experiment_name from {', '.join(known)}" if known else "train one with train.py")
         )
-    if (folder / model_weight).is_file():
+    if is_file(folder / model_weight):
         return folder / model_weight
     found = sorted(path for path in folder.glob("*.pth") if path.name.endswith(f"_{model_weight}"))
     if len(found) == 1:
@@ -130,7 +138,7 @@ def load_checkpoint(path: Path, overrides: ModelOverrides | None = None) -> Chec
         if content.get("format") in _FORMATS:
             checkpoint = _read_own(path, content)
         else:
-            kind, model_config, state, note = read_foreign(path, _plain_state(content), overrides)
+            kind, model_config, state, note = read_foreign(path, plain_state(path, content), overrides)
             checkpoint = Checkpoint(path, model_config, state, kind, note=note)
         return _adapt_to_overrides(checkpoint, overrides)
     except (LookupError, TypeError, AttributeError, ValueError) as error:  # an entry has the wrong type
@@ -149,7 +157,7 @@ def load_backbone(path: Path, backbone: str) -> tuple[State, bool]:
         CheckpointError: the file is missing, unreadable, of an unknown kind, or contradicts the arguments.
     """
     content = _read(path)
-    state = _read_own(path, content).state if content.get("format") in _FORMATS else _plain_state(content)
+    state = _read_own(path, content).state if content.get("format") in _FORMATS else plain_state(path, content)
     is_imagenet = True
     for prefix in ("backbone.", "body."):
         if any(name.startswith(prefix) for name in state):
@@ -183,19 +191,10 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _plain_state(content: Mapping[str, Any]) -> State:
-    """The tensors of a foreign file, without wrappers and without DataParallel's `module.`."""
-    for wrapper in ("network", "state_dict", "model_state_dict", "model", "net", "weights", "params"):
-        if isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    return {str(name).removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
-
-
 def _read_own(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     if not {"config", "model"} <= content.keys():
         raise CheckpointError(f"{path}: lacks the configuration or the weights of a checkpoint; it is damaged")
-    if not all(isinstance(tensor, Tensor) for tensor in content["model"].values()):
-        raise CheckpointError(f"{path}: has weights that are not tensors; it is damaged")
+    check_tensors(path, content["model"])
     _check_integrity(path, content)
     experiment = from_dict(ExperimentConfig, content["config"], where=str(path))
     beside = path.parent.parent / "config.json"

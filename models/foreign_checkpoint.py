@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from config import USUAL_LEVELS, LevelConfig, ModelConfig, ModelOverrides
@@ -34,6 +36,29 @@ _UNUSED_BY_THE_ORIGINAL = re.compile(r"fpn\.(output0|output4|merge0|merge3)\.")
 
 class CheckpointError(UserError):
     """A checkpoint is missing, unreadable, of an unknown kind, or contradicts the requested architecture."""
+
+
+def check_tensors(path: Path, state: Mapping[str, Any]) -> None:
+    """Check that all weights are tensors that can be copied into a model.
+
+    Raises:
+        CheckpointError: one is something else; the message names it.
+    """
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: has weights that are not tensors; it is damaged")
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
+            raise CheckpointError(f"{path}: {name} is sparse, quantised, complex or without data; save dense weights")
+
+
+def plain_state(path: Path, content: Mapping[str, Any]) -> State:
+    """The tensors of a foreign file, without wrappers and without DataParallel's `module.`."""
+    for wrapper in ("network", "state_dict", "model_state_dict", "model", "net", "weights", "params"):
+        if isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    state = {str(name).removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
+    check_tensors(path, state)
+    return state
 
 
 def read_foreign(path: Path, state: State, overrides: ModelOverrides) -> tuple[str, ModelConfig, State, str | None]:

@@ -13,7 +13,9 @@ from config import (
     EXPERIMENTS,
     USUAL_LEVELS,
     DataConfig,
+    EvaluationOptions,
     ExperimentConfig,
+    ExportOptions,
     ImagePyramidConfig,
     InferenceOptions,
     LevelConfig,
@@ -23,7 +25,9 @@ from config import (
     PostprocessConfig,
     RunOptions,
     StageConfig,
+    StartOptions,
     TrainConfig,
+    WeightOptions,
 )
 from models.architecture import apply_overrides, usual_config, usual_stages
 from models.image_pyramid import pyramid_levels
@@ -278,11 +282,40 @@ def test_shipped_configurations_are_read() -> None:
         lambda: DataConfig(jpeg_probability=-0.1),
         lambda: DataConfig(cache="tape"),
         lambda: TrainConfig(epochs=0),
+        lambda: TrainConfig(warmup_epochs=float("inf")),
+        lambda: TrainConfig(seed=10**23),
+        lambda: DataConfig(crop_scales=(1.0, float("inf"))),
+        lambda: ModelOverrides(anchor_sizes=((8.0, float("nan")),)),
         lambda: InferenceOptions(save_mask=True),
+        lambda: InferenceOptions(crop_margin=float("inf")),
+        lambda: InferenceOptions(crop_size=10**6),
+        lambda: InferenceOptions(max_frames=10**20),
     ],
 )
 def test_impossible_values_are_refused(change: object) -> None:
     with pytest.raises(ConfigError):
+        change()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: RunOptions(experiment_name=""),
+        lambda: EvaluationOptions(pred_dir=""),
+        lambda: EvaluationOptions(gt_dir=" "),
+        lambda: EvaluationOptions(output_dir=""),
+        lambda: StartOptions(recipe=""),
+        lambda: StartOptions(pretrained_detector=""),
+        lambda: StartOptions(pretrained_backbone=""),
+        lambda: TrainConfig(teacher=""),
+        lambda: InferenceOptions(inference_save_folder=""),
+        lambda: InferenceOptions(mask=True, segmenter_model=""),
+        lambda: WeightOptions(model_weight=""),
+        lambda: ExportOptions(output=""),
+    ],
+)
+def test_empty_text_is_refused(change: object) -> None:
+    with pytest.raises(ConfigError, match="is empty; give a value, or drop the flag"):
         change()  # type: ignore[operator]
 
 

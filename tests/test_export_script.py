@@ -70,6 +70,7 @@ def test_with_suppression_it_becomes_a_file_that_finds_faces(tmp_path: Path) -> 
         (("--top_k=5",), "--top_k has no effect without --with_nms; add it"),
         (("--output=/no/such/folder/faces.onnx",), "there is no folder /no/such/folder"),
         (("--experiment_name=nowhere",), "no such experiment"),
+        ((f"--output={'x' * 300}",), "cannot be used (File name too long)"),
         (("--cascade=True", "--refinement=sum"), "trained with refinement rematch"),
     ],
 )

@@ -21,6 +21,7 @@ from models.retinaface import RetinaFace
 from tests.scripts import run_process, run_script
 
 SAMPLES = ROOT / "data/sample_widerface/images"
+LONG = "x" * 300  # file systems permit 255 bytes
 FAST = "--experiment_name=mobilenet0.25_anc2_casT_fpn3"  # the default takes seconds to become an ONNX graph
 
 
@@ -182,6 +183,10 @@ def test_a_checkpoint_given_by_its_path_names_the_outputs(tmp_path: Path) -> Non
         (["--model_weight=nowhere.pth"], "no checkpoint named nowhere.pth"),
         (["--num_anchor=3"], "--num_anchor=3"),
         (["--inference_dir=nowhere"], "nowhere"),
+        ([f"--experiment_name={LONG}"], "--experiment_name is too long"),
+        ([f"--model_weight={LONG}"], "cannot be used (File name too long)"),
+        ([f"--inference_save_folder={LONG}"], "cannot be used (File name too long)"),
+        (["--mask", f"--segmenter_model={LONG}"], "cannot be used (File name too long)"),
         (["--inference_dir={empty}"], "holds no image"),
         (["--inference_save_folder=/proc/results"], "/proc/results"),
         (["--save_mask"], "--save_mask needs --mask"),

@@ -195,6 +195,8 @@ def test_biubug6_reaches_the_figures_of_its_own_evaluation(results: Path, shared
         (["--pred_dir=tests", "--dataset=sample_widerface", "--flip"], "--flip has no effect with --pred_dir"),
         (["--pred_dir=tests", "--gt_dir=tests"], "tests: not the official ground truth"),
         (["--dataset=nowhere"], "--dataset nowhere: no folder"),
+        ([f"--pred_dir={'x' * 300}", "--dataset=sample_widerface"], "cannot be used (File name too long)"),
+        ([f"--dataset={'x' * 300}", "--gt_dir=tests", "--pred_dir=tests"], "cannot be used (File name too long)"),
         (["--dataset=tests"], "no val/label.txt"),
         (["--save_errors=-1"], "--save_errors must not be negative"),
         (detector("--confidence_threshold=2"), "--confidence_threshold must lie in [0, 1]"),

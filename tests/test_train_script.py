@@ -103,6 +103,7 @@ def test_training_leaves_what_the_readme_says(dataset: Path, experiment: Experim
     flags = ["--epochs=3", "--num_anchor=2"]
     result = run_process("train", *arguments(dataset, experiment, *flags))
     assert result.returncode == 0, result.stderr
+    assert f"4 training images on cpu, 1 process(es); dataset {dataset}; experiment" in result.stdout
     config = load_config(experiment.config_file)
     assert (config.train.epochs, config.model.num_anchor, config.data.im_size) == (3, 2, 64)
     for name in ("logs.txt", "metrics.csv", "curves.png"):
@@ -384,6 +385,8 @@ def test_saved_architecture_cannot_be_changed_on_the_way(dataset: Path, experime
     ("flags", "message"),
     [
         (["--dataset=nowhere"], "nowhere"),
+        ([f"--dataset={'x' * 300}"], "cannot be used (File name too long)"),
+        ([f"--experiment_name={'x' * 300}"], "--experiment_name is too long"),
         (["--pretrained_backbone=nowhere.pth"], "--pretrained_backbone nowhere.pth: no such file"),
         (["--pretrained_detector=nowhere.pth"], "nowhere.pth: cannot be read"),
         (["--epochs=0"], "--epochs must be positive"),

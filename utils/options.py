@@ -8,7 +8,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 from utils.errors import ConfigError
 
 Config = TypeVar("Config")
+_MAX_NUMBER = 2**53  # up to which a float represents every integer
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,21 @@ class Declaration:
         """Why `value` is not permitted, or None if it is."""
         if self.choices is not None and value not in self.choices:
             return f"is one of {', '.join(map(str, self.choices))}, got {value!r}"
+        if isinstance(value, str) and not value.strip():
+            return "is empty; give a value, or drop the flag"
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             return None
+        if not abs(value) <= _MAX_NUMBER:  # nor is it NaN
+            return f"must be a number up to {_MAX_NUMBER}, got {value}"
         low = -math.inf if self.minimum is None else self.minimum
         high = math.inf if self.maximum is None else self.maximum
         if low <= value <= high and (self.above is None or value > self.above):
             return None
+        if self.maximum is not None:
+            lower = f"({self.above:g}" if self.above is not None else f"[{self.minimum:g}"
+            return f"must lie in {lower}, {self.maximum:g}], got {value}"
         if self.above == 0:
             return f"must be positive, got {value}"
-        if self.maximum is not None:
-            return f"must lie in [{self.minimum:g}, {self.maximum:g}], got {value}"
         return f"must not be negative, got {value}" if self.minimum == 0 else f"must be at least {low:g}, got {value}"
 
 
@@ -88,11 +94,19 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, declaration in declarations(self).items():
-            value = getattr(self, name)
-            for element in value if isinstance(value, tuple) else (value,):
+            for element in _elements(getattr(self, name)):
                 problem = None if element is None else declaration.problem(element)
                 if problem:
                     raise ConfigError(f"--{name} {problem}")
+
+
+def _elements(value: Any) -> Iterator[Any]:
+    """The elements of a tuple, which may be nested, or the value itself."""
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _elements(part)
+    else:
+        yield value
 
 
 def require(condition: bool, message: str) -> None:

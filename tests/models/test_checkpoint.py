@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +295,20 @@ def test_missing_left_over_and_misshapen_tensors_are_named(own: Path) -> None:
         save_checkpoint(own, ExperimentConfig(model=SMALL), state)
         with pytest.raises(CheckpointError, match=message):
             load_model(load_checkpoint(own))
+
+
+@pytest.mark.parametrize("change", [Tensor.to_sparse, lambda tensor: tensor.to("meta"), lambda tensor: tensor + 1j])
+def test_weights_that_are_no_dense_numbers_are_refused(tmp_path: Path, change: Callable[[Tensor], Tensor]) -> None:
+    state = RetinaFace(SMALL).state_dict()
+    name = "fpn.merge.0.0.weight"
+    state[name] = change(state[name])
+    config = to_dict(ExperimentConfig(model=SMALL))
+    torch.save({"format": "retinaface-2", "config": config, "model": state}, tmp_path / "own.pth")
+    torch.save(state, tmp_path / "foreign.pth")
+    for load in (load_checkpoint, partial(load_backbone, backbone="mobilenet0.25")):
+        for file in ("own.pth", "foreign.pth"):
+            with pytest.raises(CheckpointError, match=rf"{name} is sparse, quantised, complex or without data"):
+                load(tmp_path / file)
 
 
 def test_unwritable_target_leaves_the_previous_checkpoint(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

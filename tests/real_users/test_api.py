@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from collections.abc import Callable
@@ -89,6 +90,8 @@ def test_faces_do_not_depend_on_the_form(detector: FaceDetector, image: np.ndarr
         [[1, 2], [3, 4]],
         torch.zeros(8, 8, 3),
         np.zeros((0, 0, 3), np.uint8),
+        Image.new("RGB", (0, 0)),
+        Image.new("L", (0, 5)),
         np.zeros((3, 40, 40), np.uint8),
         np.zeros((1, 40, 40, 3), np.uint8),
         np.zeros((40, 40, 2), np.uint8),
@@ -108,6 +111,14 @@ def test_what_is_no_image_is_refused_in_one_line(detector: FaceDetector, value: 
         or "nowhere.jpg: " in str(refusal.value)
         or ".py: " in str(refusal.value)
     )
+
+
+def test_truncated_pil_image_is_refused(detector: FaceDetector) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(stream, "PNG")
+    image = Image.open(io.BytesIO(stream.getvalue()[:-40]))
+    with pytest.raises(ValueError, match="truncated"):
+        detector.detect(image)
 
 
 def test_batches(detector: FaceDetector, image: np.ndarray) -> None:

@@ -80,7 +80,7 @@ def test_faces_that_are_used_and_dropped_are_counted(tmp_path: Path) -> None:
     assert describe_faces(images) == expected
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-8-sig"])
 def test_labels_may_be_written_by_powershell(tmp_path: Path, encoding: str) -> None:
     labels = make_dataset(tmp_path, ["a.png"]) / "label.txt"
     text = labels.read_text()

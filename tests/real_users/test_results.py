@@ -15,10 +15,12 @@ import torch
 import inference
 from config import ROOT, InferenceOptions
 from tests.scripts import run_script
+from utils.errors import UserError
 from utils.evaluation.predictions import read_predictions, write_predictions
 from utils.results.masks import HeadMask
 from utils.results.writer import ResultWriter
 from utils.runtime.files import shortened
+from utils.runtime.sources import SourceError, open_source
 from utils.structures import Detections
 
 PLAIN = InferenceOptions(page=False)
@@ -111,6 +113,26 @@ def test_name_too_long_for_another_suffix_is_shortened(tmp_path: Path, stem: str
 
     write_predictions(tmp_path, f"sub/{stem}.jpeg", np.zeros((0, 5)))
     assert list(read_predictions(tmp_path, [f"sub/{stem}.jpeg"])) == [f"sub/{stem}.jpeg"]
+
+
+@pytest.mark.parametrize("options", [DRAWINGS, replace(PLAIN, anonymize="solid")])
+def test_long_names_of_a_video_and_of_a_checkpoint_are_shortened(tmp_path: Path, options: InferenceOptions) -> None:
+    write(tmp_path, [f"{'x' * 250}_000001.jpg"], experiment="y" * 251, options=options, frames_per_second=25.0)
+    (table,) = tmp_path.glob("*.txt")
+    (video,) = tmp_path.glob("*/*.mp4")
+    assert table.read_text().count("\n") == 2
+    assert (video.name[:200], table.name[:200]) == ("x" * 200, "y" * 200)
+
+
+def test_video_below_a_path_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    """OpenCV would end the process."""
+    folder = tmp_path / "o\udcffut"
+    folder.mkdir()
+    (folder / "clip.mp4").touch()
+    with pytest.raises(SourceError, match="whose path is not valid UTF-8; rename it"):
+        open_source(str(folder / "clip.mp4"), tmp_path, set(), 0)
+    with pytest.raises(UserError, match="choose another folder"):
+        ResultWriter(folder, "exp", {}, options=DRAWINGS, frames_per_second=25.0)
 
 
 def test_end_of_line_in_a_name_breaks_no_file(tmp_path: Path) -> None:

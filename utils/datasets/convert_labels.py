@@ -31,7 +31,7 @@ from utils.datasets.labels import LabelledImage, describe_labels, read_labels, w
 from utils.errors import UserError
 from utils.options import Parser
 from utils.runtime.cli import run
-from utils.runtime.files import atomic_write, disk_errors, make_folder, user_path
+from utils.runtime.files import atomic_write, disk_errors, is_file, is_folder, make_folder, path_exists, user_path
 
 _MATCH_IOU = 0.5
 
@@ -48,13 +48,13 @@ class Part:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     source = user_path(arguments.source)
-    landmarks = user_path(arguments.landmarks) if arguments.landmarks else None
-    if (arguments.source_format or arguments.to in FORMATS) and source.exists():
+    landmarks = user_path(arguments.landmarks) if arguments.landmarks is not None else None
+    if (arguments.source_format or arguments.to in FORMATS) and path_exists(source):
         parts = [part_of_annotations(source, arguments)]
-    elif source.is_dir():
-        to = user_path(arguments.to) if arguments.to else ROOT / "data" / "widerface"
+    elif is_folder(source):
+        to = user_path(arguments.to) if arguments.to is not None else ROOT / "data" / "widerface"
         parts = parts_of_wider_face(source, to, landmarks, arguments.copy)
-    elif source.is_file():
+    elif is_file(source):
         parts = [part_of_label_file(source, arguments.to, landmarks, arguments.copy)]
     else:
         raise UserError(f"{source}: no such file or folder")
@@ -69,7 +69,7 @@ def parts_of_wider_face(folder: Path, to: Path, landmarks: Path | None, copy: bo
         labels = folder / "wider_face_split" / f"wider_face_{split}_bbx_gt.txt"
         parts.append(Part(folder / f"WIDER_{split}" / "images", to / split / "images", copy_files if copy else link))
         parts.append(Part(labels, to / split / "label.txt", convert))
-        if landmarks and split == "train" and not labels.is_file():
+        if landmarks and split == "train" and not is_file(labels):
             raise UserError(f"--landmarks is for the faces of {labels}, which does not exist")
     return [*parts, Part(folder / "eval_tools" / "ground_truth", to / "val" / "gt", copy_files)]
 
@@ -87,7 +87,7 @@ def part_of_annotations(source: Path, arguments: argparse.Namespace) -> Part:
         convert_annotations,
         source_format=arguments.source_format,
         target_format=target_format,
-        images=user_path(arguments.images) if arguments.images else None,
+        images=user_path(arguments.images) if arguments.images is not None else None,
     )
     return Part(source, user_path(output), convert)
 
@@ -97,7 +97,7 @@ def part_of_label_file(source: Path, to: str | None, landmarks: Path | None, cop
         raise UserError(f"{source} is a file: --to must name the file to write")
     if copy:
         raise UserError(f"{source} is a file: --copy, which is for images, has no effect; drop it")
-    if user_path(to).is_dir():
+    if is_folder(user_path(to)):
         raise UserError(f"--to {to}: is a folder; name the file to write")
     return Part(source, user_path(to), partial(convert_labels, landmarks=landmarks))
 
@@ -108,10 +108,10 @@ def write_parts(parts: Sequence[Part], overwrite: bool) -> None:
     Raises:
         UserError: no source exists, or a target exists and must not be replaced, or a target cannot be written.
     """
-    present = [part for part in parts if part.source.exists()]
+    present = [part for part in parts if path_exists(part.source)]
     if not present:
         raise UserError(f"nothing of WIDER FACE found; looked for {', '.join(str(part.source) for part in parts)}")
-    kept = [part.target for part in present if part.target.exists() or part.target.is_symlink()]
+    kept = [part.target for part in present if path_exists(part.target) or part.target.is_symlink()]
     if kept and not overwrite:
         raise UserError(f"{', '.join(map(str, kept))}: exists already; add --overwrite, or choose another --to")
     for part in parts:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.datasets.labels import DatasetError, LabelledImage, read_labels
-from utils.runtime.files import candidate_paths
+from utils.runtime.files import candidate_paths, is_file, is_folder
 
 
 def find_datasets(names: str, data_root: Path) -> list[Path]:
@@ -21,7 +21,7 @@ def find_dataset(name: str, data_root: Path) -> Path:
         DatasetError: the folder does not exist.
     """
     candidates = candidate_paths(name, data_root)
-    found = next((folder for folder in candidates if folder.is_dir()), None)
+    found = next((folder for folder in candidates if is_folder(folder)), None)
     if found is None:
         raise DatasetError(f"--dataset {name}: no folder {' nor '.join(map(str, candidates))}; see data/README.md")
     return found
@@ -29,7 +29,7 @@ def find_dataset(name: str, data_root: Path) -> Path:
 
 def part_of(folder: Path, split: str) -> Path | None:
     """The folder with the labels of `train` or `val`: a subfolder, or the dataset itself if it is not split."""
-    return next((part for part in (folder / split, folder) if (part / "label.txt").is_file()), None)
+    return next((part for part in (folder / split, folder) if is_file(part / "label.txt")), None)
 
 
 def read_split(folders: Sequence[Path], split: str) -> list[list[LabelledImage]]:
@@ -56,6 +56,6 @@ def check_that_they_exist(images: Sequence[Path], named_by: Path) -> None:
     Raises:
         DatasetError: images are missing; the message says how many, gives the first, and the file that names it.
     """
-    missing = [image for image in images if not image.is_file()]
+    missing = [image for image in images if not is_file(image)]
     if missing:
         raise DatasetError(f"{named_by}: names {len(missing)} images that do not exist, first {missing[0]}")

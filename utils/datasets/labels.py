@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.errors import UserError
-from utils.runtime.files import atomic_write, read_text
+from utils.runtime.files import atomic_write, is_utf8, read_lines
 from utils.runtime.images import IMAGE_SUFFIXES
 from utils.structures import LANDMARKS_PER_FACE, Faces
 
@@ -126,6 +126,7 @@ def write_labels(path: Path, images: Sequence[LabelledImage], root: Path) -> Non
     """Write label.txt in RetinaFace's format; `read_labels(path, root)` inverts it.
 
     Raises:
+        DatasetError: the format cannot represent the name of an image.
         OSError: the file cannot be written.
     """
     text = "".join(_format_image(image, root) for image in images)
@@ -190,7 +191,7 @@ _IMAGE_AND_SIZE = re.compile(rf"(.*(?:{'|'.join(map(re.escape, _SUFFIXES))}))\s+
 def _read_lines(label_file: Path) -> list[_Line]:
     """Read the lines that are not blank."""
     try:
-        lines = read_text(label_file).splitlines()
+        lines = read_lines(label_file)
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{label_file}: cannot be read ({error})") from None
     file = str(label_file)
@@ -300,6 +301,8 @@ def _corners(values: Sequence[float]) -> list[float]:
 def _format_image(image: LabelledImage, root: Path) -> str:
     # A path that is not below the root is read back as it is, if it is absolute.
     name = image.path.relative_to(root) if image.path.is_relative_to(root) else image.path
+    if not is_utf8(name) or re.search("[\r\n]", str(name)):
+        raise DatasetError(f"{image.path}: its name is not valid UTF-8 or contains a line break; rename it")
     faces = image.faces
     landmarks = [
         row if known else None for row, known in zip(_decimals(faces.landmarks), faces.has_landmarks, strict=True)

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from utils.results.masks import HeadMask
+from utils.runtime.files import shortened
 
 # The hidden region relative to the box of the face, which ends at the chin and below the hair.
 _REGION_SCALE = 1.3
@@ -102,7 +103,7 @@ def add_audio(video: Path, source: Path) -> str | None:
     ffmpeg = shutil.which("ffmpeg")
     if ffmpeg is None:
         return "without sound, because ffmpeg is not installed"
-    joined = video.with_suffix(".tmp.mp4")
+    joined = video.with_name(shortened(f"{video.stem}.tmp.mp4"))
     command = [ffmpeg, *"-v error -nostdin -y".split(), "-i", str(video), "-i", str(source)]
     command += [*"-map 0:v:0 -map 1:a? -c:v copy -c:a aac -shortest".split(), str(joined)]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)

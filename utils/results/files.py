@@ -13,7 +13,7 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.results.records import Record, RecordIndex
-from utils.runtime.files import atomic_write, one_line
+from utils.runtime.files import atomic_write, one_line, shortened
 
 # Folders of the images that a run writes; files elsewhere are never removed.
 OUTPUT_FOLDERS = (
@@ -69,7 +69,7 @@ class ResultFiles:
     @property
     def paths(self) -> tuple[Path, Path, Path]:
         """Paths of the table, of `results.json` and of `results.jsonl`."""
-        names = (f"{self.experiment}_inference_results.txt", "results.json", "results.jsonl")
+        names = (shortened(f"{self.experiment}_inference_results.txt"), "results.json", "results.jsonl")
         return self.folder / names[0], self.folder / names[1], self.folder / names[2]
 
     @property

@@ -68,7 +68,7 @@ class OutputImages:
         """
         if self._frames_per_second is None:
             return write_file(self._folder, f"{self._kind}/{self._file_name(name)}", pixels), True
-        relative = f"{self._kind}/{name.rsplit('_', 1)[0]}.mp4"
+        relative = shortened(f"{self._kind}/{name.rsplit('_', 1)[0]}.mp4")
         is_new = self._video is None
         if self._video is None:
             self._video = VideoFile(self._folder / relative, self._frames_per_second)
@@ -98,7 +98,7 @@ class VideoFile:
     def __init__(self, path: Path, frames_per_second: float) -> None:
         self.path = path
         self._frames_per_second = frames_per_second
-        self._temporary = path.with_suffix(".tmp.mp4")
+        self._temporary = path.with_name(shortened(f"{path.stem}.tmp.mp4"))
         self._writer: cv2.VideoWriter | None = None
 
     def write(self, frame: np.ndarray) -> None:

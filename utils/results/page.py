@@ -169,5 +169,8 @@ def _former_parts(folder: Path, parts: int) -> Iterator[Path]:
 
 
 def _is_ours(path: Path) -> bool:
-    with path.open("rb") as file:
-        return f'<meta name="generator" content="{_GENERATOR}">'.encode() in file.read(2000)
+    try:
+        with path.open("rb") as file:
+            return f'<meta name="generator" content="{_GENERATOR}">'.encode() in file.read(2000)
+    except OSError:  # a folder, or not readable
+        return False

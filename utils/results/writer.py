@@ -21,7 +21,7 @@ from utils.results.masks import HeadMask, crop
 from utils.results.records import Record, RecordStore
 from utils.results.reports import write_exports, write_inference_page
 from utils.runtime.distributed import SINGLE_PROCESS, DistributedContext, run_on_all, run_on_main
-from utils.runtime.files import disk_errors, make_folder, remove_temporary_files
+from utils.runtime.files import disk_errors, is_utf8, make_folder, remove_temporary_files
 from utils.runtime.manifest import first_difference, require_same_settings
 from utils.structures import Detections
 
@@ -87,7 +87,7 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
 
         Raises:
             ConfigError: the results to be kept were made with other settings.
-            UserError: the folder cannot be written to.
+            UserError: the folder cannot be written to, or takes no video.
         """
         self.folder = folder
         self.summary = Summary()
@@ -99,6 +99,10 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
         self._files = ResultFiles(folder, experiment_name)
         self._store = RecordStore(folder / ".records" / experiment_name)
         needs_names = options.save_img or options.anonymize
+        if needs_names and self._is_video and not is_utf8(folder):
+            raise UserError(
+                f"{folder}: OpenCV writes no video where the path is not valid UTF-8; choose another folder"
+            )
         lower_names = frozenset(name.lower() for name in names) if needs_names else frozenset[str]()
         self._drawings = OutputImages(folder, "result_images", frames_per_second, lower_names)
         self._face_files = FaceFiles(folder, options, frames_per_second, video, lower_names)

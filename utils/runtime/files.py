@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -17,31 +18,37 @@ from utils.errors import UserError
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 _MAX_NAME_BYTES = 255  # limit of common file systems
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EINVAL)  # the last is that of a pattern on Windows
 
 
 def user_path(text: str) -> Path:
-    """Convert what the user typed to a path, with `~` expanded.
+    """Convert what the user typed to a path, with `~` expanded. The path need not exist.
 
     Raises:
-        UserError: the path names the home of a user who does not exist.
+        UserError: the path is empty, invalid or not accessible, or names the home of a user who does not exist.
     """
+    if not text.strip():
+        raise UserError("an empty name was given where a file or folder is expected; '.' is the current folder")
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
+        path.stat()
     except RuntimeError:
         raise UserError(f"{text}: there is no such user") from None
+    except (OSError, ValueError) as error:  # ValueError is a zero byte
+        if not isinstance(error, OSError) or error.errno not in _ABSENT:
+            raise UserError(f"{text}: cannot be used ({getattr(error, 'strerror', None) or error})") from None
+    return path
 
 
 def candidate_paths(name: str, data_root: Path) -> list[Path]:
     """The paths that a user's name may mean: the name itself and, unless absolute or `./...`, one in `data_root`.
 
     Raises:
-        UserError: the name is empty, or names the home of a user who does not exist.
+        UserError: see `user_path`.
     """
-    if not name.strip():
-        raise UserError("an empty name was given where a file or folder is expected; '.' is the current folder")
     path = user_path(name)
     is_explicit = path.is_absolute() or re.match(r"\.{1,2}([/\\]|$)", name) is not None
-    return [path.absolute()] if is_explicit else [path.absolute(), data_root / path]
+    return [path.absolute()] if is_explicit else list(dict.fromkeys([path.absolute(), data_root / path]))
 
 
 def missing(candidates: Sequence[Path]) -> str:
@@ -66,26 +73,44 @@ def make_folder(folder: Path) -> Path:
 
 def path_exists(path: Path) -> bool:
     """Whether a file or folder exists; False if the path is invalid, for example because its name is too long."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
+    return os.path.exists(path)  # noqa: PTH110
 
 
-def read_text(path: Path, errors: str = "strict") -> str:
-    """Read a text file in UTF-8, or in UTF-16 if it begins with a byte order mark, as PowerShell writes it.
+def is_file(path: Path) -> bool:
+    """Whether a file exists; False if the path is invalid or not accessible, where `Path.is_file` raises."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder exists; False if the path is invalid or not accessible, where `Path.is_dir` raises."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether a path is valid UTF-8. OpenCV ends the process where the path of a video is not."""
+    return re.search("[\ud800-\udfff]", str(path)) is None
+
+
+def read_lines(path: Path, errors: str = "strict") -> list[str]:
+    """Read a text file in UTF-8, or in UTF-16, as PowerShell writes it, with a byte order mark or without one.
+
+    The other characters at which `str.splitlines` ends a line, such as U+2028, may be part of a file name.
 
     Raises:
         OSError: the file cannot be read.
         UnicodeDecodeError: the file is in neither encoding.
     """
-    data = path.read_bytes()
-    return data.decode("utf-16" if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig", errors)
+    data, encoding = path.read_bytes(), "utf-8-sig"
+    if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif b"\0" in data[:2]:  # half of an ASCII character
+        encoding = "utf-16-be" if data[0] == 0 else "utf-16-le"
+    return re.split("\r\n|\r|\n", data.decode(encoding, errors))
 
 
 def one_line(name: str) -> str:
-    """Escape line breaks in a file name."""
-    return name.replace("\n", "\\n").replace("\r", "\\r")
+    """Escape in a file name all characters at which a reader may end a line."""
+    return "".join(repr(each)[1:-1] if each.splitlines() == [""] else each for each in name)
 
 
 def shortened(relative: str) -> str:

@@ -228,14 +228,17 @@ def as_bgr_uint8(image: ImageLike) -> np.ndarray:
     Raises:
         TypeError, ValueError: the argument is not an image; the message says what is expected and what was given.
     """
-    if isinstance(image, (str, os.PathLike)):
-        try:
+    try:
+        if isinstance(image, (str, os.PathLike)):
             return read_image(Path(image))
-        except UnreadableImageError as reason:
-            raise ValueError(f"{image}: {reason}") from None
-    if isinstance(image, Image.Image):
-        return _pixels_of(image)
+        if isinstance(image, Image.Image) and 0 not in image.size:
+            with _reasons(b""):  # a file that Pillow opened is decoded only now
+                return _pixels_of(image)
+    except UnreadableImageError as reason:
+        raise ValueError(f"{image}: {reason}") from None
     expected = "expected an image: an array (H, W, 3) BGR, (H, W, 4) BGRA or (H, W) grey, a PIL image, or a path"
+    if isinstance(image, Image.Image):
+        raise ValueError(f"{expected}; got a PIL image of {image.width}x{image.height} pixels")
     if not isinstance(image, np.ndarray):
         raise TypeError(f"{expected}; got {type(image).__name__}")
     if image.dtype.kind not in "buif" or not image.size or image.ndim not in (2, 3) or image.shape[2:] not in _CHANNELS:

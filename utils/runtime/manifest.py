@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 from utils.errors import ConfigError
 
+# Types of the entries that are used without a further check.
+_KINDS = (("settings", dict), ("former_files", list), ("experiment", str), ("protocol", str))
+
 
 class Difference(NamedTuple):
     """A setting that differs; the parts of a nested `name` are joined by dots."""
@@ -50,12 +53,13 @@ def require_same_settings(saved: Mapping[str, Any], asked: Mapping[str, Any], re
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read the JSON object of a file; returns an empty dictionary if that fails."""
+    """Read the JSON object of a file that describes a run; returns an empty dictionary if it is damaged or absent."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}
+    is_run = isinstance(values, dict) and all(isinstance(values.get(name, kind()), kind) for name, kind in _KINDS)
+    return values if is_run else {}
 
 
 def file_digest(path: Path) -> str:

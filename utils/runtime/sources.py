@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from utils.errors import UserError
-from utils.runtime.files import candidate_paths, missing, path_exists, read_text
+from utils.runtime.files import candidate_paths, is_utf8, missing, path_exists, read_lines
 from utils.runtime.images import (
     IMAGE_SUFFIXES,
     LARGE_PIXELS,
@@ -94,8 +94,10 @@ def open_source(name: str, data_root: Path, exclude: Set[Path], max_frames: int)
 
 def _match_pattern(pattern: str, candidates: Sequence[Path]) -> Source:
     for candidate in candidates:
-        # Path.glob accepts no absolute pattern.
-        matched = map(Path, sorted(glob.glob(str(candidate), recursive=True)))  # noqa: PTH207
+        # Brackets in the name of an existing folder are no pattern. Path.glob would match hidden files.
+        folder = next(parent for parent in candidate.parents if path_exists(parent))
+        names = glob.glob(str(candidate.relative_to(folder)), root_dir=folder, recursive=True)  # noqa: PTH207
+        matched = [folder / name for name in sorted(names)]
         paths = [path for path in matched if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
         if paths:
             return _listed_images(paths, str(candidate))
@@ -105,10 +107,11 @@ def _match_pattern(pattern: str, candidates: Sequence[Path]) -> Source:
 def _read_list(file: Path) -> Source:
     """Open the images that a text file lists, one path per line, relative to the working directory or to the file."""
     try:
-        lines = read_text(file, errors="surrogateescape").splitlines()
+        lines = read_lines(file, errors="surrogateescape")
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{file}: cannot be read ({error})") from None
-    paths = [Path(line.strip()) for line in lines if line.strip()]
+    # A zero byte is escaped, because most functions refuse a path with one; reading the image will report it.
+    paths = [Path(line.strip().replace("\0", "\\0")) for line in lines if line.strip()]
     if not paths:
         raise SourceError(f"{file}: names no image; expected one path per line")
     resolved = dict.fromkeys(path if path_exists(path) else file.parent / path for path in paths)
@@ -237,6 +240,8 @@ class VideoFrames:
         self.stem = stem
         self.folders = set[Path]() if isinstance(source, int) else {source.parent}
         self.max_frames = max_frames
+        if isinstance(source, Path) and not is_utf8(source):
+            raise SourceError(f"{source}: OpenCV opens no video whose path is not valid UTF-8; rename it")
         self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
         if not self._capture.isOpened():
             no_camera = "no such camera, file or folder, or the camera is in use"

@@ -242,6 +242,10 @@ def test_single_file_is_written_in_retinaface_form(
         (["labels.txt", "--to=."], r"--to \.: is a folder; name the file to write"),
         (["labels.txt", "--to=out.txt"], r"labels.txt:2: expected 4 numbers \(x y w h\) or .* got 1"),
         (["labels.txt", "--to=labels.txt/out.txt"], "labels.txt: cannot be written to"),
+        (["x" * 300], r"cannot be used \(File name too long\)"),
+        (["labels.txt", "--to", "x" * 300], r"cannot be used \(File name too long\)"),
+        (["labels.txt", "--to="], "an empty name was given"),
+        (["labels.txt", "--to=out.txt", "--landmarks="], "an empty name was given"),
     ],
 )
 def test_users_mistakes_are_named(

@@ -55,3 +55,6 @@ def test_absent_split_and_absent_images_are_named(tmp_path: Path) -> None:
         (tmp_path / "val" / "images" / name).unlink()
     with pytest.raises(DatasetError, match=r"label\.txt: names 2 images that do not exist, first .*b\.png"):
         read_split([tmp_path], "val")
+    (tmp_path / "val" / "label.txt").write_text(f"# {'x' * 300}.png\n")
+    with pytest.raises(DatasetError, match=r"names 1 images that do not exist, first .*xxx\.png"):
+        read_split([tmp_path], "val")

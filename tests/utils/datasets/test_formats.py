@@ -256,6 +256,18 @@ def test_labels_go_to_every_form_and_back(form: str, photos: Path, tmp_path: Pat
         assert_same(found[path], faces)
 
 
+@pytest.mark.parametrize("character", ["\n", "\r", "\x01", "\x0b", "\x1c", "\x85", "\u2028", "\uffff", "\udcff"])
+def test_any_character_may_be_in_a_name(character: str, tmp_path: Path) -> None:
+    faces = labelled_image(Path("a"), [FaceRow([1, 2, 3, 4])]).faces
+    for name, format in FORMATS.items():
+        format.write(tmp_path / format.file, [AnnotatedImage(f"a{character}b.jpg", 64, 48, faces)], None)
+        if name != "yolo":  # which needs the image to read its size
+            (image,) = format.read(tmp_path / format.file, None)
+            assert len(image.faces) == 1
+    listed = (tmp_path / "yolo/train.txt").read_text(encoding="utf-8", errors="surrogateescape")
+    assert len(listed.splitlines()) == 1
+
+
 def test_command_says_what_it_did(photos: Path, tmp_path: Path) -> None:
     FORMATS["cvat"].write(tmp_path / "cvat", annotated(), None)
     flags = ["--from=cvat", f"--to={tmp_path / 'label.txt'}"]

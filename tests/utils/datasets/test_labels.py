@@ -244,6 +244,14 @@ def test_written_labels_are_short(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["\udcff.jpg", "a\nb.jpg", "a\rb.jpg"])
+def test_name_that_could_not_be_read_back_is_refused(tmp_path: Path, name: str) -> None:
+    image = LabelledImage(tmp_path / name, Faces(np.zeros((0, 4)), np.zeros((0, 5, 2)), np.zeros(0), np.zeros(0)))
+    with pytest.raises(DatasetError, match="its name is not valid UTF-8 or contains a line break; rename it"):
+        write_labels(tmp_path / "out.txt", [image], tmp_path)
+    assert not (tmp_path / "out.txt").exists()
+
+
 def test_reading_inverts_writing(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     corners = random.normal(0, 300, (500, 2)).astype(np.float32)
@@ -255,6 +263,7 @@ def test_reading_inverts_writing(tmp_path: Path) -> None:
     images = [
         LabelledImage(tmp_path / "images" / "ü 1/many.jpg", faces),
         LabelledImage(tmp_path / "images" / "one.png", faces.select(np.arange(1))),
+        LabelledImage(tmp_path / "images" / "a\u2028b.jpg", faces.select(np.arange(2))),
         LabelledImage(tmp_path / "images" / "none.jpg", faces.select(np.arange(0))),
         LabelledImage(tmp_path / "elsewhere.jpg", faces.select(np.arange(1, 2))),
     ]

@@ -97,6 +97,10 @@ def test_page_of_the_user_is_not_replaced(folder: Path) -> None:
     (folder / "index.html").write_text("<p>my holidays</p>")
     with pytest.raises(UserError, match="is not a page of results; choose another folder"):
         check_page_is_ours(folder)
+    (folder / "index.html").unlink()
+    (folder / "index.html").mkdir()
+    with pytest.raises(UserError, match="is not a page of results; choose another folder"):
+        check_page_is_ours(folder)
 
 
 def test_settings_are_flattened() -> None:

@@ -29,8 +29,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_no_record(tmp_path: Path) -> None:
     store = RecordStore(tmp_path / "records")
     assert (store.run, list(store.index()), store.in_use) == ({}, [], False)
-    store.begin({"settings": 1})
-    assert (store.run, list(store.index())) == ({"settings": 1}, [])
+    store.begin({"settings": {"a": 1}})
+    assert (store.run, list(store.index())) == ({"settings": {"a": 1}}, [])
 
 
 def test_records_come_back_in_the_order_of_their_positions(tmp_path: Path) -> None:
@@ -80,19 +80,19 @@ def test_names_that_are_no_text_come_back(tmp_path: Path) -> None:
 
 def test_new_run_begins_without_records(tmp_path: Path) -> None:
     store = RecordStore(tmp_path / "records")
-    store.begin({"settings": 1})
+    store.begin({"settings": {"a": 1}})
     add(store, 0, 0, 1)
     add(store, 1, 2)
-    store.begin({"settings": 2})
+    store.begin({"settings": {"a": 2}})
     assert [path.name for path in store.folder.iterdir()] == ["run.json"]
-    assert (store.run, len(store.index())) == ({"settings": 2}, 0)
+    assert (store.run, len(store.index())) == ({"settings": {"a": 2}}, 0)
 
 
 def test_complete_run_says_so_and_has_no_former_files(tmp_path: Path) -> None:
     store = RecordStore(tmp_path)
-    store.begin({"settings": 1, "former_files": ["masks/a.png"]})
+    store.begin({"settings": {"a": 1}, "former_files": ["masks/a.png"]})
     store.mark_complete()
-    assert store.run == {"settings": 1, "former_files": [], "complete": True}
+    assert store.run == {"settings": {"a": 1}, "former_files": [], "complete": True}
 
 
 @pytest.mark.parametrize(

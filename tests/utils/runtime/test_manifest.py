@@ -22,7 +22,7 @@ def test_difference_names_the_innermost_setting() -> None:
 def test_what_is_no_object_is_empty(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     assert read_object(file) == {}
-    for text in ("[1]", '{"a"', ""):
+    for text in ("[1]", '{"a"', "", '{"settings": 3}', '{"former_files": "a.jpg"}', '{"experiment": null}'):
         file.write_text(text)
         assert read_object(file) == {}
     file.write_text('{"a": 1}')

@@ -114,6 +114,13 @@ def test_names_are_looked_for_here_and_then_below_the_data_folder(
     assert open_source("set", tmp_path / "data", set(), 0).description == str(tmp_path / "set")
 
 
+@pytest.mark.parametrize("pattern", ["ph [1]/*.png", "ph [1]/[ab].png", "*[[]1]/**/*.png"])
+def test_brackets_in_the_name_of_a_folder_are_part_of_it(tmp_path: Path, pattern: str) -> None:
+    for name in ("ph [1]/a.png", "ph [1]/b.png", "ph 1/c.png"):
+        save(tmp_path / name)
+    assert open_source(pattern, tmp_path, set(), 0).names == ["a.png", "b.png"]
+
+
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.mp4", "-1", "²"])
 def test_what_does_not_exist_is_refused_with_both_places(tmp_path: Path, name: str) -> None:
     with pytest.raises(SourceError, match=f"--inference_dir {name}: .*/{name} and .*data/{name} do not exist"):

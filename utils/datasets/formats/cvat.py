@@ -6,6 +6,7 @@ https://docs.cvat.ai/docs/manual/advanced/xml_format/
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
@@ -19,6 +20,7 @@ from utils.runtime.files import atomic_write
 from utils.structures import LANDMARKS_PER_FACE
 
 _LANDMARKS = "landmarks"
+_NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # not even as a character reference
 # The labels of a CVAT task that accepts the file, in CVAT's "Raw" format.
 _LABELS = [
     {
@@ -40,7 +42,10 @@ _LABELS = [
 
 
 def write_cvat(path: Path, images: Iterable[AnnotatedImage], folder: Path | None = None) -> None:
-    """Write a folder with annotations.xml, and labels.json to paste into the task; `folder` is unused."""
+    """Write a folder with annotations.xml, and labels.json to paste into the task; `folder` is unused.
+
+    Control characters in the names of images, which XML lacks, are escaped as in Python.
+    """
     path.mkdir(parents=True, exist_ok=True)
     with atomic_write(path / "labels.json") as temporary:
         temporary.write_text(json.dumps(_LABELS, indent=2) + "\n", encoding="utf-8")
@@ -56,8 +61,9 @@ def write_cvat(path: Path, images: Iterable[AnnotatedImage], folder: Path | None
 
 
 def _image_element(number: int, image: AnnotatedImage, groups: Iterator[int]) -> ElementTree.Element:
+    image_name = _NOT_IN_XML.sub(lambda found: repr(found[0])[1:-1], image.name)
     size = {"width": str(image.width), "height": str(image.height)}
-    element = ElementTree.Element("image", {"id": str(number), "name": image.name, **size})
+    element = ElementTree.Element("image", {"id": str(number), "name": image_name, **size})
     for index in range(len(image.faces)):
         corners = dict(zip(("xtl", "ytl", "xbr", "ybr"), map(_text, shortest(image.faces.boxes[index])), strict=True))
         common = {"source": "auto" if image.scores is not None else "manual", "occluded": "0", "z_order": "0"}

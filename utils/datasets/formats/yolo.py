@@ -13,7 +13,7 @@ import numpy as np
 
 from utils.datasets.formats.annotations import AnnotatedImage, upright_size
 from utils.datasets.labels import DatasetError, FaceRow, LabelledImage, labelled_image
-from utils.runtime.files import atomic_write
+from utils.runtime.files import atomic_write, one_line
 from utils.runtime.images import IMAGE_SUFFIXES
 from utils.structures import LANDMARKS_PER_FACE, MIRRORED_LANDMARKS
 
@@ -41,7 +41,7 @@ def write_yolo(path: Path, images: Iterable[AnnotatedImage], folder: Path | None
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as temporary:
             temporary.write_text("".join(_lines(image)), encoding="ascii")
-        names.append(f"./images/{image.name}\n")
+        names.append(f"./images/{one_line(image.name)}\n")
     path.mkdir(parents=True, exist_ok=True)
     with atomic_write(path / "train.txt") as temporary:
         temporary.write_text("".join(names), encoding="utf-8", errors="surrogateescape")

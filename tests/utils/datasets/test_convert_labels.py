@@ -103,16 +103,17 @@ def test_missing_parts_are_skipped_with_a_line(
     download: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (download / "WIDER_val").rename(tmp_path / "away")
-    (download / "wider_face_split/wider_face_train_bbx_gt.txt").unlink()
+    labels = download / "wider_face_split/wider_face_train_bbx_gt.txt"
+    labels.unlink()
     (download / "eval_tools").rename(tmp_path / "away too")
     to = tmp_path / "to"
     convert(download, "--to", to)
     assert capsys.readouterr().out.splitlines() == [
         f"{to}/train/images: link to {download}/WIDER_train/images",
-        f"{to}/train/label.txt: skipped, because {download}/wider_face_split/wider_face_train_bbx_gt.txt",
-        f"{to}/val/images: skipped, because {download}/WIDER_val/images",
+        f"{to}/train/label.txt: skipped, because {labels} does not exist",
+        f"{to}/val/images: skipped, because {download}/WIDER_val/images does not exist",
         f"{to}/val/label.txt: 1 images, 1 faces, 0 with landmarks",
-        f"{to}/val/gt: skipped, because {download}/eval_tools/ground_truth",
+        f"{to}/val/gt: skipped, because {download}/eval_tools/ground_truth does not exist",
     ]
     assert sorted(path.name for path in to.glob("*/*")) == ["images", "label.txt"]
 

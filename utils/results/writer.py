@@ -240,7 +240,10 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
             self.summary = self._files.write(self._settings, records, self.start.done)
             if self._options.page:
                 write_inference_page(self.folder, self._settings, records, self.summary, self._images)
-            write_exports(self.folder, self._options.export, records, self._images)
+            kept = write_exports(self.folder, self._options.export, records, self._images)
+            if kept:
+                more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
+                self.notes.append(f"{kept[0]}{more}: edited, or not written by a run, and therefore kept")
             if is_complete:
                 stale = set(self._store.run.get("former_files", []))
                 for record in records if stale else ():

@@ -58,8 +58,8 @@ def check_names(formats: Sequence[str], names: Iterable[str]) -> None:
     outside = next((path for path in paths if path.is_absolute() or path.parts[:1] == ("..",)), None)
     if outside is not None:
         raise UserError(
-            f"{outside}: is outside the folder of the images, where {needed[0]} cannot name a file after it; name images "
-            "relative to their folder, or choose a format with one file for all images"
+            f"{outside}: is outside the folder of the images, where {needed[0]} cannot name a file after it; name "
+            "images relative to their folder, or choose a format with one file for all images"
         )
     counts = Counter(path.with_suffix("") for path in paths)
     shared = next((stem for stem, number in counts.items() if number > 1), None)

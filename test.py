@@ -32,11 +32,14 @@ from utils.evaluation.report import (
     DetectionStats,
     Measurement,
     append_to_table,
+    check_report_is_ours,
     describe,
     suspected_form,
     write_report,
 )
 from utils.options import Flags, parse_flags
+from utils.results.own_files import OwnFiles
+from utils.results.page import check_page_is_ours
 from utils.runtime.cli import choose_device, run
 from utils.runtime.experiment import Experiment
 from utils.runtime.files import disk_errors, make_folder, own_folder, user_path
@@ -83,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = load_model(checkpoint).to(device)
         detector = FaceDetector(model, flags.apply(checkpoint.evaluation), flags.apply(EVALUATION_COMPUTE))
         name = name or checkpoint.experiment_name(EXPERIMENTS)
-        results = run_on_main(lambda: results_folder(flags, name, checkpoint.path))
+        results = run_on_main(lambda: results_folder(flags, name, checkpoint.path, faces))
         evaluation = EvaluationRun(
             name, checkpoint, detector, flags.apply(checkpoint.protocol), results, options.resume
         )
@@ -110,14 +113,28 @@ def open_predictions(flags: Flags, pred_dir: str) -> PredictionSet:
     return PredictionSet.open(user_path(pred_dir), flags.apply(RunOptions()).experiment_name)
 
 
-def results_folder(flags: Flags, name: str, source: Path) -> Path:
-    """Create the folder of the results: the one given, that of the named experiment, or a new one for `source`."""
-    output_dir, experiment = flags.apply(EvaluationOptions()).output_dir, flags.apply(RunOptions()).experiment_name
-    if output_dir:
-        return make_folder(user_path(output_dir).absolute())
-    if experiment:
-        return make_folder(Experiment(EXPERIMENTS / experiment).results_folder)
-    return own_folder(_UNNAMED_RESULTS.absolute() / name, source)
+def results_folder(flags: Flags, name: str, source: Path, faces: EvaluationSet) -> Path:
+    """Create the folder of the results: the one given, that of the named experiment, or a new one for `source`.
+
+    Raises:
+        UserError: a file there that would be replaced is not of an evaluation; the message says what to do instead.
+    """
+    options, experiment = flags.apply(EvaluationOptions()), flags.apply(RunOptions()).experiment_name
+    if options.output_dir:
+        results = make_folder(user_path(options.output_dir).absolute())
+    elif experiment:
+        results = make_folder(Experiment(EXPERIMENTS / experiment).results_folder)
+    else:
+        results = own_folder(_UNNAMED_RESULTS.absolute() / name, source)
+    check_report_is_ours(results, table_of(results), with_gallery=options.save_errors > 0)
+    if options.page and faces.images is not None:
+        check_page_is_ours(results)
+    return results
+
+
+def table_of(results: Path) -> Path:
+    """The table of all runs: one for all experiments, or one in the folder of the results."""
+    return (EXPERIMENTS if results.is_relative_to(EXPERIMENTS) else results) / "results.csv"
 
 
 def report(
@@ -136,19 +153,22 @@ def report(
     localisation = localisation_ap(predictions, faces.truths)
     names = frozenset(predictions)
     measured = Measurement(predicted, faces, faces.evaluate(predictions), detected, names, localisation, errors)
-    results = results or results_folder(flags, predicted.experiment, predicted.folder)
+    results = results or results_folder(flags, predicted.experiment, predicted.folder, faces)
     form = suspected_form(predictions, faces, measured.evaluation) if options.pred_dir else None
     if form:
         print(f"warning: {predicted.folder}: {form}; expected x y width height score in pixels", file=sys.stderr)
     with disk_errors(results):
         write_report(results, measured)
-        append_to_table((EXPERIMENTS if results.is_relative_to(EXPERIMENTS) else results) / "results.csv", measured)
+        append_to_table(table_of(results), measured)
         if options.save_errors:
             from utils.evaluation.error_gallery import draw_error_gallery  # only the gallery needs OpenCV
             from utils.runtime.images import write_image
 
             gallery = draw_error_gallery(faces, predictions, measured.evaluation, options.save_errors)
-            write_image(results / "errors.png", gallery)
+            with OwnFiles(results).replaced(results / "errors.png") as (temporary,):
+                encoded = temporary.with_suffix(".png")
+                write_image(encoded, gallery)
+                encoded.replace(temporary)
         page = write_evaluation_page(results, measured, predictions) if options.page else None
     print(f"results are in {results}")
     if page is not None:

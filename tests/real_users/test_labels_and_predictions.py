@@ -158,6 +158,40 @@ def test_reports_of_predictions_overwrite_neither_each_other_nor_an_experiment(t
     assert experiment_files() == before
 
 
+@pytest.mark.parametrize("name", ["results.txt", "results.json", "errors.png", "index.html", "results.csv"])
+def test_report_replaces_no_file_of_the_user(tmp_path: Path, name: str) -> None:
+    dataset = make_dataset(tmp_path / "set", ["a.png"])
+    predictions = make_predictions(tmp_path / "predicted", ["a"])
+    out = tmp_path / "out"
+    flags = [f"--pred_dir={predictions}", f"--dataset={dataset}", f"--output_dir={out}", "--save_errors=1"]
+    out.mkdir()
+    (out / name).write_text("mine")
+    refused = evaluate(tmp_path, *flags)
+    assert refused.returncode == 1
+    assert f"error: {out / name}: " in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert [path.name for path in out.iterdir()] == [name]
+    assert (out / name).read_text() == "mine"
+
+    (out / name).unlink()
+    assert [evaluate(tmp_path, *flags).returncode for _ in range(2)] == [0, 0]
+    if name != "results.csv":  # rows are appended to it, which loses no edit
+        (out / name).write_text("edited")
+        assert evaluate(tmp_path, *flags).returncode == 1
+        assert (out / name).read_text() == "edited"
+
+
+def test_report_of_an_earlier_version_is_replaced(tmp_path: Path) -> None:
+    """Such as that of a shipped experiment, beside which no list of what was written lies."""
+    dataset = make_dataset(tmp_path / "set", ["a.png"])
+    predictions = make_predictions(tmp_path / "predicted", ["a"])
+    flags = [f"--pred_dir={predictions}", f"--dataset={dataset}", f"--output_dir={tmp_path}/out"]
+    assert evaluate(tmp_path, *flags, "--save_errors=1").returncode == 0
+    (tmp_path / "out/.records/written.json").unlink()
+    results = [evaluate(tmp_path, *flags), evaluate(tmp_path, *flags, "--save_errors=1")]
+    assert [result.returncode for result in results] == [0, 0], results
+
+
 def test_detector_without_a_name_leaves_the_experiments_alone(tmp_path: Path) -> None:
     """A folder of which no image can be read says so, rather than that there are no predictions."""
     before = experiment_files()

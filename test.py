@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,7 +115,9 @@ def open_predictions(flags: Flags, pred_dir: str) -> PredictionSet:
 
 
 def results_folder(flags: Flags, name: str, source: Path, faces: EvaluationSet) -> Path:
-    """Create the folder of the results: the one given, that of the named experiment, or a new one for `source`.
+    """Create the folder of the results: the one given, that of the named experiment, or one of its own.
+
+    One of its own is for one `source` of predictions, a checkpoint or a folder, on one ground truth.
 
     Raises:
         UserError: a file there that would be replaced is not of an evaluation; the message says what to do instead.
@@ -125,7 +128,8 @@ def results_folder(flags: Flags, name: str, source: Path, faces: EvaluationSet) 
     elif experiment:
         results = make_folder(Experiment(EXPERIMENTS / experiment).results_folder)
     else:
-        results = own_folder(_UNNAMED_RESULTS.absolute() / name, source)
+        owner = Path(f"{source.resolve()}{os.pathsep}{faces.source.resolve()}")
+        results = own_folder(_UNNAMED_RESULTS.absolute() / name, owner)
     check_report_is_ours(results, table_of(results), with_gallery=options.save_errors > 0)
     if options.page and faces.images is not None:
         check_page_is_ours(results)

@@ -149,6 +149,12 @@ def test_reports_of_predictions_overwrite_neither_each_other_nor_an_experiment(t
     assert f"warning: {two}: its boxes look like corners" in results[1].stderr
     assert results[0].stderr == ""
 
+    other = make_dataset(tmp_path / "other", ["a.png"], BOXES[:1])
+    assert evaluate(tmp_path, f"--pred_dir={one}", f"--dataset={other}").returncode == 0
+    assert {path.name for path in folder.iterdir()} == {name, f"{name}_2", f"{name}_3"}
+    sources = [json.loads((path / "results.json").read_text())["ground_truth"] for path in sorted(folder.iterdir())]
+    assert sources == [f"{each}/label.txt" for each in (dataset, dataset, other)]
+
     (tmp_path / "empty").mkdir()
     assert evaluate(tmp_path, f"--pred_dir={tmp_path}/empty", f"--dataset={dataset}").returncode == 1
     assert not (folder / "empty").exists()

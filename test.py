@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from config import (
@@ -43,7 +44,7 @@ from utils.results.own_files import OwnFiles
 from utils.results.page import check_page_is_ours
 from utils.runtime.cli import choose_device, run
 from utils.runtime.experiment import Experiment
-from utils.runtime.files import disk_errors, make_folder, own_folder, user_path
+from utils.runtime.files import disk_errors, locked, make_folder, own_folder, user_path
 
 GROUPS = (
     RunOptions(),
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     faces = open_faces(options, "dataset" in flags.given)
     if options.pred_dir:
         predicted = open_predictions(flags, options.pred_dir)
-        report(predicted, DetectionStats(), faces, flags)
+        with ExitStack() as stack:
+            report(predicted, DetectionStats(), faces, flags, stack)
         return
     # PyTorch takes a second to import, and --pred_dir does not need it.
     import torch
@@ -80,20 +82,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     device, name = choose_device(flags.apply(RunOptions()).gpu_num), flags.apply(RunOptions()).experiment_name
     # The processes exchange messages, not tensors, for which the CPU suffices.
-    with distributed_context(torch.device("cpu")) as context:
+    with distributed_context(torch.device("cpu")) as context, ExitStack() as stack:
         weight = flags.apply(WeightOptions()).model_weight
         path = locate_checkpoint(EXPERIMENTS, name or DEFAULT_EXPERIMENT, weight)
         checkpoint = load_checkpoint(path, flags.apply(ModelOverrides()))
         model = load_model(checkpoint).to(device)
         detector = FaceDetector(model, flags.apply(checkpoint.evaluation), flags.apply(EVALUATION_COMPUTE))
         name = name or checkpoint.experiment_name(EXPERIMENTS)
-        results = run_on_main(lambda: results_folder(flags, name, checkpoint.path, faces))
+        results = run_on_main(lambda: results_folder(flags, name, checkpoint.path, faces, stack))
         evaluation = EvaluationRun(
             name, checkpoint, detector, flags.apply(checkpoint.protocol), results, options.resume
         )
         predicted, detected = predict(evaluation, faces, context)
         if context.is_main:
-            report(predicted, detected, faces, flags, results)
+            report(predicted, detected, faces, flags, stack, results)
 
 
 def open_faces(options: EvaluationOptions, dataset_is_given: bool) -> EvaluationSet:
@@ -114,13 +116,14 @@ def open_predictions(flags: Flags, pred_dir: str) -> PredictionSet:
     return PredictionSet.open(user_path(pred_dir), flags.apply(RunOptions()).experiment_name)
 
 
-def results_folder(flags: Flags, name: str, source: Path, faces: EvaluationSet) -> Path:
+def results_folder(flags: Flags, name: str, source: Path, faces: EvaluationSet, stack: ExitStack) -> Path:
     """Create the folder of the results: the one given, that of the named experiment, or one of its own.
 
-    One of its own is for one `source` of predictions, a checkpoint or a folder, on one ground truth.
+    It is locked until `stack` is closed. One of its own is for one `source` of predictions, a checkpoint or a folder,
+    on one ground truth.
 
     Raises:
-        UserError: a file there that would be replaced is not of an evaluation; the message says what to do instead.
+        UserError: another run is writing there, or a file there that would be replaced is not of an evaluation.
     """
     options, experiment = flags.apply(EvaluationOptions()), flags.apply(RunOptions()).experiment_name
     if options.output_dir:
@@ -130,6 +133,7 @@ def results_folder(flags: Flags, name: str, source: Path, faces: EvaluationSet) 
     else:
         owner = Path(f"{source.resolve()}{os.pathsep}{faces.source.resolve()}")
         results = own_folder(_UNNAMED_RESULTS.absolute() / name, owner)
+    stack.enter_context(locked(results))
     check_report_is_ours(results, table_of(results), with_gallery=options.save_errors > 0)
     if options.page and faces.images is not None:
         check_page_is_ours(results)
@@ -142,9 +146,14 @@ def table_of(results: Path) -> Path:
 
 
 def report(
-    predicted: PredictionSet, detected: DetectionStats, faces: EvaluationSet, flags: Flags, results: Path | None = None
+    predicted: PredictionSet,
+    detected: DetectionStats,
+    faces: EvaluationSet,
+    flags: Flags,
+    stack: ExitStack,
+    results: Path | None = None,
 ) -> None:
-    """Evaluate predictions, write the report, and print it; `results` is the folder of the results if there is one."""
+    """Evaluate predictions, write the report, and print it; see `results_folder`, which gives `results` if missing."""
     options = flags.apply(EvaluationOptions())
     if detected.skipped and not detected.images and len(detected.skipped) == len(faces.truths):
         name, reason = detected.skipped[0]
@@ -157,7 +166,7 @@ def report(
     localisation = localisation_ap(predictions, faces.truths)
     names = frozenset(predictions)
     measured = Measurement(predicted, faces, faces.evaluate(predictions), detected, names, localisation, errors)
-    results = results or results_folder(flags, predicted.experiment, predicted.folder, faces)
+    results = results or results_folder(flags, predicted.experiment, predicted.folder, faces, stack)
     form = suspected_form(predictions, faces, measured.evaluation) if options.pred_dir else None
     if form:
         print(f"warning: {predicted.folder}: {form}; expected x y width height score in pixels", file=sys.stderr)

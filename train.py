@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
@@ -41,9 +42,9 @@ from utils.errors import ConfigError
 from utils.evaluation.ground_truth import open_validation_set
 from utils.options import Flags, parse_flags
 from utils.runtime.cli import choose_device, run
-from utils.runtime.distributed import DistributedContext, distributed_context
+from utils.runtime.distributed import DistributedContext, distributed_context, run_on_main
 from utils.runtime.experiment import Experiment, load_config, load_recipe, save_config
-from utils.runtime.files import disk_errors, make_folder, user_path
+from utils.runtime.files import disk_errors, locked, make_folder, user_path
 from utils.runtime.logger import RunLog
 
 # Processes that train wait for one another in every step and in every validation.
@@ -74,8 +75,8 @@ class TrainingRun:
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse_flags(__doc__ or "", GROUPS, argv)
     device = choose_device(flags.apply(RunOptions()).gpu_num)
-    with distributed_context(device, _HANG_TIMEOUT) as context:
-        train(resolve(flags), device, context)
+    with distributed_context(device, _HANG_TIMEOUT) as context, ExitStack() as stack:
+        train(resolve(flags), device, context, stack)
 
 
 def resolve(flags: Flags) -> TrainingRun:
@@ -155,7 +156,8 @@ def describe_continuation(training: TrainingRun, resumed: Checkpoint) -> list[st
     return [*lines, done]
 
 
-def train(training: TrainingRun, device: torch.device, context: DistributedContext) -> None:
+def train(training: TrainingRun, device: torch.device, context: DistributedContext, stack: ExitStack) -> None:
+    """Train; the folder of the experiment is locked until `stack` is closed."""
     config, experiment, start = training.config, training.experiment, training.start
     data = open_data(config.data)
     notes = list(training.notes)
@@ -170,6 +172,7 @@ def train(training: TrainingRun, device: torch.device, context: DistributedConte
             "the backbone starts from random weights; --pretrained_backbone=mobilenetV1X0.25_pretrain.tar (of "
             "biubug6/Pytorch_Retinaface) starts from ImageNet's"
         )
+    run_on_main(lambda: stack.enter_context(locked(experiment.folder)))
     log = RunLog(make_folder(experiment.log_folder) if context.is_main else None)
     for note in notes:
         log.line(note)

@@ -22,6 +22,7 @@ from utils.evaluation.ground_truth import EvaluationSet, open_evaluation_set
 from utils.evaluation.prediction_set import PredictionSet
 from utils.evaluation.predictions import write_predictions
 from utils.evaluation.report import suspected_form
+from utils.runtime.files import locked
 
 BOXES: list[list[float]] = [[30.0, 20, 24, 28], [10, 50, 12, 15]]
 WEIGHTS = ROOT / "experiments/mobilenet0.25_anc2_casT_fpn3/ckpt/mobilenet0.25_ckpt-best.pth"
@@ -176,7 +177,7 @@ def test_report_replaces_no_file_of_the_user(tmp_path: Path, name: str) -> None:
     assert refused.returncode == 1
     assert f"error: {out / name}: " in refused.stderr
     assert refused.stderr.count("\n") == 1
-    assert [path.name for path in out.iterdir()] == [name]
+    assert {path.name for path in out.iterdir()} == {name, ".lock"}
     assert (out / name).read_text() == "mine"
 
     (out / name).unlink()
@@ -185,6 +186,21 @@ def test_report_replaces_no_file_of_the_user(tmp_path: Path, name: str) -> None:
         (out / name).write_text("edited")
         assert evaluate(tmp_path, *flags).returncode == 1
         assert (out / name).read_text() == "edited"
+
+
+@pytest.mark.parametrize("with_detector", [False, True])
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path, with_detector: bool) -> None:
+    """The second would remove the predictions of the first."""
+    pytest.importorskip("fcntl")
+    dataset, out = make_dataset(tmp_path / "set", ["a.png"]), tmp_path / "out"
+    predictions = make_predictions(out / "predictions", ["a"])
+    (out / "run.json").write_text("{}")
+    source = f"--model_weight={WEIGHTS}" if with_detector else f"--pred_dir={predictions}"
+    with locked(out):
+        result = evaluate(tmp_path, source, f"--dataset={dataset}", f"--output_dir={out}")
+    assert result.returncode == 1
+    assert f"error: {out}: another run is still writing there" in result.stderr
+    assert {path.name for path in out.rglob("*")} == {"predictions", "a.txt", "run.json", ".lock"}
 
 
 def test_report_of_an_earlier_version_is_replaced(tmp_path: Path) -> None:

@@ -82,9 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def resolve(flags: Flags) -> TrainingRun:
     """Resolve the folder of the experiment, its configuration, and the checkpoint that it starts from.
 
-    The configuration is the one saved in the folder, if training continues there, or that of the recipe, changed by
-    the flags. A new experiment has the architecture that its name says, or else that of the checkpoint that it starts
-    from, changed by the flags.
+    The configuration is the one saved in the folder, or in its state to continue from, if training continues there, or
+    that of the recipe, changed by the flags. A new experiment has the architecture that its name says, or else that of
+    the checkpoint that it starts from, changed by the flags.
     """
     start, name = flags.apply(StartOptions()), flags.apply(RunOptions()).experiment_name
     if start.pretrained_detector and start.pretrained_backbone not in (None, "none"):
@@ -94,9 +94,9 @@ def resolve(flags: Flags) -> TrainingRun:
     named = Experiment(EXPERIMENTS / name).for_training if name else None
     overrides = flags.apply(ModelOverrides())
     base: ModelConfig | None
-    if named and start.resume and named.config_file.is_file() and (named.can_continue or not (recipe or checkpoint)):
-        saved = load_config(named.config_file)
-        base = saved.model
+    former = saved_config(named) if named and start.resume else None
+    if named and former and (named.can_continue or not (recipe or checkpoint)):
+        saved, base = former, former.model
     elif recipe:
         saved, base = recipe, recipe.model
     else:
@@ -114,10 +114,20 @@ def resolve(flags: Flags) -> TrainingRun:
     )
     usual = Experiment(EXPERIMENTS / (name or start.recipe or model_config.name))
     experiment = usual.for_training
-    if experiment.can_continue and experiment.config_file.is_file():
+    if experiment.can_continue:
         check_architecture(experiment, model_config)
     kept = f"{usual.folder} holds a detector, which is kept: training in {experiment.folder}"
     return TrainingRun(experiment, config, start, checkpoint, [] if experiment == usual else [kept])
+
+
+def saved_config(experiment: Experiment) -> ExperimentConfig | None:
+    """The configuration in the folder of an experiment, or that of its state to continue from; None without either."""
+    if experiment.config_file.is_file():
+        return load_config(experiment.config_file)
+    for path in sorted(experiment.folder.glob("ckpt/*ckpt-last.pth")):
+        last = load_checkpoint(path)
+        return last.experiment or ExperimentConfig(model=last.model_config)
+    return None
 
 
 def check_architecture(experiment: Experiment, model_config: ModelConfig) -> None:
@@ -126,11 +136,11 @@ def check_architecture(experiment: Experiment, model_config: ModelConfig) -> Non
     Raises:
         ConfigError: the experiment has another architecture.
     """
-    saved = load_config(experiment.config_file).model
-    if saved != model_config:
+    saved = saved_config(experiment)
+    if saved and saved.model != model_config:
+        trained = describe_architecture(saved.model)
         raise ConfigError(
-            f"{experiment.folder}: was trained with another architecture ({describe_architecture(saved)}); use another "
-            "--experiment_name"
+            f"{experiment.folder}: was trained with another architecture ({trained}); use another --experiment_name"
         )
 
 

@@ -35,6 +35,7 @@ VIDEO_SUFFIXES = frozenset(
     ".vob .mxf .divx .mjpeg .mjpg .rm .rmvb .mod .tod .dv".split()
 )
 _MAX_READER_THREADS = 8  # each holds an image
+_COMPLETE_SHARE = 0.9  # some files contain only an estimate of their number of frames
 _MAX_CAMERA_DIGITS = 3  # longer numbers, such as 20240102, are names of missing folders
 
 
@@ -222,7 +223,8 @@ class VideoFrames:
     """The frames of a video file or a camera.
 
     Attributes:
-        description, names, ignored, notes: as those of `ImageFiles`; the names are not known in advance.
+        description, names, ignored: as those of `ImageFiles`; the names are not known in advance.
+        notes: a line, once all frames were read, if many that the file declares are missing.
         folders: the folder of the video; empty for a camera.
         total: number of frames, or None if it is not known in advance.
         frames_per_second: frame rate.
@@ -230,13 +232,13 @@ class VideoFrames:
 
     names: ClassVar[list[str]] = []
     ignored: ClassVar[int] = 0
-    notes: ClassVar[Sequence[str]] = ()
 
     def __init__(self, source: Path | int, stem: str, max_frames: int) -> None:
         self.description = stem if isinstance(source, int) else str(source)
         self.stem = stem
         self.folders = set[Path]() if isinstance(source, int) else {source.parent}
         self.max_frames = max_frames
+        self.notes: list[str] = []
         self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
         if not self._capture.isOpened():
             no_camera = "no such camera, file or folder, or the camera is in use"
@@ -247,6 +249,7 @@ class VideoFrames:
         self.frames_per_second: float = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
         frames = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
         known = max(frames, 0) if isinstance(source, Path) else 0
+        self._declared = min(known, max_frames or known)
         self.total: int | None = (min(known, max_frames) if known and max_frames else known or max_frames) or None
 
     def __iter__(self) -> Iterator[InputImage]:
@@ -259,6 +262,10 @@ class VideoFrames:
         self._capture.release()
         if number < 0:
             raise SourceError(f"{self.description}: holds no frame that OpenCV reads")
+        if number + 1 < _COMPLETE_SHARE * self._declared:
+            self.notes.append(
+                f"{self.description}: ends after {number + 1} of {self._declared} frames; perhaps damaged"
+            )
 
     def _read(self, number: int) -> tuple[np.ndarray | None, float | None]:
         """Read the next frame, and its time stamp if the source has time stamps."""

@@ -153,6 +153,24 @@ def test_broken_video_is_refused(video: Path, tmp_path: Path, part: float) -> No
         names_of(open_path(broken))
 
 
+def test_video_that_ends_early_is_named(tmp_path: Path) -> None:
+    path, cut = tmp_path / "whole.avi", tmp_path / "cut.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10.0, (320, 240))
+    if not writer.isOpened():
+        pytest.skip("this OpenCV writes no MJPG")
+    for _ in range(20):
+        writer.write(np.random.default_rng(0).integers(0, 255, (240, 320, 3), np.uint8))
+    writer.release()
+    data = path.read_bytes()
+    cut.write_bytes(data[: len(data) // 2])
+    whole, limited, broken = open_path(path), open_path(path, 3), open_path(cut)
+    assert [len(names_of(source)) for source in (whole, limited)] == [20, 3]
+    assert list(whole.notes) == list(limited.notes) == []
+    count = len(names_of(broken))
+    assert 0 < count < 18
+    assert list(broken.notes) == [f"{cut}: ends after {count} of 20 frames; perhaps damaged"]
+
+
 def test_pattern_matches_images_in_any_depth(tmp_path: Path) -> None:
     for name in ("a.png", "sub/b.png", "sub/deep/c.png"):
         save(tmp_path / name)

@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from utils.errors import UserError
+from utils.results.files import OUTPUT_FOLDERS
 from utils.runtime.files import candidate_paths, missing, path_exists, read_text
 from utils.runtime.images import (
     IMAGE_SUFFIXES,
@@ -169,7 +170,10 @@ def _walk(folder: Path, exclude: Set[Path], left_out: dict[str, list[Path]]) -> 
         left_out["a link to a folder is not followed"] += (path for path in visible if path.is_symlink())
         results = {path for path in visible if not path.is_symlink() and path.resolve() in exclude}
         left_out["results are written there"] += sorted(results)
-        folders[:] = [path.name for path in visible if path not in results]
+        is_of_a_run = ".records" in folders
+        former = {path for path in visible if is_of_a_run and path.name in OUTPUT_FOLDERS} - results
+        left_out["results of an earlier run; --inference_dir may name this folder itself"] += sorted(former)
+        folders[:] = [path.name for path in visible if path not in results | former]
         yield from (Path(parent) / name for name in files if not name.startswith("."))
 
 

@@ -69,6 +69,19 @@ def test_results_that_lie_among_the_pictures_are_left_alone(tmp_path: Path) -> N
     assert names_of(source) == ["a.png", "sub/faces/b.png"]
 
 
+def test_results_of_an_earlier_run_are_left_alone_and_named(tmp_path: Path) -> None:
+    for name in ("a.png", "out/mine.png", "out/result_images/a.png", "out/thumbnails/000000.png", "faces/b.png"):
+        save(tmp_path / name)
+    (tmp_path / "out/.records/exp").mkdir(parents=True)
+    source = open_path(tmp_path)
+    assert names_of(source) == ["a.png", "faces/b.png", "out/mine.png"]
+    (note,) = source.notes
+    reason = "results of an earlier run; --inference_dir may name this folder itself"
+    assert note == f"skipped {tmp_path}/out/result_images and 1 more: {reason}"
+    assert names_of(open_path(tmp_path / "out/result_images")) == ["a.png"]
+    assert names_of(open_path(tmp_path / "out")) == ["mine.png"]
+
+
 def test_damaged_pictures_come_out_with_their_problem(tmp_path: Path) -> None:
     save(tmp_path / "good.png")
     (tmp_path / "empty.jpg").touch()

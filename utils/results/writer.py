@@ -100,7 +100,7 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
         self._store = RecordStore(folder / ".records" / experiment_name)
         needs_names = options.save_img or options.anonymize
         lower_names = frozenset(name.lower() for name in names) if needs_names else frozenset[str]()
-        self._drawings = OutputImages(folder, "result_images", frames_per_second, lower_names)
+        self._drawings = OutputImages(folder, "result_images", frames_per_second, lower_names, video)
         self._face_files = FaceFiles(folder, options, frames_per_second, video, lower_names)
         # Number of images of each name, with and without suffix: `a.jpg` and `a.png` share `a`.
         has_crops = options.save_mask or options.save_crops

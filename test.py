@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from config import (
@@ -32,14 +34,17 @@ from utils.evaluation.report import (
     DetectionStats,
     Measurement,
     append_to_table,
+    check_report_is_ours,
     describe,
     suspected_form,
     write_report,
 )
 from utils.options import Flags, parse_flags
+from utils.results.own_files import OwnFiles
+from utils.results.page import check_page_is_ours
 from utils.runtime.cli import choose_device, run
 from utils.runtime.experiment import Experiment
-from utils.runtime.files import disk_errors, is_folder, make_folder, own_folder, user_path
+from utils.runtime.files import disk_errors, is_folder, locked, make_folder, own_folder, user_path
 
 GROUPS = (
     RunOptions(),
@@ -63,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     faces = open_faces(options, "dataset" in flags.given)
     if options.pred_dir:
         predicted = open_predictions(flags, options.pred_dir)
-        report(predicted, DetectionStats(), faces, flags)
+        with ExitStack() as stack:
+            report(predicted, DetectionStats(), faces, flags, stack)
         return
     # PyTorch takes a second to import, and --pred_dir does not need it.
     import torch
@@ -76,20 +82,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     device, name = choose_device(flags.apply(RunOptions()).gpu_num), flags.apply(RunOptions()).experiment_name
     # The processes exchange messages, not tensors, for which the CPU suffices.
-    with distributed_context(torch.device("cpu")) as context:
+    with distributed_context(torch.device("cpu")) as context, ExitStack() as stack:
         weight = flags.apply(WeightOptions()).model_weight
         path = locate_checkpoint(EXPERIMENTS, name or DEFAULT_EXPERIMENT, weight)
         checkpoint = load_checkpoint(path, flags.apply(ModelOverrides()))
         model = load_model(checkpoint).to(device)
         detector = FaceDetector(model, flags.apply(checkpoint.evaluation), flags.apply(EVALUATION_COMPUTE))
         name = name or checkpoint.experiment_name(EXPERIMENTS)
-        results = run_on_main(lambda: results_folder(flags, name, checkpoint.path))
+        results = run_on_main(lambda: results_folder(flags, name, checkpoint.path, faces, stack))
         evaluation = EvaluationRun(
             name, checkpoint, detector, flags.apply(checkpoint.protocol), results, options.resume
         )
         predicted, detected = predict(evaluation, faces, context)
         if context.is_main:
-            report(predicted, detected, faces, flags, results)
+            report(predicted, detected, faces, flags, stack, results)
 
 
 def open_faces(options: EvaluationOptions, dataset_is_given: bool) -> EvaluationSet:
@@ -110,20 +116,44 @@ def open_predictions(flags: Flags, pred_dir: str) -> PredictionSet:
     return PredictionSet.open(user_path(pred_dir), flags.apply(RunOptions()).experiment_name)
 
 
-def results_folder(flags: Flags, name: str, source: Path) -> Path:
-    """Create the folder of the results: the one given, that of the named experiment, or a new one for `source`."""
-    output_dir, experiment = flags.apply(EvaluationOptions()).output_dir, flags.apply(RunOptions()).experiment_name
-    if output_dir:
-        return make_folder(user_path(output_dir).absolute())
-    if experiment:
-        return make_folder(Experiment(EXPERIMENTS / experiment).results_folder)
-    return own_folder(_UNNAMED_RESULTS.absolute() / name, source)
+def results_folder(flags: Flags, name: str, source: Path, faces: EvaluationSet, stack: ExitStack) -> Path:
+    """Create the folder of the results: the one given, that of the named experiment, or one of its own.
+
+    It is locked until `stack` is closed. One of its own is for one `source` of predictions, a checkpoint or a folder,
+    on one ground truth.
+
+    Raises:
+        UserError: another run is writing there, or a file there that would be replaced is not of an evaluation.
+    """
+    options, experiment = flags.apply(EvaluationOptions()), flags.apply(RunOptions()).experiment_name
+    if options.output_dir:
+        results = make_folder(user_path(options.output_dir).absolute())
+    elif experiment:
+        results = make_folder(Experiment(EXPERIMENTS / experiment).results_folder)
+    else:
+        owner = Path(f"{source.resolve()}{os.pathsep}{faces.source.resolve()}")
+        results = own_folder(_UNNAMED_RESULTS.absolute() / name, owner)
+    stack.enter_context(locked(results))
+    check_report_is_ours(results, table_of(results), with_gallery=options.save_errors > 0)
+    if options.page and faces.images is not None:
+        check_page_is_ours(results)
+    return results
+
+
+def table_of(results: Path) -> Path:
+    """The table of all runs: one for all experiments, or one in the folder of the results."""
+    return (EXPERIMENTS if results.is_relative_to(EXPERIMENTS) else results) / "results.csv"
 
 
 def report(
-    predicted: PredictionSet, detected: DetectionStats, faces: EvaluationSet, flags: Flags, results: Path | None = None
+    predicted: PredictionSet,
+    detected: DetectionStats,
+    faces: EvaluationSet,
+    flags: Flags,
+    stack: ExitStack,
+    results: Path | None = None,
 ) -> None:
-    """Evaluate predictions, write the report, and print it; `results` is the folder of the results if there is one."""
+    """Evaluate predictions, write the report, and print it; see `results_folder`, which gives `results` if missing."""
     options = flags.apply(EvaluationOptions())
     if detected.skipped and not detected.images and len(detected.skipped) == len(faces.truths):
         name, reason = detected.skipped[0]
@@ -136,19 +166,22 @@ def report(
     localisation = localisation_ap(predictions, faces.truths)
     names = frozenset(predictions)
     measured = Measurement(predicted, faces, faces.evaluate(predictions), detected, names, localisation, errors)
-    results = results or results_folder(flags, predicted.experiment, predicted.folder)
+    results = results or results_folder(flags, predicted.experiment, predicted.folder, faces, stack)
     form = suspected_form(predictions, faces, measured.evaluation) if options.pred_dir else None
     if form:
         print(f"warning: {predicted.folder}: {form}; expected x y width height score in pixels", file=sys.stderr)
     with disk_errors(results):
         write_report(results, measured)
-        append_to_table((EXPERIMENTS if results.is_relative_to(EXPERIMENTS) else results) / "results.csv", measured)
+        append_to_table(table_of(results), measured)
         if options.save_errors:
             from utils.evaluation.error_gallery import draw_error_gallery  # only the gallery needs OpenCV
             from utils.runtime.images import write_image
 
             gallery = draw_error_gallery(faces, predictions, measured.evaluation, options.save_errors)
-            write_image(results / "errors.png", gallery)
+            with OwnFiles(results).replaced(results / "errors.png") as (temporary,):
+                encoded = temporary.with_suffix(".png")
+                write_image(encoded, gallery)
+                encoded.replace(temporary)
         page = write_evaluation_page(results, measured, predictions) if options.page else None
     print(f"results are in {results}")
     if page is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
@@ -41,9 +42,9 @@ from utils.errors import ConfigError
 from utils.evaluation.ground_truth import open_validation_set
 from utils.options import Flags, parse_flags
 from utils.runtime.cli import choose_device, run
-from utils.runtime.distributed import DistributedContext, distributed_context
+from utils.runtime.distributed import DistributedContext, distributed_context, run_on_main
 from utils.runtime.experiment import Experiment, load_config, load_recipe, save_config
-from utils.runtime.files import disk_errors, make_folder, user_path
+from utils.runtime.files import disk_errors, locked, make_folder, user_path
 from utils.runtime.logger import RunLog
 
 # Processes that train wait for one another in every step and in every validation.
@@ -74,16 +75,16 @@ class TrainingRun:
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse_flags(__doc__ or "", GROUPS, argv)
     device = choose_device(flags.apply(RunOptions()).gpu_num)
-    with distributed_context(device, _HANG_TIMEOUT) as context:
-        train(resolve(flags), device, context)
+    with distributed_context(device, _HANG_TIMEOUT) as context, ExitStack() as stack:
+        train(resolve(flags), device, context, stack)
 
 
 def resolve(flags: Flags) -> TrainingRun:
     """Resolve the folder of the experiment, its configuration, and the checkpoint that it starts from.
 
-    The configuration is the one saved in the folder, if training continues there, or that of the recipe, changed by
-    the flags. A new experiment has the architecture that its name says, or else that of the checkpoint that it starts
-    from, changed by the flags.
+    The configuration is the one saved in the folder, or in its state to continue from, if training continues there, or
+    that of the recipe, changed by the flags. A new experiment has the architecture that its name says, or else that of
+    the checkpoint that it starts from, changed by the flags.
     """
     start, name = flags.apply(StartOptions()), flags.apply(RunOptions()).experiment_name
     if start.pretrained_detector and start.pretrained_backbone not in (None, "none"):
@@ -93,9 +94,9 @@ def resolve(flags: Flags) -> TrainingRun:
     named = Experiment(EXPERIMENTS / name).for_training if name else None
     overrides = flags.apply(ModelOverrides())
     base: ModelConfig | None
-    if named and start.resume and named.config_file.is_file() and (named.can_continue or not (recipe or checkpoint)):
-        saved = load_config(named.config_file)
-        base = saved.model
+    former = saved_config(named) if named and start.resume else None
+    if named and former and (named.can_continue or not (recipe or checkpoint)):
+        saved, base = former, former.model
     elif recipe:
         saved, base = recipe, recipe.model
     else:
@@ -113,10 +114,20 @@ def resolve(flags: Flags) -> TrainingRun:
     )
     usual = Experiment(EXPERIMENTS / (name or start.recipe or model_config.name))
     experiment = usual.for_training
-    if experiment.can_continue and experiment.config_file.is_file():
+    if experiment.can_continue:
         check_architecture(experiment, model_config)
     kept = f"{usual.folder} holds a detector, which is kept: training in {experiment.folder}"
     return TrainingRun(experiment, config, start, checkpoint, [] if experiment == usual else [kept])
+
+
+def saved_config(experiment: Experiment) -> ExperimentConfig | None:
+    """The configuration in the folder of an experiment, or that of its state to continue from; None without either."""
+    if experiment.config_file.is_file():
+        return load_config(experiment.config_file)
+    for path in sorted(experiment.folder.glob("ckpt/*ckpt-last.pth")):
+        last = load_checkpoint(path)
+        return last.experiment or ExperimentConfig(model=last.model_config)
+    return None
 
 
 def check_architecture(experiment: Experiment, model_config: ModelConfig) -> None:
@@ -125,11 +136,11 @@ def check_architecture(experiment: Experiment, model_config: ModelConfig) -> Non
     Raises:
         ConfigError: the experiment has another architecture.
     """
-    saved = load_config(experiment.config_file).model
-    if saved != model_config:
+    saved = saved_config(experiment)
+    if saved and saved.model != model_config:
+        trained = describe_architecture(saved.model)
         raise ConfigError(
-            f"{experiment.folder}: was trained with another architecture ({describe_architecture(saved)}); use another "
-            "--experiment_name"
+            f"{experiment.folder}: was trained with another architecture ({trained}); use another --experiment_name"
         )
 
 
@@ -155,7 +166,8 @@ def describe_continuation(training: TrainingRun, resumed: Checkpoint) -> list[st
     return [*lines, done]
 
 
-def train(training: TrainingRun, device: torch.device, context: DistributedContext) -> None:
+def train(training: TrainingRun, device: torch.device, context: DistributedContext, stack: ExitStack) -> None:
+    """Train; the folder of the experiment is locked until `stack` is closed."""
     config, experiment, start = training.config, training.experiment, training.start
     folders = find_datasets(config.data.dataset, DATA)
     data = open_data(config.data, folders)
@@ -171,6 +183,7 @@ def train(training: TrainingRun, device: torch.device, context: DistributedConte
             "the backbone starts from random weights; --pretrained_backbone=mobilenetV1X0.25_pretrain.tar (of "
             "biubug6/Pytorch_Retinaface) starts from ImageNet's"
         )
+    run_on_main(lambda: stack.enter_context(locked(experiment.folder)))
     log = RunLog(make_folder(experiment.log_folder) if context.is_main else None)
     for note in notes:
         log.line(note)

@@ -87,18 +87,23 @@ class Checkpoint:
 
 
 def locate_checkpoint(experiments: Path, experiment_name: str, model_weight: str) -> Path:
-    """Find the file that `--model_weight` names: a path, or a name in the experiment's `ckpt/`.
+    """Find the file that `--model_weight` names: a path, or a name in the experiment's `ckpt/` or else here.
 
     In `ckpt/` the name may be prefixed by the backbone, as in the original's `resnet50_ckpt-best.pth`.
 
     Raises:
         CheckpointError: there is no such file, or more than one.
     """
-    direct = user_path(model_weight)
-    if is_file(direct):
+    direct, folder = user_path(model_weight), experiments / experiment_name / "ckpt"
+    is_name = Path(model_weight).name == model_weight  # ./ckpt-best.pth is a path
+    found = sorted(path for path in folder.glob("*.pth") if is_name and path.name.endswith(f"_{model_weight}"))
+    if is_name and is_file(folder / model_weight):
+        return folder / model_weight
+    if len(found) == 1:
+        return found[0]
+    if is_file(direct) and not found:
         return direct
-    folder = experiments / experiment_name / "ckpt"
-    if direct.parent != Path():
+    if not is_name:
         raise CheckpointError(f"--model_weight {model_weight}: no such file")
     if not is_folder(folder):
         known = sorted(path.parent.name for path in experiments.glob("*/ckpt"))
@@ -106,11 +111,6 @@ def locate_checkpoint(experiments: Path, experiment_name: str, model_weight: str
             f"{folder}: no such experiment; "
             + (f"choose --experiment_name from {', '.join(known)}" if known else "train one with train.py")
         )
-    if is_file(folder / model_weight):
-        return folder / model_weight
-    found = sorted(path for path in folder.glob("*.pth") if path.name.endswith(f"_{model_weight}"))
-    if len(found) == 1:
-        return found[0]
     present = ", ".join(path.name for path in sorted(folder.glob("*.pth"))) or "nothing"
     problem = "more than one checkpoint ends in" if found else "no checkpoint named"
     raise CheckpointError(f"{folder}: {problem} {model_weight}; it holds {present}; choose with --model_weight")

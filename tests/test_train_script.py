@@ -28,6 +28,7 @@ from tests.ground_truth import save_ground_truth
 from tests.scripts import run_process, run_processes, run_script
 from utils.runtime import logger
 from utils.runtime.experiment import Experiment, load_config
+from utils.runtime.files import locked
 
 FAST = [
     "--gpu_num=-1",
@@ -113,6 +114,15 @@ def test_training_leaves_what_the_readme_says(dataset: Path, experiment: Experim
     assert best.model_config == config.model
     assert 0 <= best.training["val_ap"] <= 1
     assert len(losses(experiment)) == 3
+
+
+def test_two_runs_do_not_train_one_experiment(dataset: Path, experiment: Experiment) -> None:
+    pytest.importorskip("fcntl")
+    with locked(experiment.folder):
+        result = train(dataset, experiment, "--epochs=1")
+    assert result.returncode == 1
+    assert f"error: {experiment.folder}: another run is still writing there" in result.stderr
+    assert [path.name for path in experiment.folder.iterdir()] == [".lock"]
 
 
 def test_run_killed_three_times_ends_with_the_same_weights(dataset: Path, experiment: Experiment) -> None:

@@ -334,6 +334,24 @@ def test_name_is_found_with_a_backbone_before_it(own: Path) -> None:
     assert locate_checkpoint(experiments, "anything", str(own)) == own
 
 
+def test_name_means_the_experiment_rather_than_the_current_folder(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiments = own.parent.parent.parent
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("ckpt-best.pth", "other.pth", own.name):
+        (here / name).touch()
+    monkeypatch.chdir(here)
+    for name in ("ckpt-best.pth", own.name):
+        assert locate_checkpoint(experiments, "mine", name) == own
+        assert locate_checkpoint(experiments, "mine", f"./{name}").resolve() == here / name
+    assert locate_checkpoint(experiments, "mine", "other.pth").resolve() == here / "other.pth"
+    own.with_name("resnet50_ckpt-best.pth").touch()
+    with pytest.raises(CheckpointError, match="more than one"):
+        locate_checkpoint(experiments, "mine", "ckpt-best.pth")
+
+
 def test_what_cannot_be_found_is_explained(own: Path) -> None:
     experiments = own.parent.parent.parent
     with pytest.raises(CheckpointError, match=r"no such experiment; choose --experiment_name from mine"):

@@ -83,6 +83,17 @@ def test_other_architecture_does_not_lock_out_the_checkpoints(experiments: Path,
         resolved("--experiment_name=mine", "--backbone=mobilenet0.25", "--num_anchor=2", flag, f"--resume={resume}")
 
 
+def test_configuration_that_is_missing_is_taken_from_the_state_to_continue_from(experiments: Path) -> None:
+    saved = begin(experiments, "mine")
+    (experiments / "mine/config.json").unlink()
+    training = resolved("--experiment_name=mine")
+    assert training.config.model == saved.model
+    assert training.config.loss == load_checkpoint(weights(experiments, "mine", "last")).experiment.loss  # type: ignore[union-attr]
+    for flag in ("--resume=True", "--resume=False"):
+        with pytest.raises(ConfigError, match="mine: was trained with another architecture"):
+            resolved("--experiment_name=mine", "--backbone=resnet18", flag)
+
+
 def test_pretrained_detector_is_looked_at_where_training_continues(experiments: Path) -> None:
     begin(experiments, "mine")
     with pytest.raises(Exception, match=r"nowhere\.pth: cannot be read"):

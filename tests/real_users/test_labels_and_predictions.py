@@ -22,6 +22,7 @@ from utils.evaluation.ground_truth import EvaluationSet, open_evaluation_set
 from utils.evaluation.prediction_set import PredictionSet
 from utils.evaluation.predictions import write_predictions
 from utils.evaluation.report import suspected_form
+from utils.runtime.files import locked
 
 BOXES: list[list[float]] = [[30.0, 20, 24, 28], [10, 50, 12, 15]]
 WEIGHTS = ROOT / "experiments/mobilenet0.25_anc2_casT_fpn3/ckpt/mobilenet0.25_ckpt-best.pth"
@@ -149,6 +150,12 @@ def test_reports_of_predictions_overwrite_neither_each_other_nor_an_experiment(t
     assert f"warning: {two}: its boxes look like corners" in results[1].stderr
     assert results[0].stderr == ""
 
+    other = make_dataset(tmp_path / "other", ["a.png"], BOXES[:1])
+    assert evaluate(tmp_path, f"--pred_dir={one}", f"--dataset={other}").returncode == 0
+    assert {path.name for path in folder.iterdir()} == {name, f"{name}_2", f"{name}_3"}
+    sources = [json.loads((path / "results.json").read_text())["ground_truth"] for path in sorted(folder.iterdir())]
+    assert sources == [f"{each}/label.txt" for each in (dataset, dataset, other)]
+
     (tmp_path / "empty").mkdir()
     assert evaluate(tmp_path, f"--pred_dir={tmp_path}/empty", f"--dataset={dataset}").returncode == 1
     assert not (folder / "empty").exists()
@@ -156,6 +163,55 @@ def test_reports_of_predictions_overwrite_neither_each_other_nor_an_experiment(t
     assert f"results are in {tmp_path}/elsewhere" in elsewhere.stdout
     assert (tmp_path / "elsewhere/results.csv").is_file()
     assert experiment_files() == before
+
+
+@pytest.mark.parametrize("name", ["results.txt", "results.json", "errors.png", "index.html", "results.csv"])
+def test_report_replaces_no_file_of_the_user(tmp_path: Path, name: str) -> None:
+    dataset = make_dataset(tmp_path / "set", ["a.png"])
+    predictions = make_predictions(tmp_path / "predicted", ["a"])
+    out = tmp_path / "out"
+    flags = [f"--pred_dir={predictions}", f"--dataset={dataset}", f"--output_dir={out}", "--save_errors=1"]
+    out.mkdir()
+    (out / name).write_text("mine")
+    refused = evaluate(tmp_path, *flags)
+    assert refused.returncode == 1
+    assert f"error: {out / name}: " in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert {path.name for path in out.iterdir()} == {name, ".lock"}
+    assert (out / name).read_text() == "mine"
+
+    (out / name).unlink()
+    assert [evaluate(tmp_path, *flags).returncode for _ in range(2)] == [0, 0]
+    if name != "results.csv":  # rows are appended to it, which loses no edit
+        (out / name).write_text("edited")
+        assert evaluate(tmp_path, *flags).returncode == 1
+        assert (out / name).read_text() == "edited"
+
+
+@pytest.mark.parametrize("with_detector", [False, True])
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path, with_detector: bool) -> None:
+    """The second would remove the predictions of the first."""
+    pytest.importorskip("fcntl")
+    dataset, out = make_dataset(tmp_path / "set", ["a.png"]), tmp_path / "out"
+    predictions = make_predictions(out / "predictions", ["a"])
+    (out / "run.json").write_text("{}")
+    source = f"--model_weight={WEIGHTS}" if with_detector else f"--pred_dir={predictions}"
+    with locked(out):
+        result = evaluate(tmp_path, source, f"--dataset={dataset}", f"--output_dir={out}")
+    assert result.returncode == 1
+    assert f"error: {out}: another run is still writing there" in result.stderr
+    assert {path.name for path in out.rglob("*")} == {"predictions", "a.txt", "run.json", ".lock"}
+
+
+def test_report_of_an_earlier_version_is_replaced(tmp_path: Path) -> None:
+    """Such as that of a shipped experiment, beside which no list of what was written lies."""
+    dataset = make_dataset(tmp_path / "set", ["a.png"])
+    predictions = make_predictions(tmp_path / "predicted", ["a"])
+    flags = [f"--pred_dir={predictions}", f"--dataset={dataset}", f"--output_dir={tmp_path}/out"]
+    assert evaluate(tmp_path, *flags, "--save_errors=1").returncode == 0
+    (tmp_path / "out/.records/written.json").unlink()
+    results = [evaluate(tmp_path, *flags), evaluate(tmp_path, *flags, "--save_errors=1")]
+    assert [result.returncode for result in results] == [0, 0], results
 
 
 def test_detector_without_a_name_leaves_the_experiments_alone(tmp_path: Path) -> None:

@@ -82,6 +82,17 @@ def test_two_videos_in_one_folder_leave_two(tmp_path: Path) -> None:
     assert drawn(tmp_path) == {"one.mp4", "two.mp4"}
 
 
+@pytest.mark.parametrize("kind", ["result_images", "anonymized"])
+def test_two_videos_of_one_stem_leave_two(tmp_path: Path, kind: str) -> None:
+    options = replace(PLAIN, anonymize="solid") if kind == "anonymized" else DRAWINGS
+    for name in ("a.mp4", "a.avi"):
+        with ResultWriter(
+            tmp_path, "exp", {"source": name}, options=options, video=tmp_path / name, frames_per_second=10.0
+        ) as writer:
+            writer.add("a_000001.jpg", IMAGE, FACE)
+    assert {path.name for path in (tmp_path / kind).iterdir()} == {"a.mp4", "a.avi.mp4"}
+
+
 def test_video_of_odd_size_keeps_its_last_row_and_column(tmp_path: Path) -> None:
     write(tmp_path, ["a_000001.jpg"], frames_per_second=10.0, image=np.full((33, 47, 3), 90, np.uint8))
     read, frame = cv2.VideoCapture(str(tmp_path / "result_images/a.mp4")).read()

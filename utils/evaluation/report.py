@@ -13,16 +13,19 @@ from typing import Any
 
 import numpy as np
 
+from utils.errors import UserError
 from utils.evaluation.ground_truth import EvaluationSet
 from utils.evaluation.localisation import LocalisationAP
 from utils.evaluation.prediction_set import PredictionSet
 from utils.evaluation.wider_eval import Curve, Evaluation
-from utils.runtime.files import atomic_write
+from utils.results.own_files import OwnFiles
+from utils.runtime.manifest import read_object
 
 # Boundaries of the classes of face height, in pixels of the original image.
 _HEIGHTS = (16, 32, 64, 128)
 _SUSPICIOUS_AP = 0.1
 _MAX_NORMALISED_SUM = 2.0  # the sum of a coordinate and a width, each at most 1
+_REPORT_FILES = ("results.txt", "results.json", "pr_curves.png")
 CONFIDENT_SCORE = 0.5  # the default threshold of inference.py
 _TABLE_COLUMNS = (
     "date experiment checkpoint ground_truth images easy medium hard all images_per_second protocol".split()
@@ -190,20 +193,33 @@ def describe(measured: Measurement) -> list[str]:
     return lines
 
 
+def check_report_is_ours(folder: Path, table: Path, *, with_gallery: bool) -> None:
+    """Check that neither the report in this folder, nor the table to append to, is a file of the user.
+
+    Raises:
+        UserError: one is; the message says what to do instead.
+    """
+    names = (*_REPORT_FILES, "errors.png")
+    if {"experiment", "ground_truth", "ap"} <= read_object(folder / "results.json").keys():
+        OwnFiles(folder).adopt(folder / name for name in names)
+    OwnFiles(folder).check(folder / name for name in (names if with_gallery else _REPORT_FILES))
+    header = ",".join(_TABLE_COLUMNS)
+    if table.is_file() and table.stat().st_size and not table.read_bytes().startswith(header.encode()):
+        raise UserError(f"{table}: is another table than that of all runs; move it, or choose another --output_dir")
+
+
 def write_report(folder: Path, measured: Measurement) -> None:
     """Write results.txt, results.json and pr_curves.png into a folder that exists.
 
     Raises:
         OSError: a file cannot be written.
+        UserError: a file was not written by a run as it stands; see `check_report_is_ours`.
     """
-    with atomic_write(folder / "results.txt") as temporary:
-        temporary.write_text("\n".join(describe(measured)) + "\n", encoding="utf-8", errors="backslashreplace")
-    with atomic_write(folder / "results.json") as temporary:
-        temporary.write_text(json.dumps(_as_json(measured), indent=2) + "\n", encoding="utf-8")
-    with atomic_write(folder / "pr_curves.png") as temporary:
-        _draw_curves(
-            temporary, measured.evaluation.curves, f"{measured.predicted.experiment}\n{measured.predicted.protocol}"
-        )
+    with OwnFiles(folder).replaced(*(folder / name for name in _REPORT_FILES)) as (text, values, curves):
+        text.write_text("\n".join(describe(measured)) + "\n", encoding="utf-8", errors="backslashreplace")
+        values.write_text(json.dumps(_as_json(measured), indent=2) + "\n", encoding="utf-8")
+        title = f"{measured.predicted.experiment}\n{measured.predicted.protocol}"
+        _draw_curves(curves, measured.evaluation.curves, title)
 
 
 def _as_json(measured: Measurement) -> dict[str, Any]:

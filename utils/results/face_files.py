@@ -53,7 +53,7 @@ class FaceFiles:
         self.options = options
         self.frames_per_second = frames_per_second
         self.video = video
-        self._anonymised = OutputImages(folder, "anonymized", frames_per_second, names)
+        self._anonymised = OutputImages(folder, "anonymized", frames_per_second, names, video)
 
     def publishable(self, image: np.ndarray, detections: Detections, heads: Sequence[HeadMask] | None) -> np.ndarray:
         """The image itself, or with `anonymize` a copy without recognisable faces."""

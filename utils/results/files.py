@@ -12,8 +12,9 @@ from typing import Any, TextIO
 import numpy as np
 
 from utils.errors import UserError
+from utils.results.own_files import OwnFiles
 from utils.results.records import Record, RecordIndex
-from utils.runtime.files import atomic_write, one_line, shortened
+from utils.runtime.files import one_line, shortened
 
 # Folders of the images that a run writes; files elsewhere are never removed.
 OUTPUT_FOLDERS = (
@@ -77,14 +78,17 @@ class ResultFiles:
         return any(path.exists() for path in self.paths)
 
     def check_writable(self) -> None:
-        """Check that no folder has the name of a file to be written.
+        """Check that no folder, and no file of the user, has the name of a file to be written.
 
         Raises:
-            UserError: a folder has such a name.
+            UserError: one has such a name.
         """
         for path in self.paths:
             if path.is_dir():
                 raise UserError(f"{path}: cannot be written (it is a folder); choose another folder for the results")
+        if any(self.folder.glob(".records/*/run.json")):
+            OwnFiles(self.folder).adopt(self.paths)
+        OwnFiles(self.folder).check(self.paths)
 
     def write(self, settings: Mapping[str, Any], records: RecordIndex, former: np.ndarray) -> Summary:
         """Make the files from the records. They replace the old files once all are complete.
@@ -96,15 +100,14 @@ class ResultFiles:
 
         Raises:
             OSError: a file cannot be written.
+            UserError: the user has written one of them since the run began.
         """
-        with ExitStack() as stack:
-            table, whole, lines = (stack.enter_context(atomic_write(path)) for path in self.paths)
-            with ExitStack() as files:
-                # A file name may contain bytes that are not text: the table keeps them, JSON escapes them.
-                as_table = files.enter_context(table.open("w", encoding="utf-8", errors="surrogateescape"))
-                as_lines = files.enter_context(lines.open("w", encoding="utf-8", errors="backslashreplace"))
-                as_whole = files.enter_context(whole.open("w", encoding="utf-8", errors="backslashreplace"))
-                return _write_results(settings, records, former, as_table, as_lines, as_whole)
+        with OwnFiles(self.folder).replaced(*self.paths) as (table, whole, lines), ExitStack() as files:
+            # A file name may contain bytes that are not text: the table keeps them, JSON escapes them.
+            as_table = files.enter_context(table.open("w", encoding="utf-8", errors="surrogateescape"))
+            as_lines = files.enter_context(lines.open("w", encoding="utf-8", errors="backslashreplace"))
+            as_whole = files.enter_context(whole.open("w", encoding="utf-8", errors="backslashreplace"))
+            return _write_results(settings, records, former, as_table, as_lines, as_whole)
 
 
 def _write_results(

@@ -41,7 +41,9 @@ def write_crops(folder: Path, file_name: str, crops: Mapping[str, np.ndarray]) -
 class OutputImages:
     """Writes one image for each input image, or one video with a frame for each frame of the input."""
 
-    def __init__(self, folder: Path, kind: str, frames_per_second: float | None, names: Set[str]) -> None:
+    def __init__(
+        self, folder: Path, kind: str, frames_per_second: float | None, names: Set[str], video: Path | None = None
+    ) -> None:
         """Prepare to write; nothing is created yet.
 
         Args:
@@ -49,11 +51,13 @@ class OutputImages:
             kind: name of the folder in it for these images.
             frames_per_second: frame rate of a video; None for images.
             names: names of all input images in lower case, so that no two of them share a file.
+            video: video file of the input; the videos written for `a.mp4` and `a.avi` have different names.
         """
         self._folder = folder
         self._kind = kind
         self._frames_per_second = frames_per_second
         self._names = names
+        self._suffix = video.suffix if video and video.suffix.lower() != ".mp4" else ""
         self._video: VideoFile | None = None
 
     def write(self, name: str, pixels: np.ndarray) -> tuple[str, bool]:
@@ -68,7 +72,7 @@ class OutputImages:
         """
         if self._frames_per_second is None:
             return write_file(self._folder, f"{self._kind}/{self._file_name(name)}", pixels), True
-        relative = shortened(f"{self._kind}/{name.rsplit('_', 1)[0]}.mp4")
+        relative = shortened(f"{self._kind}/{name.rsplit('_', 1)[0]}{self._suffix}.mp4")
         is_new = self._video is None
         if self._video is None:
             self._video = VideoFile(self._folder / relative, self._frames_per_second)

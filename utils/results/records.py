@@ -16,11 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from utils.runtime.files import atomic_write
+from utils.runtime.files import atomic_write, try_lock
 from utils.runtime.manifest import read_object
 
 
@@ -98,7 +98,7 @@ class RecordWriter:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab")
-        _lock(self._file)
+        try_lock(self._file)
         if self._file.tell():
             self._file.write(b"\n")  # ends an incomplete line
 
@@ -109,24 +109,6 @@ class RecordWriter:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Lock a file for this process until it is closed; False if another process has locked it.
-
-    On Windows, and on file systems without locks, every process gets the lock.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 @dataclass(frozen=True)
@@ -151,7 +133,7 @@ class RecordStore:
         """Whether a process is appending records, such as one that outlived the launcher that started it."""
         for path in self.folder.glob("*.jsonl"):
             with path.open("ab") as file:
-                if not _lock(file):
+                if not try_lock(file):
                     return True
         return False
 

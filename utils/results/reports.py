@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from utils.datasets.formats.annotations import AnnotatedImage
 from utils.datasets.formats.registry import FORMATS
 from utils.datasets.labels import FaceRow, labelled_image
 from utils.results.files import Summary
+from utils.results.own_files import OwnFiles
 from utils.results.page import PageHead, file_url, relative_url, settings_rows, write_page
 from utils.results.records import RecordIndex
 
@@ -70,12 +72,31 @@ def _page_face(face: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
-def write_exports(folder: Path, formats: Sequence[str], records: RecordIndex, images: Path | None) -> None:
-    """Write annotations in these formats of `FORMATS` below `exports/`; see `write_inference_page` for `images`."""
-    target = folder / EXPORT_FOLDER
+def write_exports(folder: Path, formats: Sequence[str], records: RecordIndex, images: Path | None) -> list[Path]:
+    """Write annotations in these formats of `FORMATS` below `exports/`; see `write_inference_page` for `images`.
+
+    Returns:
+        Annotations of the user, or edited by the user, which are kept.
+    """
+    kept = []
     for name in formats:
-        target.mkdir(exist_ok=True)
-        FORMATS[name].write(target / FORMATS[name].file, _AnnotatedRecords(records), images)
+        # Beside the final files, because annotations refer to images by relative paths.
+        staged = folder / EXPORT_FOLDER / ".new"
+        _remove(staged)  # of a run that was killed
+        staged.parent.mkdir(exist_ok=True)
+        try:
+            FORMATS[name].write(staged, _AnnotatedRecords(records), images)
+            kept += OwnFiles(folder).replace_all(staged, staged.with_name(FORMATS[name].file))
+        finally:
+            _remove(staged)
+    return kept
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
                 f"{folder}: OpenCV writes no video where the path is not valid UTF-8; choose another folder"
             )
         lower_names = frozenset(name.lower() for name in names) if needs_names else frozenset[str]()
-        self._drawings = OutputImages(folder, "result_images", frames_per_second, lower_names)
+        self._drawings = OutputImages(folder, "result_images", frames_per_second, lower_names, video)
         self._face_files = FaceFiles(folder, options, frames_per_second, video, lower_names)
         # Number of images of each name, with and without suffix: `a.jpg` and `a.png` share `a`.
         has_crops = options.save_mask or options.save_crops
@@ -244,7 +244,10 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
             self.summary = self._files.write(self._settings, records, self.start.done)
             if self._options.page:
                 write_inference_page(self.folder, self._settings, records, self.summary, self._images)
-            write_exports(self.folder, self._options.export, records, self._images)
+            kept = write_exports(self.folder, self._options.export, records, self._images)
+            if kept:
+                more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
+                self.notes.append(f"{kept[0]}{more}: edited, or not written by a run, and therefore kept")
             if is_complete:
                 stale = set(self._store.run.get("former_files", []))
                 for record in records if stale else ():

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
+from typing import BinaryIO
 
 from utils.errors import UserError
 
@@ -165,6 +166,41 @@ def remove_temporary_files(folder: Path) -> None:
         for name in names:
             if _TEMPORARY.fullmatch(name):
                 (Path(parent) / name).unlink(missing_ok=True)
+
+
+def try_lock(file: BinaryIO) -> bool:
+    """Lock a file for this process until it is closed; False if another process has locked it.
+
+    On Windows, and on file systems without locks, every process gets the lock.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Create a folder, and lock it for this process, so that no two runs write there at the same time.
+
+    Raises:
+        UserError: another process has locked it, or it cannot be written to.
+    """
+    with disk_errors(make_folder(folder)):
+        file = (folder / ".lock").open("ab")
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=file.close)  # a worker that outlives this process holds no lock
+    with file:
+        if not try_lock(file):
+            raise UserError(f"{folder}: another run is still writing there; end it, or wait for it")
+        yield
 
 
 @contextmanager

@@ -29,6 +29,7 @@ UNSUPPORTED_SUFFIXES = frozenset(
 UNSUPPORTED_REASON = "camera RAW, PSD, JPEG XL, EXR, HDR and SVG cannot be read; convert it to JPEG or PNG"
 WRITABLE_SUFFIXES = frozenset(".jpg .jpeg .png .bmp .tif .tiff .webp".split())
 _JPEG_END = b"\xff\xd9"
+_LEAST_ZEROS = 64  # at the end of a file for which space was reserved, but not filled
 # Files with these endings are complete. Others of the formats that OpenCV decodes are checked by Pillow first.
 _COMPLETE_ENDINGS = (_JPEG_END, b"IEND\xaeB`\x82")
 # Beginnings of JPEG, PNG, BMP, TIFF and PNM, which OpenCV decodes. Pillow decodes all others, because OpenCV does not
@@ -109,6 +110,8 @@ def read_image_with_note(path: Path, *, allow_large: bool = True) -> tuple[np.nd
         try:
             # OpenCV would silently fill a missing part with grey; Pillow raises an error.
             note = _check_with_pillow(data)
+            if data.startswith(b"\xff\xd8") and data.endswith(bytes(_LEAST_ZEROS)):
+                note = "the file ends in zeros instead of its last part, where the image may be grey"
         except UnreadableImageError:
             if data.startswith(b"\xff\xd8") and width * height < LARGE_PIXELS and _lacks_only_its_end(data):
                 return _decode_with_opencv(data + _JPEG_END), "the end of the file is missing, but nothing of the image"

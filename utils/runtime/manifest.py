@@ -64,7 +64,11 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of the content of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _brief(value: Any) -> str:

@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from utils.errors import UserError
+from utils.results.files import OUTPUT_FOLDERS
 from utils.runtime.files import candidate_paths, is_utf8, missing, path_exists, read_lines
 from utils.runtime.images import (
     IMAGE_SUFFIXES,
@@ -35,6 +36,7 @@ VIDEO_SUFFIXES = frozenset(
     ".vob .mxf .divx .mjpeg .mjpg .rm .rmvb .mod .tod .dv".split()
 )
 _MAX_READER_THREADS = 8  # each holds an image
+_COMPLETE_SHARE = 0.9  # some files contain only an estimate of their number of frames
 _MAX_CAMERA_DIGITS = 3  # longer numbers, such as 20240102, are names of missing folders
 
 
@@ -171,7 +173,10 @@ def _walk(folder: Path, exclude: Set[Path], left_out: dict[str, list[Path]]) -> 
         left_out["a link to a folder is not followed"] += (path for path in visible if path.is_symlink())
         results = {path for path in visible if not path.is_symlink() and path.resolve() in exclude}
         left_out["results are written there"] += sorted(results)
-        folders[:] = [path.name for path in visible if path not in results]
+        is_of_a_run = ".records" in folders
+        former = {path for path in visible if is_of_a_run and path.name in OUTPUT_FOLDERS} - results
+        left_out["results of an earlier run; --inference_dir may name this folder itself"] += sorted(former)
+        folders[:] = [path.name for path in visible if path not in results | former]
         yield from (Path(parent) / name for name in files if not name.startswith("."))
 
 
@@ -225,7 +230,8 @@ class VideoFrames:
     """The frames of a video file or a camera.
 
     Attributes:
-        description, names, ignored, notes: as those of `ImageFiles`; the names are not known in advance.
+        description, names, ignored: as those of `ImageFiles`; the names are not known in advance.
+        notes: a line, once all frames were read, if many that the file declares are missing.
         folders: the folder of the video; empty for a camera.
         total: number of frames, or None if it is not known in advance.
         frames_per_second: frame rate.
@@ -233,13 +239,13 @@ class VideoFrames:
 
     names: ClassVar[list[str]] = []
     ignored: ClassVar[int] = 0
-    notes: ClassVar[Sequence[str]] = ()
 
     def __init__(self, source: Path | int, stem: str, max_frames: int) -> None:
         self.description = stem if isinstance(source, int) else str(source)
         self.stem = stem
         self.folders = set[Path]() if isinstance(source, int) else {source.parent}
         self.max_frames = max_frames
+        self.notes: list[str] = []
         if isinstance(source, Path) and not is_utf8(source):
             raise SourceError(f"{source}: OpenCV opens no video whose path is not valid UTF-8; rename it")
         self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
@@ -252,6 +258,7 @@ class VideoFrames:
         self.frames_per_second: float = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
         frames = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
         known = max(frames, 0) if isinstance(source, Path) else 0
+        self._declared = min(known, max_frames or known)
         self.total: int | None = (min(known, max_frames) if known and max_frames else known or max_frames) or None
 
     def __iter__(self) -> Iterator[InputImage]:
@@ -264,6 +271,10 @@ class VideoFrames:
         self._capture.release()
         if number < 0:
             raise SourceError(f"{self.description}: holds no frame that OpenCV reads")
+        if number + 1 < _COMPLETE_SHARE * self._declared:
+            self.notes.append(
+                f"{self.description}: ends after {number + 1} of {self._declared} frames; perhaps damaged"
+            )
 
     def _read(self, number: int) -> tuple[np.ndarray | None, float | None]:
         """Read the next frame, and its time stamp if the source has time stamps."""

@@ -226,6 +226,29 @@ def test_images_that_would_share_a_file_are_refused() -> None:
         check_names(["coco", "yolo"], ["a.jpg", "a.png"])
 
 
+@pytest.mark.parametrize("form", ["labelme", "yolo"])
+@pytest.mark.parametrize("name", ["../other/b.jpg", "sub/../../other/b.jpg", "{root}/other/b.jpg"])
+def test_no_annotation_is_written_outside_its_folder(form: str, name: str, photos: Path, tmp_path: Path) -> None:
+    name = name.format(root=tmp_path)
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (64, 48)).save(tmp_path / "other/b.jpg")
+    for suffix in (".json", ".txt"):
+        (tmp_path / f"other/b{suffix}").write_text("mine")
+    label = tmp_path / "label.txt"
+    label.write_text(f"# a.jpg\n10 10 10 20\n# {name}\n10 10 10 20\n")
+    with pytest.raises(UserError, match=r"other/b\.jpg: is outside the folder of the images"):
+        main([str(label), f"--to={form}", f"--output={tmp_path}/deep/out/x", f"--images={photos}"])
+    assert {path.name for path in (tmp_path / "other").iterdir()} == {"b.jpg", "b.json", "b.txt"}
+    assert (tmp_path / "other/b.json").read_text() == (tmp_path / "other/b.txt").read_text() == "mine"
+    assert not list(tmp_path.glob("deep/**/b.*"))
+
+
+def test_image_that_a_detour_names_is_inside_the_folder() -> None:
+    check_names(["yolo"], ["a.jpg", "x/../b.jpg"])
+    with pytest.raises(UserError, match=r"several images are named a\.\*"):
+        check_names(["yolo"], ["a.jpg", "x/../a.jpg"])
+
+
 def test_size_is_that_of_the_upright_image(tmp_path: Path) -> None:
     image = Image.new("RGB", (30, 20))
     exif = image.getexif()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from config import InferenceOptions
 from utils.errors import UserError
 from utils.results.masks import HeadMask
+from utils.results.own_files import OwnFiles
 from utils.results.records import Record, RecordStore
 from utils.results.writer import ResultWriter
 from utils.runtime.images import read_image
@@ -170,12 +172,99 @@ def test_nothing_outside_the_output_folders_is_removed(tmp_path: Path, name: str
     assert (tmp_path / "masks").is_dir()
 
 
-def test_results_json_of_someone_else_removes_nothing(tmp_path: Path) -> None:
-    (tmp_path / "masks").mkdir()
-    (tmp_path / "masks/mine.png").write_text("mine")
-    (tmp_path / "results.json").write_text('{\n"images": [\n],\n"files": ["masks/mine.png"]\n}\n')
-    write(tmp_path, [])
-    assert files_below(tmp_path) == TABLES | {"masks/mine.png"}
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_tables_of_someone_else_are_kept(tmp_path: Path, name: str) -> None:
+    mine = '{\n"images": [\n],\n"files": ["masks/mine.png"]\n}\n'
+    (tmp_path / name).write_text(mine)
+    with pytest.raises(UserError, match=f"{name}: was not written by a run, or was edited since, and is kept"):
+        ResultWriter(tmp_path, "exp", {})
+    assert files_below(tmp_path) == {name}
+    assert (tmp_path / name).read_text() == mine
+
+
+def test_tables_that_the_user_edited_are_kept(tmp_path: Path) -> None:
+    write(tmp_path, ["a.png"])
+    (tmp_path / "results.jsonl").write_text("edited")
+    for options in (PLAIN, RESUMED):
+        with pytest.raises(UserError, match=r"results\.jsonl: .* is kept"):
+            ResultWriter(tmp_path, "exp", {}, names=["a.png"], options=options)
+    (tmp_path / "results.jsonl").rename(tmp_path / "mine.jsonl")
+    write(tmp_path, ["a.png"])
+    assert (tmp_path / "mine.jsonl").read_text() == "edited"
+
+
+def test_tables_that_the_user_writes_during_a_run_are_kept_and_the_run_can_be_resumed(tmp_path: Path) -> None:
+    writer = write(tmp_path, ["a.png"], close=False)
+    (tmp_path / "results.json").write_text("mine")
+    with pytest.raises(UserError, match=r"results\.json: .* is kept"):
+        writer.close()
+    assert files_below(tmp_path) == {"results.json"}
+    (tmp_path / "results.json").unlink()
+    ResultWriter(tmp_path, "exp", {}, names=["a.png"], options=RESUMED).close()
+    assert files_below(tmp_path) == TABLES
+
+
+def test_tables_of_an_earlier_version_are_replaced(tmp_path: Path) -> None:
+    """It kept records, but no list of what it wrote."""
+    write(tmp_path, ["a.png"])
+    (tmp_path / ".records/written.json").unlink()
+    assert write(tmp_path, ["b.png"]).start.note == "replacing the results of an earlier run"
+    assert [image["name"] for image in results(tmp_path)["images"]] == ["b.png"]
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_tables_of_a_run_that_was_killed_while_it_replaced_them_are_its_own(tmp_path: Path, is_replaced: bool) -> None:
+    write(tmp_path, ["a.png"])
+    replaced = OwnFiles(tmp_path)._claim({tmp_path / "results.json": tmp_path / "results.jsonl"})
+    assert replaced == []
+    if is_replaced:
+        shutil.copy(tmp_path / "results.jsonl", tmp_path / "results.json")
+    write(tmp_path, ["b.png"])
+    assert [image["name"] for image in results(tmp_path)["images"]] == ["b.png"]
+
+
+EXPORTS = {
+    "labelme": "labelme/a.json", "yolo": "yolo/labels/a.txt", "csv": "faces.csv", "coco": "coco.json",
+    "cvat": "cvat/annotations.xml",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("form", EXPORTS)
+def test_annotations_that_the_user_edited_are_kept_and_named(tmp_path: Path, form: str, resume: bool) -> None:
+    options = replace(PLAIN, export=(form,))
+    write(tmp_path, ["a.png", "b.png"], options=options)
+    before = files_below(tmp_path)
+    annotation = tmp_path / "exports" / EXPORTS[form]
+    original = annotation.read_text()
+    assert write(tmp_path, ["a.png", "b.png"], options=options).notes == []
+    annotation.write_text("edited")
+    names = ["a.png", "b.png"]
+    if resume:
+        writer = ResultWriter(tmp_path, "exp", {}, names=names, options=replace(options, resume=True))
+        writer.close()
+    else:
+        writer = write(tmp_path, names, options=options)
+    assert writer.notes == [f"{annotation}: edited, or not written by a run, and therefore kept"]
+    assert annotation.read_text() == "edited"
+    assert files_below(tmp_path) == before
+    annotation.unlink()
+    assert write(tmp_path, names, options=options).notes == []
+    assert annotation.read_text() == original
+
+
+def test_annotations_of_the_user_are_kept_and_counted(tmp_path: Path) -> None:
+    yolo = tmp_path / "exports/yolo"
+    (yolo / "labels").mkdir(parents=True)
+    for name in ("data.yaml", "labels/a.txt", "labels/mine.txt"):
+        (yolo / name).write_text("mine")
+    (yolo / "images").mkdir()
+    writer = write(tmp_path, ["a.png", "b.png"], options=replace(PLAIN, export=("yolo",)), images=tmp_path)
+    (note,) = writer.notes
+    assert note.endswith(" and 2 more: edited, or not written by a run, and therefore kept")
+    kept = {path.relative_to(yolo).as_posix() for path in yolo.rglob("*.*") if path.read_text() == "mine"}
+    assert kept == {"data.yaml", "labels/a.txt", "labels/mine.txt"}
+    assert (yolo / "labels/b.txt").read_text()
 
 
 def test_former_results_stand_until_the_new_ones_are_complete(tmp_path: Path) -> None:
@@ -322,7 +411,7 @@ def test_tables_of_another_experiment_are_replaced_and_its_images_stay(tmp_path:
     assert files_below(tmp_path / "result_images") == {"a.png", "b.png"}
     writer.close()
     assert files_below(tmp_path / "result_images") == {"a.png", "b.png"}
-    assert [path.name for path in (tmp_path / ".records").iterdir()] == ["other"]
+    assert {path.name for path in (tmp_path / ".records").iterdir()} == {"other", "written.json"}
 
 
 def test_run_of_another_experiment_that_was_interrupted_can_be_resumed(tmp_path: Path) -> None:

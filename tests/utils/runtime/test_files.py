@@ -1,13 +1,17 @@
-"""Paths that the user gives, and text files."""
+"""Paths that the user gives, and folders that a run has for itself."""
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from utils.errors import UserError
-from utils.runtime.files import is_file, is_folder, path_exists, user_path
+from utils.runtime.files import is_file, is_folder, locked, path_exists, user_path
+
+needs_locks = pytest.mark.skipif(os.name == "nt", reason="Windows has no fcntl")
 
 
 @pytest.mark.parametrize(
@@ -33,3 +37,30 @@ def test_path_need_not_exist(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "gone"])
 def test_invalid_path_does_not_exist(tmp_path: Path, name: str) -> None:
     assert not (path_exists(tmp_path / name) or is_file(tmp_path / name) or is_folder(tmp_path / name))
+
+
+@needs_locks
+def test_folder_is_locked_for_one_run_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "new/folder"
+    message = "folder: another run is still writing there; end it, or wait for it"
+    with locked(folder), locked(tmp_path), pytest.raises(UserError, match=message):
+        locked(folder).__enter__()
+    with locked(folder):
+        pass
+
+
+@needs_locks
+def test_worker_that_outlives_a_run_locks_nothing(tmp_path: Path) -> None:
+    started, start = os.pipe()
+    with locked(tmp_path):
+        worker = os.fork()
+        if not worker:
+            os.write(start, b".")
+            signal.pause()
+        os.read(started, 1)
+    try:
+        with locked(tmp_path):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from config import ROOT
-from utils.runtime.images import UnreadableImageError, read_image, resize_to_limit, write_image
+from utils.runtime.images import UnreadableImageError, read_image, read_image_with_note, resize_to_limit, write_image
 
 HEIGHT, WIDTH = 40, 64
 
@@ -200,3 +200,15 @@ def test_what_cannot_be_written_leaves_the_former_file(tmp_path: Path) -> None:
 )
 def test_reduced_image_keeps_its_shape(max_pixels: int, expected: tuple[int, int]) -> None:
     assert resize_to_limit(np.zeros((40, 90, 3), np.uint8), max_pixels).shape == (*expected, 3)
+
+
+def test_jpeg_of_which_only_a_part_was_written_has_a_note(tmp_path: Path) -> None:
+    data = (ROOT / "data/sample_widerface/images/astronaut.jpg").read_bytes()
+    kept = len(data) // 2
+    files = {"half": data[:kept] + bytes(4 * len(data)), "padded": data + bytes(1000), "whole": data}
+    notes = {}
+    for name, content in files.items():
+        (tmp_path / f"{name}.jpg").write_bytes(content)
+        notes[name] = read_image_with_note(tmp_path / f"{name}.jpg")[1]
+    zeros = "the file ends in zeros instead of its last part, where the image may be grey"
+    assert notes == {"half": zeros, "padded": None, "whole": None}

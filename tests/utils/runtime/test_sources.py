@@ -69,6 +69,19 @@ def test_results_that_lie_among_the_pictures_are_left_alone(tmp_path: Path) -> N
     assert names_of(source) == ["a.png", "sub/faces/b.png"]
 
 
+def test_results_of_an_earlier_run_are_left_alone_and_named(tmp_path: Path) -> None:
+    for name in ("a.png", "out/mine.png", "out/result_images/a.png", "out/thumbnails/000000.png", "faces/b.png"):
+        save(tmp_path / name)
+    (tmp_path / "out/.records/exp").mkdir(parents=True)
+    source = open_path(tmp_path)
+    assert names_of(source) == ["a.png", "faces/b.png", "out/mine.png"]
+    (note,) = source.notes
+    reason = "results of an earlier run; --inference_dir may name this folder itself"
+    assert note == f"skipped {tmp_path}/out/result_images and 1 more: {reason}"
+    assert names_of(open_path(tmp_path / "out/result_images")) == ["a.png"]
+    assert names_of(open_path(tmp_path / "out")) == ["mine.png"]
+
+
 def test_damaged_pictures_come_out_with_their_problem(tmp_path: Path) -> None:
     save(tmp_path / "good.png")
     (tmp_path / "empty.jpg").touch()
@@ -158,6 +171,24 @@ def test_broken_video_is_refused(video: Path, tmp_path: Path, part: float) -> No
     broken.write_bytes(video.read_bytes()[: int(part * video.stat().st_size)])
     with pytest.raises(SourceError, match=r"broken\.MP4: (cannot be opened; not a video|holds no frame)"):
         names_of(open_path(broken))
+
+
+def test_video_that_ends_early_is_named(tmp_path: Path) -> None:
+    path, cut = tmp_path / "whole.avi", tmp_path / "cut.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10.0, (320, 240))
+    if not writer.isOpened():
+        pytest.skip("this OpenCV writes no MJPG")
+    for _ in range(20):
+        writer.write(np.random.default_rng(0).integers(0, 255, (240, 320, 3), np.uint8))
+    writer.release()
+    data = path.read_bytes()
+    cut.write_bytes(data[: len(data) // 2])
+    whole, limited, broken = open_path(path), open_path(path, 3), open_path(cut)
+    assert [len(names_of(source)) for source in (whole, limited)] == [20, 3]
+    assert list(whole.notes) == list(limited.notes) == []
+    count = len(names_of(broken))
+    assert 0 < count < 18
+    assert list(broken.notes) == [f"{cut}: ends after {count} of 20 frames; perhaps damaged"]
 
 
 def test_pattern_matches_images_in_any_depth(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -45,15 +46,22 @@ FORMATS = {
 
 
 def check_names(formats: Sequence[str], names: Iterable[str]) -> None:
-    """Check that no two images would have the same annotation file.
+    """Check that each image has an annotation file of its own, inside the folder of the annotations.
 
     Raises:
-        UserError: two images would; the message names them.
+        UserError: an image has none; the message names it.
     """
     needed = [name for name in formats if FORMATS[name].has_file_per_image]
     if not needed:
         return
-    counts = Counter(PurePosixPath(name).with_suffix("") for name in names)
+    paths = [PurePosixPath(os.path.normpath(name)) for name in names]
+    outside = next((path for path in paths if path.is_absolute() or path.parts[:1] == ("..",)), None)
+    if outside is not None:
+        raise UserError(
+            f"{outside}: is outside the folder of the images, where {needed[0]} cannot name a file after it; name "
+            "images relative to their folder, or choose a format with one file for all images"
+        )
+    counts = Counter(path.with_suffix("") for path in paths)
     shared = next((stem for stem, number in counts.items() if number > 1), None)
     if shared is not None:
         raise UserError(

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import test
-from config import ROOT, EvaluationOptions
+from config import ROOT, DataConfig, EvaluationOptions
+from engine.training_state import TrainingData
 from tests.scripts import run_script
-from train import describe_faces
-from utils.datasets.folders import read_split
+from train import describe_faces, describe_validation, open_data
+from utils.datasets.folders import describe_faces_outside, read_split
 from utils.datasets.labels import DatasetError, read_labels
 from utils.errors import UserError
 from utils.evaluation.ground_truth import EvaluationSet, open_evaluation_set
@@ -63,13 +64,45 @@ def opened(dataset: Path) -> EvaluationSet:
 
 
 @pytest.mark.parametrize(
-    "boxes", [[[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.5, 0.5]], [[0, 0.5, 0.5, 0.1, 0.1]], [[0.5, 0.5, 1, 1, 0]]]
+    "boxes", [[[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.5, 0.5]], [[0, 0.5, 0.5, 0.1, 1]], [[0.5, 0.5, 1, 1, 0]]]
 )
 def test_normalised_labels_are_refused(tmp_path: Path, boxes: list[list[float]]) -> None:
     make_dataset(tmp_path, ["a.png"], boxes)
     with pytest.raises(DatasetError, match=r"label\.txt: its boxes are normalised to 0\.\.1; expected pixels"):
         read_split([tmp_path], "train")
     assert read_labels(make_dataset(tmp_path, ["a.png"], [[1, 1, 2, 3]]) / "label.txt", tmp_path)
+
+
+def test_normalised_landmarks_are_refused(tmp_path: Path) -> None:
+    make_dataset(tmp_path, ["a.png"], [[*BOXES[0], *[0.4, 0.3, 0] * 5], BOXES[1]])
+    with pytest.raises(DatasetError, match=r"label\.txt: its landmarks are normalised to 0\.\.1; expected pixels"):
+        read_split([tmp_path], "train")
+
+
+def test_faces_outside_of_their_image_are_pointed_out(tmp_path: Path) -> None:
+    """The image is 100 x 80; of the second face a quarter is inside, and the last is to be ignored."""
+    boxes = [[90, 10, 20, 20], [90, 70, 20, 20], [200, 10, 9, 9], [200, 10, 9, 9, 1]]
+    (images,) = read_split([make_dataset(tmp_path, ["a.png", "b.png"], boxes)], "train")
+    found = describe_faces_outside(images)
+    assert found == f"4 of 6 faces in 2 images lie outside of their image, first in {tmp_path}/images/a.png"
+    predictions = make_predictions(tmp_path / "predictions", ["a", "b"])
+    result = evaluate(tmp_path, f"--pred_dir={predictions}", f"--dataset={tmp_path}", "--save_errors=1")
+    assert f"warning: {tmp_path}/label.txt: {found}" in result.stderr
+    (inside,) = read_split([make_dataset(tmp_path, ["a.png"])], "train")
+    assert describe_faces_outside(inside) is None
+    (tmp_path / "images/a.png").write_bytes(b"no image")
+    assert describe_faces_outside(images[:1]) is None
+
+
+def test_labels_without_a_face_that_counts_are_pointed_out(tmp_path: Path) -> None:
+    make_dataset(tmp_path, ["a.png"], [[*BOXES[0], 1]])
+    with pytest.raises(DatasetError, match=r"--dataset .*: nothing to learn; faces: 0 used, .* 1 marked to be ignored"):
+        open_data(DataConfig(dataset=str(tmp_path)))
+    predictions = make_predictions(tmp_path / "predictions", ["a"])
+    result = evaluate(tmp_path, f"--pred_dir={predictions}", f"--dataset={tmp_path}")
+    assert f"no face of {tmp_path}/label.txt counts, so that the AP is 0" in result.stdout
+    validation = describe_validation(TrainingData([], None, opened(tmp_path)))
+    assert validation == f"validation: no face of {tmp_path}/label.txt counts, so that its AP is always 0"
 
 
 def test_faces_that_are_used_and_dropped_are_counted(tmp_path: Path) -> None:

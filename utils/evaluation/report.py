@@ -181,6 +181,8 @@ def describe(measured: Measurement) -> list[str]:
     if measured.standard_errors:
         errors = "   ".join(f"{subset} {error:.4f}" for subset, error in measured.standard_errors.items())
         lines.append(f"standard error of the AP over such images: {errors}")
+    if not measured.faces.faces_counted:
+        lines.append(f"no face of {measured.faces.source_name} counts, so that the AP is 0")
     precisions = measured.evaluation.average_precisions
     if measured.faces.official:
         lines.append("   ".join(f"{subset.capitalize()} AP : {value:.4f}" for subset, value in precisions.items()))

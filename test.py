@@ -34,9 +34,9 @@ from utils.evaluation.report import (
     Measurement,
     append_to_table,
     describe,
-    suspected_form,
     write_report,
 )
+from utils.evaluation.suspected_form import suspected_form
 from utils.options import Flags, parse_flags
 from utils.runtime.cli import choose_device, run
 from utils.runtime.experiment import Experiment
@@ -138,7 +138,7 @@ def report(
     names = frozenset(predictions)
     measured = Measurement(predicted, faces, faces.evaluate(predictions), detected, names, localisation, errors)
     results = results or results_folder(flags, predicted.experiment, predicted.folder)
-    form = suspected_form(predictions, faces, measured.evaluation) if options.pred_dir else None
+    form = suspected_form(predictions, faces) if options.pred_dir else None
     labelled = map(LabelledImage, faces.images or (), faces.labelled or ())
     if outside := describe_faces_outside(list(labelled)):
         print(f"warning: {faces.source}: {outside}", file=sys.stderr)

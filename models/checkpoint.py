@@ -22,7 +22,15 @@ from torch import Tensor
 
 from config import ExperimentConfig, ModelConfig, ModelOverrides, PostprocessConfig, ProtocolConfig
 from models.architecture import apply_overrides
-from models.foreign_checkpoint import CheckpointError, State, describe_anchors, read_foreign, recognise_backbone
+from models.foreign_checkpoint import (
+    CheckpointError,
+    State,
+    check_finite,
+    describe_anchors,
+    plain_state,
+    read_foreign,
+    recognise_backbone,
+)
 from models.image_pyramid import add_upsampled_stages
 from utils.options import from_dict, to_dict
 from utils.runtime.experiment import load_config
@@ -130,8 +138,9 @@ def load_checkpoint(path: Path, overrides: ModelOverrides | None = None) -> Chec
         if content.get("format") in _FORMATS:
             checkpoint = _read_own(path, content)
         else:
-            kind, model_config, state, note = read_foreign(path, _plain_state(content), overrides)
+            kind, model_config, state, note = read_foreign(path, plain_state(content), overrides)
             checkpoint = Checkpoint(path, model_config, state, kind, note=note)
+        check_finite(path, checkpoint.state)
         return _adapt_to_overrides(checkpoint, overrides)
     except (LookupError, TypeError, AttributeError, ValueError) as error:  # an entry has the wrong type
         raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from None
@@ -149,7 +158,8 @@ def load_backbone(path: Path, backbone: str) -> tuple[State, bool]:
         CheckpointError: the file is missing, unreadable, of an unknown kind, or contradicts the arguments.
     """
     content = _read(path)
-    state = _read_own(path, content).state if content.get("format") in _FORMATS else _plain_state(content)
+    state = _read_own(path, content).state if content.get("format") in _FORMATS else plain_state(content)
+    check_finite(path, state)
     is_imagenet = True
     for prefix in ("backbone.", "body."):
         if any(name.startswith(prefix) for name in state):
@@ -183,14 +193,6 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _plain_state(content: Mapping[str, Any]) -> State:
-    """The tensors of a foreign file, without wrappers and without DataParallel's `module.`."""
-    for wrapper in ("network", "state_dict", "model_state_dict", "model", "net", "weights", "params"):
-        if isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    return {str(name).removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
-
-
 def _read_own(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     if not {"config", "model"} <= content.keys():
         raise CheckpointError(f"{path}: lacks the configuration or the weights of a checkpoint; it is damaged")
@@ -205,8 +207,7 @@ def _read_own(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     if content["format"] != FORMAT:
         state = _upgrade_levels(state, experiment.model.image_pyramid.upsampled_levels)
         state = _upgrade_landmarks(state, experiment.model)
-    others = ("format", "config", "model", "digest")
-    training = {name: value for name, value in content.items() if name not in others}
+    training = {name: value for name, value in content.items() if name not in ("format", "config", "model", "digest")}
     return Checkpoint(path, experiment.model, state, "own", experiment, training)
 
 

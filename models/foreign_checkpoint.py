@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from config import USUAL_LEVELS, LevelConfig, ModelConfig, ModelOverrides
@@ -34,6 +36,21 @@ _UNUSED_BY_THE_ORIGINAL = re.compile(r"fpn\.(output0|output4|merge0|merge3)\.")
 
 class CheckpointError(UserError):
     """A checkpoint is missing, unreadable, of an unknown kind, or contradicts the requested architecture."""
+
+
+def plain_state(content: Mapping[str, Any]) -> State:
+    """The tensors of a foreign file, without wrappers and without DataParallel's `module.`."""
+    for wrapper in ("network", "state_dict", "model_state_dict", "model", "net", "weights", "params"):
+        if isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    return {str(name).removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def check_finite(path: Path, state: State) -> None:
+    """Raise a CheckpointError if a tensor holds NaN or infinity, or no values that can be read."""
+    for name, tensor in state.items():
+        if tensor.is_meta or tensor.layout != torch.strided or not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {name} is not finite; training diverged or the file is damaged")
 
 
 def read_foreign(path: Path, state: State, overrides: ModelOverrides) -> tuple[str, ModelConfig, State, str | None]:

@@ -22,7 +22,7 @@ from config import (
     ModelOverrides,
 )
 from models.architecture import usual_config
-from models.checkpoint import load_backbone, load_checkpoint, locate_checkpoint, save_checkpoint
+from models.checkpoint import FORMAT, load_backbone, load_checkpoint, locate_checkpoint, save_checkpoint
 from models.detector import FaceDetector
 from models.foreign_checkpoint import CheckpointError, describe_anchors
 from models.image_pyramid import build_model
@@ -293,6 +293,20 @@ def test_missing_left_over_and_misshapen_tensors_are_named(own: Path) -> None:
         save_checkpoint(own, ExperimentConfig(model=SMALL), state)
         with pytest.raises(CheckpointError, match=message):
             load_model(load_checkpoint(own))
+
+
+@pytest.mark.parametrize(
+    "value", [torch.full((64,), torch.nan), torch.tensor([*[0.0] * 63, torch.inf]), torch.zeros(64).to_sparse()]
+)
+def test_weights_that_are_not_finite_are_refused(value: Tensor, tmp_path: Path) -> None:
+    name = "fpn.merge.0.1.bias"
+    content = {"format": FORMAT, "config": to_dict(ExperimentConfig(model=SMALL))}
+    torch.save({**content, "model": {**RetinaFace(SMALL).state_dict(), name: value}}, tmp_path / "own.pth")
+    with pytest.raises(CheckpointError, match=rf"own\.pth: {name} is not finite; training diverged or"):
+        load_checkpoint(tmp_path / "own.pth")
+    torch.save({"stage1.0.0.weight": value}, tmp_path / "backbone.pth")
+    with pytest.raises(CheckpointError, match=r"backbone\.pth: stage1\.0\.0\.weight is not finite"):
+        load_backbone(tmp_path / "backbone.pth", "mobilenet0.25")
 
 
 def test_unwritable_target_leaves_the_previous_checkpoint(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,30 @@ def test_imagenet_backbone_loads_whole(shared: Path) -> None:
         load_backbone(shared / "weights/mobilenetV1X0.25_pretrain.tar", "resnet18")
 
 
+@pytest.mark.parametrize(
+    ("prefix", "wrappers"),
+    [
+        ("_orig_mod.", ["model"]),
+        ("module._orig_mod.", []),
+        ("model.", ["state_dict"]),
+        ("", ["ema"]),
+        ("module.", ["ema", "module"]),
+        ("", ["model", "state_dict"]),
+        ("", ["state_dict", "model"]),
+    ],
+)
+def test_wrappers_and_prefixes_of_other_programs_are_removed(prefix: str, wrappers: list[str], tmp_path: Path) -> None:
+    content: dict[str, Any] = {
+        f"{prefix}{name}": value for name, value in RetinaFace(SMALL).backbone.state_dict().items()
+    }
+    content["n_averaged"] = torch.tensor(3)
+    for wrapper in reversed(wrappers):
+        content = {"epoch": 3, wrapper: content}
+    torch.save(content, tmp_path / "some.pth")
+    state, _ = load_backbone(tmp_path / "some.pth", "mobilenet0.25")
+    assert state.keys() == RetinaFace(SMALL).backbone.state_dict().keys()
+
+
 # ------------------------------------------------------------------------------------------------ our own
 
 
@@ -274,6 +298,9 @@ def test_unknown_contents_are_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CheckpointError, match=name):
             load_checkpoint(tmp_path / name)
+    (tmp_path / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match=r"lfs\.pth: a Git LFS pointer, not the file itself: git lfs pull"):
+        load_checkpoint(tmp_path / "lfs.pth")
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"not a detector's checkpoint.*conv\.weight"):
         load_checkpoint(tmp_path / "other.pth")

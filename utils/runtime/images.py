@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
+from utils.errors import lfs_pointer
 from utils.runtime.files import atomic_write
 
 IMAGE_SUFFIXES = frozenset(
@@ -182,7 +183,7 @@ def _reasons(data: bytes) -> Iterator[None]:
     except UnidentifiedImageError:
         needs_package = data[4:8] == b"ftyp"
         reason = "HEIC or AVIF, which needs another package: pip install pillow-heif" if needs_package else None
-        raise UnreadableImageError(reason or "not an image, or damaged") from None
+        raise UnreadableImageError(reason or lfs_pointer(data) or "not an image, or damaged") from None
     except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
         raise UnreadableImageError(str(error) or type(error).__name__) from None
 

@@ -2,11 +2,13 @@
 
 The file takes `images`, (B, H, W, 3) uint8 BGR of any number and size, and returns the raw outputs of the last stage,
 one row per prior: `class_logits`, `box_deltas` and, where the model has them, `landmark_deltas`, `iou_logits` and
-`priors`. Its metadata `model` is the architecture as JSON, with the anchors and variances needed for decoding.
+`priors`. Its metadata `model` is the architecture as JSON, with the anchors and variances needed for decoding. The file
+does not reduce large images, in which close-ups are missed: its metadata `max_pixels` is the number of pixels to which
+the caller has to reduce them, as inference.py does.
 
 With --with_nms it takes one image, (1, H, W, 3), and returns its faces, best first: `boxes` (N, 4) xyxy in pixels,
-`scores` and, where the model has them, `landmarks` (N, 5, 2). Large images are reduced within the file. Without
---with_nms that is left to the caller: above --max_pixels of inference.py close-ups are missed.
+`scores` and, where the model has them, `landmarks` (N, 5, 2). Images of more than --max_pixels are reduced within the
+file.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--output={output}: is a folder; give the name of a file in it, such as {output}/faces.onnx")
     if not output.parent.is_dir():
         raise ConfigError(f"--output={output}: there is no folder {output.parent}; create it, or choose another")
-    graph = detector_graph(model, config, options.max_pixels) if options.with_nms else raw_graph(model)
+    limit = options.max_pixels
+    graph = detector_graph(model, config, limit) if options.with_nms else raw_graph(model, limit)
     with disk_errors(output), atomic_write(output) as temporary:
         temporary.write_bytes(graph)
     if options.with_nms:
@@ -83,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(flags: Flags, options: ExportOptions) -> None:
     """Reject thresholds without --with_nms, and report missing packages."""
-    idle = sorted({*declarations(PostprocessConfig), "max_pixels"} & set(flags.given))
+    idle = sorted(set(declarations(PostprocessConfig)) & set(flags.given))
     if idle and not options.with_nms:
         raise ConfigError(f"--{idle[0]} has no effect without --with_nms; add it, or drop --{idle[0]}")
     if missing := missing_onnx_packages():

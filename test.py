@@ -23,7 +23,8 @@ from config import (
     RunOptions,
     WeightOptions,
 )
-from utils.datasets.folders import find_dataset
+from utils.datasets.folders import describe_faces_outside, find_dataset
+from utils.datasets.labels import LabelledImage
 from utils.errors import ConfigError, UserError
 from utils.evaluation.ground_truth import EvaluationSet, open_evaluation_set
 from utils.evaluation.localisation import localisation_ap
@@ -36,9 +37,9 @@ from utils.evaluation.report import (
     append_to_table,
     check_report_is_ours,
     describe,
-    suspected_form,
     write_report,
 )
+from utils.evaluation.suspected_form import suspected_form
 from utils.options import Flags, parse_flags
 from utils.results.own_files import OwnFiles
 from utils.results.page import check_page_is_ours
@@ -167,7 +168,10 @@ def report(
     names = frozenset(predictions)
     measured = Measurement(predicted, faces, faces.evaluate(predictions), detected, names, localisation, errors)
     results = results or results_folder(flags, predicted.experiment, predicted.folder, faces, stack)
-    form = suspected_form(predictions, faces, measured.evaluation) if options.pred_dir else None
+    form = suspected_form(predictions, faces) if options.pred_dir else None
+    labelled = map(LabelledImage, faces.images or (), faces.labelled or ())
+    if outside := describe_faces_outside(list(labelled)):
+        print(f"warning: {faces.source}: {outside}", file=sys.stderr)
     if form:
         print(f"warning: {predicted.folder}: {form}; expected x y width height score in pixels", file=sys.stderr)
     with disk_errors(results):

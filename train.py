@@ -34,8 +34,8 @@ from models.initialise import initialise_backbone, initialise_for_focal_loss, in
 from models.retinaface import RetinaFace
 from models.teacher import Teacher
 from utils.datasets.contact_sheet import write_contact_sheet
-from utils.datasets.folders import find_datasets, read_split
-from utils.datasets.labels import LabelledImage, count_faces
+from utils.datasets.folders import describe_faces_outside, find_datasets, read_split
+from utils.datasets.labels import DatasetError, LabelledImage, count_faces
 from utils.datasets.loader import ended_workers
 from utils.datasets.sampler import image_weights
 from utils.errors import ConfigError
@@ -217,6 +217,8 @@ def train(training: TrainingRun, device: torch.device, context: DistributedConte
             f"; dataset {', '.join(map(str, folders))}; experiment {experiment.folder}",
         )
         log.line(describe_faces(data.images))
+        if outside := describe_faces_outside(data.images):
+            log.line(f"warning: {outside}")
         log.line(describe_validation(data))
         trainer.fit()
     best = experiment.checkpoint(config.model.backbone, "best")
@@ -227,7 +229,10 @@ def train(training: TrainingRun, device: torch.device, context: DistributedConte
 def open_data(config: DataConfig, folders: Sequence[Path]) -> TrainingData:
     parts = read_split(folders, "train")
     weights = image_weights(config.dataset_weights, [len(part) for part in parts])
-    return TrainingData(list(chain.from_iterable(parts)), weights, open_validation_set(folders))
+    images = list(chain.from_iterable(parts))
+    if not count_faces(images).used:
+        raise DatasetError(f"--dataset {config.dataset}: nothing to learn; {describe_faces(images)}")
+    return TrainingData(images, weights, open_validation_set(folders))
 
 
 def describe_faces(images: Sequence[LabelledImage]) -> str:
@@ -242,6 +247,8 @@ def describe_faces(images: Sequence[LabelledImage]) -> str:
 def describe_validation(data: TrainingData) -> str:
     if data.validation is None:
         return "no val/ with label.txt or gt/: ckpt-best will be the newest epoch, not the best one"
+    if not data.validation.faces_counted:
+        return f"validation: no face of {data.validation.source} counts, so that its AP is always 0"
     kind = "mean of easy, medium and hard AP" if data.validation.official else "AP over all labelled faces"
     return f"validation: {kind} on the {len(data.validation.truths)} images of {data.validation.source}"
 

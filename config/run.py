@@ -169,5 +169,8 @@ class ExportOptions(Options):
     output: str = option("detector.onnx", "file to write; an existing one is replaced")
     with_nms: bool = option(False, "decode and suppress within the file, with the thresholds given here")
     max_pixels: int = option(
-        ComputeOptions.max_pixels, "with --with_nms, larger images are reduced to N pixels; 0 is no limit", minimum=0
+        ComputeOptions.max_pixels,
+        "larger images are reduced to N pixels within the file with --with_nms, and have to be by the caller without; "
+        "0 is no limit",
+        minimum=0,
     )

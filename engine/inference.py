@@ -178,8 +178,6 @@ def run_inference(
         say(f"note: {note}")
     for note in run.source.notes:
         say(note)
-    if run.source.ignored:
-        say(f"{run.source.ignored} files without an image's suffix were skipped")
     say(f"results are in {run.folder.resolve()}")
     if run.options.page:
         say(f"open {run.folder.resolve() / PAGE_NAME} to see them")

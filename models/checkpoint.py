@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from models.foreign_checkpoint import (
     check_tensors,
     describe_anchors,
     plain_state,
+    read_file,
     read_foreign,
     recognise_backbone,
 )
@@ -133,7 +133,7 @@ def load_checkpoint(path: Path, overrides: ModelOverrides | None = None) -> Chec
         CheckpointError: the file is missing, unreadable, of an unknown kind, or contradicts the arguments.
     """
     overrides = overrides or ModelOverrides()
-    content = _read(path)
+    content = read_file(path)
     try:
         if content.get("format") in _FORMATS:
             checkpoint = _read_own(path, content)
@@ -156,7 +156,7 @@ def load_backbone(path: Path, backbone: str) -> tuple[State, bool]:
     Raises:
         CheckpointError: the file is missing, unreadable, of an unknown kind, or contradicts the arguments.
     """
-    content = _read(path)
+    content = read_file(path)
     state = _read_own(path, content).state if content.get("format") in _FORMATS else plain_state(path, content)
     is_imagenet = True
     for prefix in ("backbone.", "body."):
@@ -168,27 +168,6 @@ def load_backbone(path: Path, backbone: str) -> tuple[State, bool]:
     if found != backbone:
         raise CheckpointError(f"{path}: weights of {found}, but the model's backbone is {backbone}")
     return state, is_imagenet
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # problems of the file are reported below
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # a damaged file makes the unpickler raise almost anything
-        global_name = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-        if global_name or "TorchScript" in str(error):
-            held = f"a pickled {global_name[1]}" if global_name else "a TorchScript program"
-            raise CheckpointError(
-                f"{path}: holds {held}, which would run code to load; where it can be trusted, convert it: "
-                f"torch.save(torch.load(FILE, weights_only=False).state_dict(), NEW_FILE)"
-            ) from None
-        raise CheckpointError(f"{path}: not a PyTorch checkpoint of plain tensors, or damaged") from None
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
-    return dict(content)
 
 
 def _read_own(path: Path, content: Mapping[str, Any]) -> Checkpoint:
@@ -204,8 +183,7 @@ def _read_own(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     if content["format"] != FORMAT:
         state = _upgrade_levels(state, experiment.model.image_pyramid.upsampled_levels)
         state = _upgrade_landmarks(state, experiment.model)
-    others = ("format", "config", "model", "digest")
-    training = {name: value for name, value in content.items() if name not in others}
+    training = {name: value for name, value in content.items() if name not in ("format", "config", "model", "digest")}
     return Checkpoint(path, experiment.model, state, "own", experiment, training)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 
 from config import DEFAULT_EXPERIMENT, EXPERIMENTS, ComputeOptions, PostprocessConfig
 from layers.postprocess import postprocess
@@ -38,6 +39,12 @@ def _limit_threads_after_fork() -> None:
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
         os.register_at_fork(after_in_child=functools.partial(cv2.setNumThreads, 0))
+
+
+def _check_are_several(images: object) -> None:
+    """Raise a TypeError for one image, of which the rows would be taken for images."""
+    if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
+        raise TypeError("expected several images, such as a list of them, got one; call detect for one image")
 
 
 class FaceDetector:
@@ -146,12 +153,14 @@ class FaceDetector:
             images: images of the types that `detect` accepts.
             workers: number of threads; None means `num_workers`.
         """
+        _check_are_several(images)
         workers = workers or self.num_workers
         detector = self.for_worker() if workers > 1 else self
         return map_in_order(detector.detect, images, workers)
 
     def detect_batch(self, images: Sequence[ImageLike]) -> list[Detections]:
         """Detect the faces of images that the model sees in the same size in one forward pass; see `detect`."""
+        _check_are_several(images)
         pixels = [as_bgr_uint8(image) for image in images]
         if len({self.size_seen((each.shape[0], each.shape[1])) for each in pixels}) > 1:
             sizes = ", ".join(f"{each.shape[1]}x{each.shape[0]}" for each in pixels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from config import USUAL_LEVELS, LevelConfig, ModelConfig, ModelOverrides
 from models.architecture import apply_overrides, usual_config
-from utils.errors import ConfigError, UserError
+from utils.errors import ConfigError, UserError, lfs_pointer
 
 State = dict[str, Tensor]
 
@@ -34,12 +35,20 @@ _RESNET_DEPTHS = {(2, False): 18, (6, False): 34, (6, True): 50, (23, True): 101
 _UNUSED_BY_THE_ORIGINAL = re.compile(r"fpn\.(output0|output4|merge0|merge3)\.")
 
 
+_WRAPPERS = tuple(
+    "network state_dict model_state_dict model net weights params module ema model_ema ema_state_dict "
+    "state_dict_ema".split()
+)
+# Of DataParallel, torch.compile, Lightning, and modules that hold the detector.
+_PREFIXES = re.compile(r"((module|_orig_mod|model|net|network|ema)\.)+")
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, unreadable, of an unknown kind, or contradicts the requested architecture."""
 
 
 def check_tensors(path: Path, state: Mapping[str, Any]) -> None:
-    """Check that all weights are tensors that can be copied into a model.
+    """Check that all weights are tensors of finite values that can be copied into a model.
 
     Raises:
         CheckpointError: one is something else; the message names it.
@@ -49,14 +58,39 @@ def check_tensors(path: Path, state: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: has weights that are not tensors; it is damaged")
         if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
             raise CheckpointError(f"{path}: {name} is sparse, quantised, complex or without data; save dense weights")
+        if not value.isfinite().all():
+            raise CheckpointError(f"{path}: {name} is not finite; training diverged or the file is damaged")
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Read the dictionary that a checkpoint is; raises a CheckpointError if the file is anything else."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # problems of the file are reported below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # a damaged file makes the unpickler raise almost anything
+        global_name = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        if global_name or "TorchScript" in str(error):
+            held = f"a pickled {global_name[1]}" if global_name else "a TorchScript program"
+            raise CheckpointError(
+                f"{path}: holds {held}, which would run code to load; where it can be trusted, convert it: "
+                f"torch.save(torch.load(FILE, weights_only=False).state_dict(), NEW_FILE)"
+            ) from None
+        reason = lfs_pointer(path.read_bytes()) or "not a PyTorch checkpoint of plain tensors, or damaged"
+        raise CheckpointError(f"{path}: {reason}") from None
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
+    return dict(content)
 
 
 def plain_state(path: Path, content: Mapping[str, Any]) -> State:
-    """The tensors of a foreign file, without wrappers and without DataParallel's `module.`."""
-    for wrapper in ("network", "state_dict", "model_state_dict", "model", "net", "weights", "params"):
-        if isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    state = {str(name).removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
+    """The tensors of a foreign file, without wrappers and the prefixes that they add, such as DataParallel's."""
+    while wrapper := next((name for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None):
+        content = content[wrapper]
+    state = {_PREFIXES.sub("", str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
+    state.pop("n_averaged", None)  # of AveragedModel
     check_tensors(path, state)
     return state
 

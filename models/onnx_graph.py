@@ -93,15 +93,17 @@ class _Detector(nn.Module):
         return (found.boxes, found.scores, *(() if found.landmarks is None else (found.landmarks,)))
 
 
-def raw_graph(model: RetinaFace) -> bytes:
+def raw_graph(model: RetinaFace, max_pixels: int = 0) -> bytes:
     """Export a model in evaluation mode on the CPU to an ONNX graph.
 
     Its input is `images`, (B, H, W, 3) uint8 BGR of any number and size. Its outputs are `output_names`, with the
-    shapes of `StageOutput`. Its metadata `model` is the architecture as JSON.
+    shapes of `StageOutput`. Its metadata `model` is the architecture as JSON, and `max_pixels` the number of pixels to
+    which the caller has to reduce larger images; 0 means no limit.
     """
     axes = {"images": {0: "batch", 1: "height", 2: "width"}}
     axes |= {name: {0: "batch", 1: "priors"} for name in output_names(model.model_config)}
-    return _export(_RawOutputs(model), (2, *_EXAMPLE_SIZE, 3), axes, {"model": to_dict(model.model_config)})
+    metadata = {"model": to_dict(model.model_config), "max_pixels": max_pixels}
+    return _export(_RawOutputs(model), (2, *_EXAMPLE_SIZE, 3), axes, metadata)
 
 
 def detector_graph(model: RetinaFace, config: PostprocessConfig, max_pixels: int = 0) -> bytes:

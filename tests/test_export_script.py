@@ -33,7 +33,7 @@ def test_shipped_experiment_becomes_a_file_that_says_what_it_is(tmp_path: Path) 
     import onnxruntime
 
     file = tmp_path / "faces.onnx"
-    result = export(f"--output={file}", "--cascade=False")
+    result = export(f"--output={file}", "--cascade=False", "--max_pixels=640000")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith(f"{file}: mobilenet0.25_ckpt-best.pth, ")
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -44,6 +44,7 @@ def test_shipped_experiment_becomes_a_file_that_says_what_it_is(tmp_path: Path) 
     assert names == ["class_logits", "box_deltas", "landmark_deltas", "iou_logits"]
     config = from_dict(ModelConfig, json.loads(session.get_modelmeta().custom_metadata_map["model"]), "metadata")
     assert (config.backbone, config.cascade) == ("mobilenet0.25", False)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["max_pixels"]) == 640_000
     other = fuse_batch_norm(build_model(from_dict(ModelConfig, to_dict(config), "")))
     assert largest_difference(other, file) > 0.01  # other weights are noticed
     assert torch.is_grad_enabled()

@@ -63,7 +63,7 @@ def test_bad_images_are_named_and_good_ones_done(mixed_folder: Path, tmp_path: P
     assert "7 images" in result.stdout
     for name in ("truncated.jpg", "empty.jpg", "text.jpg"):
         assert f"skipped {name}: " in result.stdout
-    assert "1 files without an image's suffix" in result.stdout
+    assert f"skipped {mixed_folder / 'notes.txt'}: its suffix is not that of an image" in result.stdout
     faces = results_of(out)
     assert {name: len(found) for name, found in faces.items()} == {
         "alpha.webp": 1,

@@ -7,3 +7,10 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """An option or a saved configuration is unknown, malformed or contradictory."""
+
+
+def lfs_pointer(data: bytes) -> str | None:
+    """Reason why a file is unreadable of which Git LFS has left only the pointer; None if it is another file."""
+    return (
+        "a Git LFS pointer, not the file itself: git lfs pull" if data.startswith(b"version https://git-lfs") else None
+    )

@@ -24,7 +24,7 @@ from config import (
     ModelOverrides,
 )
 from models.architecture import usual_config
-from models.checkpoint import load_backbone, load_checkpoint, locate_checkpoint, save_checkpoint
+from models.checkpoint import FORMAT, load_backbone, load_checkpoint, locate_checkpoint, save_checkpoint
 from models.detector import FaceDetector
 from models.foreign_checkpoint import CheckpointError, describe_anchors
 from models.image_pyramid import build_model
@@ -112,6 +112,30 @@ def test_imagenet_backbone_loads_whole(shared: Path) -> None:
     assert state.keys() == RetinaFace(SMALL).backbone.state_dict().keys()
     with pytest.raises(CheckpointError, match="backbone is resnet18"):
         load_backbone(shared / "weights/mobilenetV1X0.25_pretrain.tar", "resnet18")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "wrappers"),
+    [
+        ("_orig_mod.", ["model"]),
+        ("module._orig_mod.", []),
+        ("model.", ["state_dict"]),
+        ("", ["ema"]),
+        ("module.", ["ema", "module"]),
+        ("", ["model", "state_dict"]),
+        ("", ["state_dict", "model"]),
+    ],
+)
+def test_wrappers_and_prefixes_of_other_programs_are_removed(prefix: str, wrappers: list[str], tmp_path: Path) -> None:
+    content: dict[str, Any] = {
+        f"{prefix}{name}": value for name, value in RetinaFace(SMALL).backbone.state_dict().items()
+    }
+    content["n_averaged"] = torch.tensor(3)
+    for wrapper in reversed(wrappers):
+        content = {"epoch": 3, wrapper: content}
+    torch.save(content, tmp_path / "some.pth")
+    state, _ = load_backbone(tmp_path / "some.pth", "mobilenet0.25")
+    assert state.keys() == RetinaFace(SMALL).backbone.state_dict().keys()
 
 
 # ------------------------------------------------------------------------------------------------ our own
@@ -276,6 +300,9 @@ def test_unknown_contents_are_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CheckpointError, match=name):
             load_checkpoint(tmp_path / name)
+    (tmp_path / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match=r"lfs\.pth: a Git LFS pointer, not the file itself: git lfs pull"):
+        load_checkpoint(tmp_path / "lfs.pth")
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"not a detector's checkpoint.*conv\.weight"):
         load_checkpoint(tmp_path / "other.pth")
@@ -309,6 +336,18 @@ def test_weights_that_are_no_dense_numbers_are_refused(tmp_path: Path, change: C
         for file in ("own.pth", "foreign.pth"):
             with pytest.raises(CheckpointError, match=rf"{name} is sparse, quantised, complex or without data"):
                 load(tmp_path / file)
+
+
+@pytest.mark.parametrize("value", [torch.full((64,), torch.nan), torch.tensor([*[0.0] * 63, torch.inf])])
+def test_weights_that_are_not_finite_are_refused(value: Tensor, tmp_path: Path) -> None:
+    name = "fpn.merge.0.1.bias"
+    content = {"format": FORMAT, "config": to_dict(ExperimentConfig(model=SMALL))}
+    torch.save({**content, "model": {**RetinaFace(SMALL).state_dict(), name: value}}, tmp_path / "own.pth")
+    with pytest.raises(CheckpointError, match=rf"own\.pth: {name} is not finite; training diverged or"):
+        load_checkpoint(tmp_path / "own.pth")
+    torch.save({"stage1.0.0.weight": value}, tmp_path / "backbone.pth")
+    with pytest.raises(CheckpointError, match=r"backbone\.pth: stage1\.0\.0\.weight is not finite"):
+        load_backbone(tmp_path / "backbone.pth", "mobilenet0.25")
 
 
 def test_unwritable_target_leaves_the_previous_checkpoint(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

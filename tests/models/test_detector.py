@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from config import ROOT, ComputeOptions
@@ -51,6 +53,19 @@ def test_large_image_is_seen_smaller_and_its_boxes_are_in_its_own_pixels() -> No
     assert len(found) == len(expected) == 1
     torch.testing.assert_close(found.boxes, expected.boxes, atol=0.05, rtol=0)
     torch.testing.assert_close(found.landmarks, expected.landmarks, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [np.zeros((40, 64, 3), np.uint8), np.zeros((40, 64), np.uint8), Image.new("RGB", (64, 40)), "a.jpg", Path("a")],
+)
+def test_one_image_in_place_of_several_is_refused(image: Any) -> None:
+    """The rows of an array of three axes would be images of grey."""
+    detector = FaceDetector.from_experiment("mobilenet0.25_anc2_casT_fpn3")
+    for function in (detector.detect_batch, detector.detect_many):
+        with pytest.raises(TypeError, match=r"expected several images, .* got one; call detect for one image"):
+            function(image)
+    assert len(detector.detect_batch(np.zeros((2, 40, 64, 3), np.uint8))) == 2  # type: ignore[arg-type]
 
 
 def test_limit_that_means_nothing_is_refused() -> None:

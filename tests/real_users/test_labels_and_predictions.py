@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -12,16 +13,20 @@ import numpy as np
 import pytest
 
 import test
-from config import ROOT, EvaluationOptions
+from config import ROOT, DataConfig, EvaluationOptions
+from engine.evaluation import prediction_rows
+from engine.training_state import TrainingData
+from models.detector import FaceDetector
 from tests.scripts import run_script
-from train import describe_faces
-from utils.datasets.folders import read_split
+from train import describe_faces, describe_validation, open_data
+from utils.datasets.folders import describe_faces_outside, read_split
 from utils.datasets.labels import DatasetError, read_labels
 from utils.errors import UserError
 from utils.evaluation.ground_truth import EvaluationSet, open_evaluation_set
 from utils.evaluation.prediction_set import PredictionSet
 from utils.evaluation.predictions import write_predictions
-from utils.evaluation.report import suspected_form
+from utils.evaluation.suspected_form import suspected_form
+from utils.evaluation.wider_eval import GroundTruth
 from utils.runtime.files import locked
 
 BOXES: list[list[float]] = [[30.0, 20, 24, 28], [10, 50, 12, 15]]
@@ -64,13 +69,45 @@ def opened(dataset: Path) -> EvaluationSet:
 
 
 @pytest.mark.parametrize(
-    "boxes", [[[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.5, 0.5]], [[0, 0.5, 0.5, 0.1, 0.1]], [[0.5, 0.5, 1, 1, 0]]]
+    "boxes", [[[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.5, 0.5]], [[0, 0.5, 0.5, 0.1, 1]], [[0.5, 0.5, 1, 1, 0]]]
 )
 def test_normalised_labels_are_refused(tmp_path: Path, boxes: list[list[float]]) -> None:
     make_dataset(tmp_path, ["a.png"], boxes)
     with pytest.raises(DatasetError, match=r"label\.txt: its boxes are normalised to 0\.\.1; expected pixels"):
         read_split([tmp_path], "train")
     assert read_labels(make_dataset(tmp_path, ["a.png"], [[1, 1, 2, 3]]) / "label.txt", tmp_path)
+
+
+def test_normalised_landmarks_are_refused(tmp_path: Path) -> None:
+    make_dataset(tmp_path, ["a.png"], [[*BOXES[0], *[0.4, 0.3, 0] * 5], BOXES[1]])
+    with pytest.raises(DatasetError, match=r"label\.txt: its landmarks are normalised to 0\.\.1; expected pixels"):
+        read_split([tmp_path], "train")
+
+
+def test_faces_outside_of_their_image_are_pointed_out(tmp_path: Path) -> None:
+    """The image is 100 x 80; of the second face a quarter is inside, and the last is to be ignored."""
+    boxes = [[90, 10, 20, 20], [90, 70, 20, 20], [200, 10, 9, 9], [200, 10, 9, 9, 1]]
+    (images,) = read_split([make_dataset(tmp_path, ["a.png", "b.png"], boxes)], "train")
+    found = describe_faces_outside(images)
+    assert found == f"4 of 6 faces in 2 images lie outside of their image, first in {tmp_path}/images/a.png"
+    predictions = make_predictions(tmp_path / "predictions", ["a", "b"])
+    result = evaluate(tmp_path, f"--pred_dir={predictions}", f"--dataset={tmp_path}", "--save_errors=1")
+    assert f"warning: {tmp_path}/label.txt: {found}" in result.stderr
+    (inside,) = read_split([make_dataset(tmp_path, ["a.png"])], "train")
+    assert describe_faces_outside(inside) is None
+    (tmp_path / "images/a.png").write_bytes(b"no image")
+    assert describe_faces_outside(images[:1]) is None
+
+
+def test_labels_without_a_face_that_counts_are_pointed_out(tmp_path: Path) -> None:
+    make_dataset(tmp_path, ["a.png"], [[*BOXES[0], 1]])
+    with pytest.raises(DatasetError, match=r"--dataset .*: nothing to learn; faces: 0 used, .* 1 marked to be ignored"):
+        open_data(DataConfig(dataset=str(tmp_path)), [tmp_path])
+    predictions = make_predictions(tmp_path / "predictions", ["a"])
+    result = evaluate(tmp_path, f"--pred_dir={predictions}", f"--dataset={tmp_path}")
+    assert f"no face of {tmp_path}/label.txt counts, so that the AP is 0" in result.stdout
+    validation = describe_validation(TrainingData([], None, opened(tmp_path)))
+    assert validation == f"validation: no face of {tmp_path}/label.txt counts, so that its AP is always 0"
 
 
 def test_faces_that_are_used_and_dropped_are_counted(tmp_path: Path) -> None:
@@ -112,13 +149,21 @@ def test_images_outside_the_folder_have_names_inside_the_results(tmp_path: Path)
 # ------------------------------------------------------------------------------------------------- predictions
 
 
+def corners_of(boxes: np.ndarray) -> np.ndarray:
+    return np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
+
+
+def centres_of(boxes: np.ndarray) -> np.ndarray:
+    return np.hstack([boxes[:, :2] + boxes[:, 2:] / 2, boxes[:, 2:]])
+
+
 @pytest.mark.parametrize(
     ("change", "form"),
     [
         (lambda box: box, None),
-        (lambda box: np.hstack([box[:, :2], box[:, :2] + box[:, 2:]]), "its boxes look like corners"),
+        (corners_of, "its boxes look like corners"),
         (lambda box: box / 100, "its boxes look normalised"),
-        (lambda box: np.hstack([box[:, :2] + box[:, 2:] / 2, box[:, 2:]]), "its boxes look like centres"),
+        (centres_of, "its boxes look like centres"),
         (lambda box: box + 200, None),
         (lambda box: box[:0], None),
     ],
@@ -127,8 +172,99 @@ def test_other_forms_of_predictions_are_suspected(tmp_path: Path, change: object
     faces = opened(make_dataset(tmp_path, ["a.png"]))
     rows = change(np.array(BOXES))  # type: ignore[operator]
     predictions = {"a": np.hstack([rows, np.full((len(rows), 1), 0.9)])}
-    found = suspected_form(predictions, faces, faces.evaluate(predictions))
+    found = suspected_form(predictions, faces)
     assert found == form if form is None else found and found.startswith(form)
+
+
+def with_scores(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """Apply a change to the boxes of predictions."""
+    return lambda rows: np.hstack([change(rows[:, :4]), rows[:, 4:]])
+
+
+def small_faces(scale: float = 1.0) -> tuple[EvaluationSet, dict[str, np.ndarray]]:
+    """Ground truth of 30 images of up to 1000 pixels, and predictions: faces with noise, and twice as many others."""
+    generator = np.random.default_rng(0)
+    truths, predictions = [], {}
+    for name in map(str, range(30)):
+        boxes = np.hstack([generator.uniform(0, 900, (8, 2)), generator.uniform(20, 90, (8, 2))]) * scale
+        others = np.hstack([generator.uniform(0, 900, (16, 2)), generator.uniform(20, 90, (16, 2))]) * scale
+        moved = boxes + generator.normal(0, 0.1, boxes.shape) * boxes[:, [2, 3, 2, 3]]
+        truths.append(GroundTruth(name, boxes, {"all": np.ones(8, bool)}))
+        predictions[name] = np.hstack([np.vstack([moved, others]), generator.random((24, 1))])
+    return EvaluationSet(truths, None, Path("labels"), official=False), predictions
+
+
+@pytest.mark.parametrize(
+    ("change", "form"),
+    [
+        (with_scores(corners_of), "corners x1 y1 x2 y2"),
+        (with_scores(lambda box: corners_of(box)[:, [1, 0, 3, 2]]), "corners x1 y1 x2 y2 with y before x"),
+        (with_scores(lambda box: box[:, [1, 0, 3, 2]]), "x y width height with y before x"),
+        (with_scores(centres_of), "centres x y width height"),
+        (with_scores(lambda box: box / 2), "x y width height at 0.5 times the size"),
+        (with_scores(lambda box: corners_of(box) * 2), "corners x1 y1 x2 y2 at 2 times the size"),
+        (with_scores(lambda box: box / 10), "percents of the image"),
+        (lambda rows: np.hstack([np.zeros((24, 1)), rows[:, :4]]), "x y width height after a class or score"),
+        (lambda rows: rows[:, [4, 0, 1, 2, 3]], "x y width height after a class or score"),
+        (lambda rows: np.hstack([rows[:, 4:], corners_of(rows[:, :4])]), "corners x1 y1 x2 y2 after a class or score"),
+    ],
+)
+def test_every_other_form_is_named(change: Callable[[np.ndarray], np.ndarray], form: str) -> None:
+    faces, predictions = small_faces()
+    assert suspected_form(predictions, faces) is None
+    assert suspected_form({name: change(rows) for name, rows in predictions.items()}, faces) == (
+        f"its boxes look like {form}"
+    )
+
+
+def test_corners_are_suspected_where_half_of_them_match_as_they_are() -> None:
+    """Corners of faces in the corner of the image are nearly their sizes."""
+    faces, _ = small_faces()
+    truths = [
+        replace(t, boxes=t.boxes * np.where(np.arange(8)[:, None] < 4, [0.005, 0.005, 1, 1], 1)) for t in faces.truths
+    ]
+    faces = replace(faces, truths=truths)
+    rows = {t.name: np.hstack([corners_of(t.boxes), np.ones((8, 1))]) for t in truths}
+    assert faces.evaluate(rows).average_precisions["all"] == pytest.approx(0.25)
+    assert suspected_form(rows, faces) == "its boxes look like corners x1 y1 x2 y2"
+
+
+def test_corners_of_a_weak_detector_and_classes_are_suspected() -> None:
+    """Their AP is about 0 in any form."""
+    faces, predictions = small_faces()
+    corners = {name: np.hstack([corners_of(rows[8:, :4]), rows[8:, 4:]]) for name, rows in predictions.items()}
+    assert suspected_form(corners, faces) == "its boxes look like corners"
+    classes = {name: np.hstack([np.ones((16, 1)), rows[8:, :4]]) for name, rows in predictions.items()}
+    assert suspected_form(classes, faces) == "its first numbers are all the same, like a class"
+
+
+@pytest.fixture(scope="module")
+def detected() -> tuple[EvaluationSet, dict[str, np.ndarray]]:
+    """The sample images and what a shipped detector finds in them."""
+    faces = open_evaluation_set(ROOT / "data/sample_widerface", None, need_images=True)
+    detector = FaceDetector.from_checkpoint(WEIGHTS, confidence_threshold=0.02)
+    found = {name: detector.detect(path) for name, path in zip(faces.names, faces.images or [], strict=True)}
+    return faces, {name: prediction_rows(each) for name, each in found.items()}
+
+
+@pytest.mark.parametrize("others", [0, 5])
+@pytest.mark.parametrize("kept", [0.1, 0.3, 1.0])
+@pytest.mark.parametrize("noise", [0.0, 0.2, 0.5, 1.0, 5.0])
+def test_weak_detectors_are_not_suspected(
+    noise: float, kept: float, others: int, detected: tuple[EvaluationSet, dict[str, np.ndarray]]
+) -> None:
+    """Boxes are moved by noise, dropped, and outnumbered by random ones."""
+    generator = np.random.default_rng(0)
+    faces, found = detected
+    predictions = {}
+    for name, rows in found.items():
+        rows = rows[generator.random(len(rows)) < kept]
+        rows[:, :4] += generator.normal(0, noise, (len(rows), 4)) * rows[:, [2, 3, 2, 3]]
+        rows[:, 2:4] = rows[:, 2:4].clip(1)
+        count = others * len(rows)
+        random = np.hstack([generator.uniform(0, 500, (count, 2)), generator.uniform(10, 90, (count, 2))])
+        predictions[name] = np.vstack([rows, np.hstack([random, generator.random((count, 1))])])
+    assert suspected_form(predictions, faces) is None
 
 
 def test_reports_of_predictions_overwrite_neither_each_other_nor_an_experiment(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from torchvision.ops import box_iou
 from config import ROOT
 from utils.datasets.formats.annotations import with_size
 from utils.datasets.formats.registry import FORMATS, check_names
-from utils.datasets.labels import LabelledImage, describe_labels, read_labels, write_labels
+from utils.datasets.labels import LabelledImage, check_units, describe_labels, read_labels, write_labels
 from utils.errors import UserError
 from utils.options import Parser
 from utils.runtime.cli import run
@@ -156,6 +156,7 @@ def convert_annotations(
         UserError: the target format cannot represent these images.
     """
     labelled = FORMATS[source_format].read(source, images) if source_format else read_labels(source, Path())
+    check_units([image.faces for image in labelled], source)
     if target_format is None:
         write_labels(target, labelled, Path())
     else:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from utils.datasets.formats.annotations import upright_size
 from utils.datasets.labels import DatasetError, LabelledImage, read_labels
 from utils.runtime.files import candidate_paths, is_file, is_folder
+
+_IMAGES_TO_CHECK = 100  # of which the size is read
 
 
 def find_datasets(names: str, data_root: Path) -> list[Path]:
@@ -59,3 +64,23 @@ def check_that_they_exist(images: Sequence[Path], named_by: Path) -> None:
     missing = [image for image in images if not is_file(image)]
     if missing:
         raise DatasetError(f"{named_by}: names {len(missing)} images that do not exist, first {missing[0]}")
+
+
+def describe_faces_outside(images: Sequence[LabelledImage]) -> str | None:
+    """Describe the faces of some of the images that lie outside of their image for the most part; None if none does."""
+    counted = [image for image in images if not image.faces.ignored.all()]
+    sample = counted[:: max(1, len(counted) // _IMAGES_TO_CHECK)]
+    faces, outside = 0, list[Path]()
+    for image in sample:
+        try:
+            size_xy = upright_size(image.path)
+        except DatasetError:  # reading the image will report it
+            continue
+        boxes = image.faces.boxes[~image.faces.ignored]
+        inside = (np.minimum(boxes[:, 2:], size_xy) - boxes[:, :2].clip(min=0)).clip(min=0).prod(axis=1)
+        is_outside = inside < (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) / 2
+        faces += len(boxes)
+        outside += [image.path] * int(is_outside.sum())
+    if not outside:
+        return None
+    return f"{len(outside)} of {faces} faces in {len(sample)} images lie outside of their image, first in {outside[0]}"

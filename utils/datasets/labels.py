@@ -115,11 +115,19 @@ def read_labels(label_file: Path, images: Path) -> list[LabelledImage]:
     for name, rows in _parse(lines):
         rows_of.setdefault(images / name, []).extend(rows)
     labelled = [labelled_image(path, rows) for path, rows in rows_of.items()]
-    boxes = np.concatenate([image.faces.boxes for image in labelled])
-    # Whole numbers are pixels, however small the boxes are.
-    if (boxes % 1).any() and np.median(boxes.max(axis=1)) <= _MAX_NORMALISED_SUM:
-        raise DatasetError(f"{label_file}: its boxes are normalised to 0..1; expected pixels of the image")
+    check_units([image.faces for image in labelled], label_file)
     return labelled
+
+
+def check_units(faces: Sequence[Faces], source: Path) -> None:
+    """Raise a DatasetError if boxes or landmarks are normalised to 0..1 instead of in pixels."""
+    boxes = [image.boxes for image in faces]
+    landmarks = [image.landmarks[image.has_landmarks].reshape(-1, 2 * LANDMARKS_PER_FACE) for image in faces]
+    for kind, values in (("boxes", boxes), ("landmarks", landmarks)):
+        joined = np.concatenate(values) if values else np.zeros((0, 1))
+        # Whole numbers are pixels, however small the faces are.
+        if (joined % 1).any() and np.median(joined.max(axis=1)) <= _MAX_NORMALISED_SUM:
+            raise DatasetError(f"{source}: its {kind} are normalised to 0..1; expected pixels of the image")
 
 
 def write_labels(path: Path, images: Sequence[LabelledImage], root: Path) -> None:
@@ -241,7 +249,8 @@ def _parse_face(line: _Line, form: _HashForm) -> FaceRow:
     values = _parse_numbers(line, form.meanings)
     box = values[:_BOX_VALUES] if form.corners else _corners(values)
     if len(values) == _BOX_VALUES + 1:
-        return FaceRow(box, ignored=values[_BOX_VALUES] != 0)
+        meaning = f"after {form.meanings[_BOX_VALUES]} in pixels, whether the face is ignored"
+        return FaceRow(box, ignored=as_flag(values[_BOX_VALUES], meaning, line.where))
     points = values[_BOX_VALUES:_FACE_VALUES]
     landmarks = list(zip(points[::3], points[1::3], strict=True))
     is_known = bool(landmarks) and all(x >= 0 and y >= 0 for x, y in landmarks)
@@ -269,7 +278,10 @@ def _parse_wider_faces(image: _Line, below: Sequence[_Line]) -> list[FaceRow]:
         return []
     if len(faces) != count:
         raise DatasetError(f"{below[0].where}: expected {count} faces below for {image.text}, got {len(faces)}")
-    return [FaceRow(_corners(face), ignored=face[_WIDER_INVALID] != 0) for face in faces]
+    return [
+        FaceRow(_corners(face), ignored=as_flag(face[_WIDER_INVALID], "for invalid, number 8", row.where))
+        for row, face in zip(below[1:], faces, strict=True)
+    ]
 
 
 def _is_image_path(text: str) -> bool:
@@ -287,6 +299,13 @@ def _parse_numbers(line: _Line, meanings: Mapping[int, str]) -> list[float]:
         expected = " or ".join(f"{count} numbers ({meaning})" for count, meaning in meanings.items())
         raise DatasetError(f"{line.where}: expected {expected}, got {len(values)}")
     return values
+
+
+def as_flag(value: float, meaning: str, where: str) -> bool:
+    """Convert a number that must be 0 or 1; any other, such as a score, raises a DatasetError."""
+    if value not in (0, 1):
+        raise DatasetError(f"{where}: expected 0 or 1 {meaning}, got {value:g}")
+    return bool(value)
 
 
 def _corners(values: Sequence[float]) -> list[float]:

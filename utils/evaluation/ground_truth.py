@@ -54,6 +54,11 @@ class EvaluationSet:
         """The subset that holds all others."""
         return list(self.truths[0].subsets)[-1]
 
+    @property
+    def faces_counted(self) -> int:
+        """Number of the faces in the largest subset."""
+        return sum(int(truth.subsets[self.largest_subset].sum()) for truth in self.truths)
+
     def evaluate(self, predictions: dict[str, np.ndarray]) -> Evaluation:
         """See `wider_eval.evaluate`."""
         return evaluate(predictions, self.truths, count_negatives=not self.official)

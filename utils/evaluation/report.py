@@ -23,8 +23,6 @@ from utils.runtime.manifest import read_object
 
 # Boundaries of the classes of face height, in pixels of the original image.
 _HEIGHTS = (16, 32, 64, 128)
-_SUSPICIOUS_AP = 0.1
-_MAX_NORMALISED_SUM = 2.0  # the sum of a coordinate and a width, each at most 1
 _REPORT_FILES = ("results.txt", "results.json", "pr_curves.png")
 CONFIDENT_SCORE = 0.5  # the default threshold of inference.py
 _TABLE_COLUMNS = (
@@ -96,31 +94,6 @@ class HeightClass:
     recall_sure: float
 
 
-def suspected_form(predictions: Mapping[str, np.ndarray], faces: EvaluationSet, evaluation: Evaluation) -> str | None:
-    """Guess the format of predictions that match almost no face and may not be x, y, width, height in pixels.
-
-    Args:
-        predictions: predictions of the files, by the name of the image.
-        faces: ground truth.
-        evaluation: evaluation of these predictions.
-    """
-    rows = np.concatenate(list(predictions.values()))
-    if len(rows) and np.median(rows[:, :4].max(axis=1)) <= _MAX_NORMALISED_SUM:
-        return "its boxes look normalised to 0..1"
-    least = _SUSPICIOUS_AP + list(evaluation.average_precisions.values())[-1]
-    if least > 2 * _SUSPICIOUS_AP:
-        return None
-    for name, shift in (("corners x1 y1 x2 y2", (0, 0, -1, -1)), ("centres x y width height", (-0.5, -0.5, 0, 0))):
-        # Corners become sizes by subtracting x and y; centres become corners by subtracting half of the size.
-        other = {
-            key: np.concatenate([boxes[:, :4] + boxes[:, [2, 3, 0, 1]] * shift, boxes[:, 4:]], axis=1)
-            for key, boxes in predictions.items()
-        }
-        if list(faces.evaluate(other).average_precisions.values())[-1] > least:
-            return f"its boxes look like {name}"
-    return None
-
-
 def confident_false_boxes(
     predictions: Mapping[str, np.ndarray], faces: EvaluationSet, evaluation: Evaluation
 ) -> np.ndarray:
@@ -184,6 +157,8 @@ def describe(measured: Measurement) -> list[str]:
     if measured.standard_errors:
         errors = "   ".join(f"{subset} {error:.4f}" for subset, error in measured.standard_errors.items())
         lines.append(f"standard error of the AP over such images: {errors}")
+    if not measured.faces.faces_counted:
+        lines.append(f"no face of {measured.faces.source_name} counts, so that the AP is 0")
     precisions = measured.evaluation.average_precisions
     if measured.faces.official:
         lines.append("   ".join(f"{subset.capitalize()} AP : {value:.4f}" for subset, value in precisions.items()))

@@ -16,15 +16,17 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
+from utils.errors import lfs_pointer
 from utils.runtime.files import atomic_write
 
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .tif .tiff .webp .ppm .pgm .pbm .pnm .jp2 .avif .heic "
-    ".heif".split()
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .bmp .dib .gif .tif .tiff .webp .ppm .pgm .pbm .pnm .jp2 .j2k .j2c .jpc "
+    ".jpf .jpx .tga .avif .heic .heif .hif".split()
 )
 # Formats of images that cannot be read; RAW files contain a small preview at most.
 UNSUPPORTED_SUFFIXES = frozenset(
-    ".cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .dng .orf .rw2 .raf .pef .srw .raw .x3f .psd .jxl .exr .hdr .svg".split()
+    ".cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .dng .orf .rw2 .raf .pef .srw .raw .x3f .3fr .fff .rwl .rwz .gpr .iiq "
+    ".mef .mos .mrw .erf .kdc .dcr .psd .psb .jxl .exr .hdr .svg".split()
 )
 UNSUPPORTED_REASON = "camera RAW, PSD, JPEG XL, EXR, HDR and SVG cannot be read; convert it to JPEG or PNG"
 WRITABLE_SUFFIXES = frozenset(".jpg .jpeg .png .bmp .tif .tiff .webp".split())
@@ -37,7 +39,8 @@ _COMPLETE_ENDINGS = (_JPEG_END, b"IEND\xaeB`\x82")
 _TIFF_BEGINNINGS = (b"II", b"MM")
 _DEEP_BEGINNINGS = (b"\x89PNG", *_TIFF_BEGINNINGS, b"P")  # formats that may have more than 8 bits
 _OPENCV_BEGINNINGS = (b"\xff\xd8", b"BM", *_DEEP_BEGINNINGS)
-_HEIF_BRANDS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"))
+_HEIF_BRANDS = tuple(b"ftyp" + brand for brand in b"heic heix hevc hevx heim heis mif1 msf1".split())
+_AVIF_BRANDS = (b"ftypavif", b"ftypavis")
 _CHANNELS = ((), (1,), (3,), (4,))
 _MAX_UNIT_VALUE = 2.0  # values meant for 0 to 1 may overshoot after a filter or lossy compression
 # Decoding one image may take so much memory, so that with the model it is less than 2 GB.
@@ -183,9 +186,12 @@ def _reasons(data: bytes) -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError:
-        needs_package = data[4:8] == b"ftyp"
-        reason = "HEIC or AVIF, which needs another package: pip install pillow-heif" if needs_package else None
-        raise UnreadableImageError(reason or "not an image, or damaged") from None
+        reason = lfs_pointer(data) or "not an image, or damaged"
+        if data[4:12] in (*_HEIF_BRANDS, *_AVIF_BRANDS):
+            reason = "HEIC or AVIF, which needs another package: pip install pillow-heif"
+        elif data[4:8] == b"ftyp":
+            reason = "not an image; if it is a video, give it the suffix .mp4"
+        raise UnreadableImageError(reason) from None
     except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
         raise UnreadableImageError(str(error) or type(error).__name__) from None
 

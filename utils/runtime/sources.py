@@ -33,7 +33,7 @@ from utils.runtime.threads import map_in_order
 LIST_SUFFIXES = frozenset([".txt", ".lst"])
 VIDEO_SUFFIXES = frozenset(
     ".mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg .mpe .m1v .m2v .wmv .asf .flv .f4v .ts .mts .m2ts .3gp .3g2 .ogv .ogm "
-    ".vob .mxf .divx .mjpeg .mjpg .rm .rmvb .mod .tod .dv".split()
+    ".vob .mxf .divx .mjpeg .mjpg .rm .rmvb .mod .tod .dv .qt .lrv .m2t".split()
 )
 _MAX_READER_THREADS = 8  # each holds an image
 _COMPLETE_SHARE = 0.9  # some files contain only an estimate of their number of frames
@@ -131,7 +131,7 @@ def _listed_images(paths: Sequence[Path], description: str) -> Source:
 
 def _search_folder(folder: Path, exclude: Set[Path]) -> Source:
     """Open all image files below a folder, sorted by path; hidden files and folders are skipped."""
-    names, left_out, files = list[str](), defaultdict[str, list[Path]](list), 0
+    names, left_out = list[str](), defaultdict[str, list[Path]](list)
     for path in _walk(folder, {path.resolve() for path in exclude}, left_out):
         suffix = path.suffix.lower()
         if suffix in IMAGE_SUFFIXES and not _is_pipe(path):
@@ -141,7 +141,7 @@ def _search_folder(folder: Path, exclude: Set[Path]) -> Source:
         elif suffix in VIDEO_SUFFIXES:
             left_out["a video is read where --inference_dir names it"].append(path)
         else:
-            files += 1
+            left_out["its suffix is not that of an image"].append(path)
     notes = []
     for reason, paths in left_out.items():
         if paths:
@@ -150,7 +150,7 @@ def _search_folder(folder: Path, exclude: Set[Path]) -> Source:
     if not names:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
         raise SourceError("; ".join([f"{folder}: holds no image (looked for {suffixes}, in any case)", *notes]))
-    return ImageFiles(str(folder), folder, sorted(names), files, notes)
+    return ImageFiles(str(folder), folder, sorted(names), notes)
 
 
 def _is_pipe(path: Path) -> bool:
@@ -190,14 +190,12 @@ class ImageFiles:
         description: name of the source, for messages.
         folder: folder that the names are relative to.
         names: paths relative to `folder`, with forward slashes.
-        ignored: number of files without an image's suffix.
-        notes: one line for each other reason why files were left out.
+        notes: one line for each reason why files were left out.
     """
 
     description: str
     folder: Path
     names: list[str]
-    ignored: int = 0
     notes: Sequence[str] = ()
     frames_per_second: ClassVar[float | None] = None
 
@@ -230,7 +228,7 @@ class VideoFrames:
     """The frames of a video file or a camera.
 
     Attributes:
-        description, names, ignored: as those of `ImageFiles`; the names are not known in advance.
+        description, names: as those of `ImageFiles`; the names are not known in advance.
         notes: a line, once all frames were read, if many that the file declares are missing.
         folders: the folder of the video; empty for a camera.
         total: number of frames, or None if it is not known in advance.
@@ -238,7 +236,6 @@ class VideoFrames:
     """
 
     names: ClassVar[list[str]] = []
-    ignored: ClassVar[int] = 0
 
     def __init__(self, source: Path | int, stem: str, max_frames: int) -> None:
         self.description = stem if isinstance(source, int) else str(source)

@@ -192,6 +192,12 @@ def test_labelme_corners_may_be_in_any_order(tmp_path: Path) -> None:
         ("coco", "x.json", '{"images": [], "annotations": [{"category_id": 3}]}', "not annotations in COCO's form"),
         ("csv", "x.csv", "image,x1\n", "expected a column x2"),
         ("csv", "x.csv", "image,x1,y1,x2,y2\na.jpg,1,2,three,4\n", r"x\.csv:2: could not convert"),
+        (
+            "csv",
+            "x.csv",
+            "image,x1,y1,x2,y2,ignored\na.jpg,1,2,3,4,0.98\n",
+            "x.csv:2: expected 0 or 1 for ignored, got 0.98",
+        ),
         ("cvat", "x.xml", "<annotations>", "not annotations in CVAT's form"),
         ("cvat", "x.xml", "<annotations><track/></annotations>", "export it as 'CVAT for images 1.1'"),
         ("labelme", "x.json", "[]", "not in labelme's form"),
@@ -289,6 +295,14 @@ def test_any_character_may_be_in_a_name(character: str, tmp_path: Path) -> None:
             assert len(image.faces) == 1
     listed = (tmp_path / "yolo/train.txt").read_text(encoding="utf-8", errors="surrogateescape")
     assert len(listed.splitlines()) == 1
+
+
+def test_normalised_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("image,x1,y1,x2,y2\na.jpg,0.1,0.2,0.3,0.4\n")
+    result = run_script(convert_labels, tmp_path / "x.csv", "--from=csv", f"--to={tmp_path / 'label.txt'}")
+    assert result.returncode == 1
+    assert result.stderr == f"error: {tmp_path}/x.csv: its boxes are normalised to 0..1; expected pixels of the image\n"
+    assert not (tmp_path / "label.txt").exists()
 
 
 def test_command_says_what_it_did(photos: Path, tmp_path: Path) -> None:

@@ -94,6 +94,14 @@ def test_line_ends_byte_order_mark_and_blanks_do_not_matter(tmp_path: Path, text
         ("# a.jpg\n\nnan 2 3 4\n", "label.txt:3: expected finite numbers, got 'nan 2 3 4'"),
         ("# a.jpg\n1 2 inf 4\n", "label.txt:2: expected finite"),
         ("# a.jpg\n1 2 1e39 4\n", "label.txt:2: expected finite"),
+        (
+            "# a.jpg\n1 2 3 4 0.98\n",
+            "label.txt:2: expected 0 or 1 after x y w h in pixels, whether the face is ignored, got 0.98",
+        ),
+        (
+            "# a.jpg 9 9\n1 2 3 4 2\n",
+            "label.txt:2: expected 0 or 1 after x1 y1 x2 y2 in pixels, whether .* ignored, got 2",
+        ),
         ("", "label.txt: names no image"),
         ("\n\n", "label.txt: names no image"),
     ],
@@ -225,6 +233,7 @@ def test_wider_line_ends_byte_order_mark_and_blanks_do_not_matter(tmp_path: Path
         ("a.jpg\n0\n" + "1 " * 10, "label.txt:2: expected 0 faces below for a.jpg, got 1"),
         ("a.jpg\n1\n" + "1 " * 9, r"label.txt:3: expected 10 numbers \(x y w h blur .* pose\), got 9"),
         ("a.jpg\n1\n1 2 3 four 0 0 0 0 0 0\n", "label.txt:3: expected numbers, got '1 2 3 four"),
+        ("a.jpg\n1\n1 2 3 4 0 0 0 0.9 0 0\n", "label.txt:3: expected 0 or 1 for invalid, number 8, got 0.9"),
         ("a.jpg\n0\n# b.jpg\n1 2 3 4\n", "label.txt:3: expected numbers, got '# b.jpg'"),
     ],
 )

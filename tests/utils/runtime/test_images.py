@@ -71,6 +71,9 @@ def test_jpeg_without_its_last_pixels_is_refused(tmp_path: Path, progressive: bo
         (b"PNG? no, text\n", "not an image"),
         (b"\xff\xd8\xff\xd9", "not an image"),
         (b"\0" * 100, "not an image"),
+        (b"\0\0\0\x1cftypisom", "not an image; if it is a video, give it the suffix .mp4"),
+        (b"\0\0\0\x1cftypqt  ", "not an image; if it is a video, give it the suffix .mp4"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer, .*: git lfs pull"),
     ],
 )
 def test_what_is_no_image_is_refused_with_the_reason(tmp_path: Path, content: bytes, reason: str) -> None:

@@ -47,7 +47,8 @@ def test_folder_gives_its_pictures_in_the_order_of_their_paths(tmp_path: Path) -
     source = open_path(tmp_path)
     expected = ["a b.PNG", "b.jpg", "sub.d/deep/c.webp", "sub.d/ü.v1.JPeG", "z.TIF"]
     assert names_of(source) == source.names == expected
-    assert (source.total, source.ignored, source.frames_per_second) == (5, 1, None)
+    assert (source.total, source.frames_per_second) == (5, None)
+    assert source.notes == [f"skipped {tmp_path}/sub.d/deep/notes.png.bak: its suffix is not that of an image"]
     assert all(picture.pixels is not None and picture.pixels.shape == (2, 3, 3) for picture in source)
 
 
@@ -58,7 +59,8 @@ def test_hidden_files_results_and_loops_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "sub" / "itself").symlink_to(tmp_path / "sub" / "itself")
     source = open_path(tmp_path)
     assert names_of(source) == ["a.png", "sub/results/d.png"]
-    assert source.ignored == 1  # the link to itself, which is neither a folder nor a picture
+    # The link to itself is neither a folder nor an image.
+    assert f"skipped {tmp_path}/sub/itself: its suffix is not that of an image" in source.notes
 
 
 def test_results_that_lie_among_the_pictures_are_left_alone(tmp_path: Path) -> None:
@@ -97,6 +99,21 @@ def test_damaged_pictures_come_out_with_their_problem(tmp_path: Path) -> None:
     assert [picture.name for picture in open_path(tmp_path) if picture.pixels is None] == [
         "empty.jpg", "gone.jpg", "text.png"
     ]  # fmt: skip
+
+
+def test_files_that_are_left_out_are_named_with_the_reason(tmp_path: Path) -> None:
+    for suffix in ("mpo", "HIF", "j2k", "jpx", "tga", "psb", "3fr", "rwl", "gpr", "qt", "lrv", "m2t", "xyz", "txt"):
+        (tmp_path / f"a.{suffix}").touch()
+    source = open_path(tmp_path)
+    assert source.names == ["a.HIF", "a.j2k", "a.jpx", "a.mpo", "a.tga"]
+    expected = {
+        "camera RAW": {"psb", "3fr", "rwl", "gpr"},
+        "a video": {"qt", "lrv", "m2t"},
+        "its suffix": {"xyz", "txt"},
+    }
+    for reason, suffixes in expected.items():
+        (note,) = [note for note in source.notes if f": {reason}" in note]
+        assert any(f"/a.{suffix} and {len(suffixes) - 1} more: " in note for suffix in suffixes)
 
 
 def test_folder_without_pictures_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from utils.datasets.formats.annotations import LANDMARK_NAMES, AnnotatedImage, shortest
-from utils.datasets.labels import DatasetError, FaceRow, LabelledImage, labelled_image
+from utils.datasets.labels import DatasetError, FaceRow, LabelledImage, as_flag, labelled_image
 from utils.runtime.files import atomic_write
 
 _BOX = ("x1", "y1", "x2", "y2")
@@ -64,8 +64,12 @@ def _read_row(row: Mapping[str, str | None], where: str) -> FaceRow:
     try:
         box = [float(row[name] or "") for name in _BOX]
         points = [float(row.get(name) or "nan") for name in _LANDMARKS]
-        ignored = bool(float(row.get("ignored") or 0))
+        ignored = float(row.get("ignored") or 0)
     except ValueError as error:
         raise DatasetError(f"{where}: {error}") from None
     known = all(value == value for value in points)  # NaN differs from itself
-    return FaceRow(box, list(zip(points[::2], points[1::2], strict=True)) if known else None, ignored)
+    return FaceRow(
+        box,
+        list(zip(points[::2], points[1::2], strict=True)) if known else None,
+        as_flag(ignored, "for ignored", where),
+    )

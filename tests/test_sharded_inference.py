@@ -81,7 +81,8 @@ def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     assert result.returncode == 0, result.stderr
     found = contents(out)
     assert {f"{RECORDS}/run.json", f"{RECORDS}/0.jsonl"} < found.keys()
-    assert len(found) == 2 * (COUNT - 2) + 3 + 1 + 2  # drawings and thumbnails, tables, the page, records
+    # Drawings and thumbnails, tables, the page, records and the digests of what was written.
+    assert len(found) == 2 * (COUNT - 2) + 3 + 1 + 3
     return found
 
 

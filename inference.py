@@ -23,12 +23,11 @@ from models.checkpoint import load_checkpoint, locate_checkpoint
 from models.detector import FaceDetector
 from models.initialise import load_model
 from utils.options import Flags, parse_flags
-from utils.results.files import OUTPUT_FOLDERS
 from utils.results.masks import HeadMask, HeadSegmenter, InferenceResults
 from utils.results.reports import EXPORT_FOLDER
 from utils.runtime.cli import choose_device, run
 from utils.runtime.distributed import DistributedContext, distributed_context, run_on_all
-from utils.runtime.files import user_path
+from utils.runtime.files import OUTPUT_FOLDERS, user_path
 from utils.runtime.sources import open_source
 from utils.structures import Detections
 

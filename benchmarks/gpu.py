@@ -108,14 +108,13 @@ def processes_rate(path: Path, device: torch.device, count: int) -> float:
 
 def seconds_per_call(call: Callable[[], object]) -> float:
     """Mean time of a call, after three calls that are not counted."""
-    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else torch.cpu.synchronize
     for _ in range(3):
         call()
-    synchronise()
+    torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(_REPEATS):
         call()
-    synchronise()
+    torch.cuda.synchronize()
     return (time.perf_counter() - start) / _REPEATS
 
 

@@ -19,12 +19,12 @@ from models.detector import FaceDetector
 from utils.datasets.formats.registry import check_names
 from utils.errors import ConfigError, UserError
 from utils.options import require, to_dict
-from utils.results.files import OUTPUT_FOLDERS
 from utils.results.masks import HeadMask, HeadSegmenter
 from utils.results.page import PAGE_NAME, check_page_is_ours
 from utils.results.writer import ResultWriter
 from utils.runtime.cli import show_progress
 from utils.runtime.distributed import DistributedContext, shard_positions
+from utils.runtime.files import OUTPUT_FOLDERS
 from utils.runtime.manifest import file_digest
 from utils.runtime.sources import ImageFiles, InputImage, Source, VideoFrames, is_large
 from utils.runtime.threads import BackgroundWorker

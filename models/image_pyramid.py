@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,6 @@ from models.heads import LevelOutput, build_stage
 from models.net import MergedFPN
 from models.retinaface import RetinaFace, run_cascade
 from utils.structures import StageOutput
-
-_COARSEST_OF_BACKBONE = 32  # stride
 
 
 def build_model(model_config: ModelConfig) -> RetinaFace:
@@ -46,9 +44,10 @@ def _scaled_level(level: LevelConfig, scale: float) -> LevelConfig:
     return LevelConfig(int(level.stride * scale), tuple(size * scale for size in level.anchor_sizes), level.channels)
 
 
-def _with_channels(model_config: ModelConfig, channels: Sequence[int]) -> ModelConfig:
-    """The configuration of the feature pyramid of the upsampled levels: their channels, and no level beyond C5."""
-    levels = [level for level in model_config.levels if level.stride <= _COARSEST_OF_BACKBONE]
+def _upsampled_config(model_config: ModelConfig, strides: Container[int]) -> ModelConfig:
+    """The configuration of the upsampled levels' own feature pyramid, with levels of the given strides only."""
+    levels = [level for level in model_config.levels if level.stride in strides]
+    channels = model_config.image_pyramid.upsampled_channels
     finest = [dataclasses.replace(level, channels=width) for level, width in zip(levels, channels, strict=False)]
     return dataclasses.replace(
         model_config, levels=(*finest, *levels[len(finest) :]), image_pyramid=ImagePyramidConfig()
@@ -74,7 +73,8 @@ class ImagePyramid(RetinaFace):
         self.upsampled_fpn: MergedFPN | None = None
         if pyramid.upsampled_channels:
             channels = pyramid.upsampled_channels
-            self.upsampled_fpn = MergedFPN(self.backbone.channels, _with_channels(model_config, channels))
+            backbone_channels = self.backbone.channels
+            self.upsampled_fpn = MergedFPN(backbone_channels, _upsampled_config(model_config, backbone_channels))
         self.upsampled_stages = nn.ModuleList(build_stage(model_config, levels, channels) for _ in self.stages)
         # Without a weight, the native levels that upsampled ones replace are not computed.
         self.first_native = 0 if pyramid.native_scale_weight else max(count - 1, 0)

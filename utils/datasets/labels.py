@@ -19,7 +19,7 @@ from utils.structures import LANDMARKS_PER_FACE, Faces
 _BOX_VALUES = 4
 _LANDMARK_VALUES = 3 * LANDMARKS_PER_FACE  # x, y and a flag for each landmark
 _FACE_VALUES = _BOX_VALUES + _LANDMARK_VALUES
-_MAX_NORMALISED_SUM = 2.0  # the sum of a coordinate and a width, each at most 1
+MAX_NORMALISED_SUM = 2.0  # the sum of a coordinate and a width, each at most 1
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -126,7 +126,7 @@ def check_units(faces: Sequence[Faces], source: Path) -> None:
     for kind, values in (("boxes", boxes), ("landmarks", landmarks)):
         joined = np.concatenate(values) if values else np.zeros((0, 1))
         # Whole numbers are pixels, however small the faces are.
-        if (joined % 1).any() and np.median(joined.max(axis=1)) <= _MAX_NORMALISED_SUM:
+        if (joined % 1).any() and np.median(joined.max(axis=1)) <= MAX_NORMALISED_SUM:
             raise DatasetError(f"{source}: its {kind} are normalised to 0..1; expected pixels of the image")
 
 

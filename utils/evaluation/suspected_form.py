@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from utils.datasets.labels import MAX_NORMALISED_SUM
 from utils.evaluation.ground_truth import EvaluationSet
 
-_MAX_NORMALISED_SUM = 2.0  # the sum of a coordinate and a width, each at most 1
 _MAX_PERCENT = 101.0  # boxes may reach outside of the image a little
 _MIN_ROWS = 20  # fewer rows may have something in common by chance
 _IMAGES_TO_EVALUATE = 100
@@ -32,7 +32,7 @@ def suspected_form(predictions: Mapping[str, np.ndarray], faces: EvaluationSet) 
     if not len(rows) or not len(truths):
         return None
     largest = rows[:, :4].max(axis=1)
-    if np.median(largest) <= _MAX_NORMALISED_SUM:
+    if np.median(largest) <= MAX_NORMALISED_SUM:
         return "its boxes look normalised to 0..1"
     ends = [(truth.boxes[:, :2] + truth.boxes[:, 2:]).max() for truth in faces.truths if len(truth.boxes)]
     if np.quantile(largest, 0.99) <= _MAX_PERCENT < np.median(ends) / 2:

@@ -14,13 +14,7 @@ import numpy as np
 from utils.errors import UserError
 from utils.results.own_files import OwnFiles
 from utils.results.records import Record, RecordIndex
-from utils.runtime.files import one_line, shortened
-
-# Folders of the images that a run writes; files elsewhere are never removed.
-OUTPUT_FOLDERS = (
-    *("result_images", "masks", "faces", "heads", "head_masks"),
-    *("thumbnails", "crops", "aligned", "anonymized"),
-)
+from utils.runtime.files import OUTPUT_FOLDERS, one_line, shortened
 
 
 @dataclass

@@ -15,13 +15,13 @@ from config import InferenceOptions
 from utils.drawing import draw_detections
 from utils.errors import ConfigError, UserError
 from utils.results.face_files import FaceFiles
-from utils.results.files import OUTPUT_FOLDERS, ResultFiles, Summary, remove_output
+from utils.results.files import ResultFiles, Summary, remove_output
 from utils.results.image_files import OutputImages, write_crops
 from utils.results.masks import HeadMask, crop
 from utils.results.records import Record, RecordStore
 from utils.results.reports import write_exports, write_inference_page
 from utils.runtime.distributed import SINGLE_PROCESS, DistributedContext, run_on_all, run_on_main
-from utils.runtime.files import disk_errors, is_utf8, make_folder, remove_temporary_files
+from utils.runtime.files import OUTPUT_FOLDERS, disk_errors, is_utf8, make_folder, remove_temporary_files
 from utils.runtime.manifest import first_difference, require_same_settings
 from utils.structures import Detections
 

@@ -19,6 +19,11 @@ from utils.errors import UserError
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 _MAX_NAME_BYTES = 255  # limit of common file systems
+# Folders of the images that a run writes; files elsewhere are never removed.
+OUTPUT_FOLDERS = (
+    *("result_images", "masks", "faces", "heads", "head_masks"),
+    *("thumbnails", "crops", "aligned", "anonymized"),
+)
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EINVAL)  # the last is that of a pattern on Windows
 
 

@@ -17,8 +17,7 @@ import cv2
 import numpy as np
 
 from utils.errors import UserError
-from utils.results.files import OUTPUT_FOLDERS
-from utils.runtime.files import candidate_paths, is_utf8, missing, path_exists, read_lines
+from utils.runtime.files import OUTPUT_FOLDERS, candidate_paths, is_utf8, missing, path_exists, read_lines
 from utils.runtime.images import (
     IMAGE_SUFFIXES,
     LARGE_PIXELS,

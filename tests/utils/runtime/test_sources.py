@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from utils.results.files import OUTPUT_FOLDERS
+from utils.runtime.files import OUTPUT_FOLDERS
 from utils.runtime.images import write_image
 from utils.runtime.sources import ImageFiles, Source, SourceError, open_source, read_images
 

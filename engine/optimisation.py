@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,99 @@ from config import TrainConfig
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 _WARMUP_START = 0.01  # relative to the peak learning rate
+
+
+class Optimization:
+    """The optimiser, the learning rate schedule, the gradient scaler and the averaged weights, which step together.
+
+    Attributes:
+        optimizer: the optimiser.
+        scheduler: the schedule of the learning rate.
+        averaged: moving average of the weights, or None.
+        amp_dtype: the 16-bit type of mixed precision, or None without it.
+        scaler: scaler of the gradients, which is enabled for fp16 only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        new_parameters: Sequence[str],
+        steps_per_epoch: int,
+        device: torch.device,
+    ) -> None:
+        """Prepare the first step.
+
+        Args:
+            model: model on the target device.
+            config: options of training.
+            new_parameters: names of the randomly initialised parameters, if the others are pretrained.
+            steps_per_epoch: number of steps of the optimiser in an epoch.
+            device: device of the model.
+        """
+        self._model, self._config, self._steps_per_epoch = model, config, steps_per_epoch
+        self.optimizer = build_optimizer(model, config, new_parameters)
+        self.averaged = build_average(model, config.ema_decay)
+        self.amp_dtype = choose_amp_dtype(config, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
+        self.scheduler = build_scheduler(self.optimizer, config, steps_per_epoch)
+
+    @property
+    def learning_rate(self) -> float:
+        """The current learning rate of the first group of parameters."""
+        return float(self.scheduler.get_last_lr()[0])
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a scalar loss."""
+        self.scaler.scale(loss).backward()
+
+    def clip_gradients(self) -> Tensor:
+        """Clip the gradients to the configured norm, and return the norm that they had before."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for parameter in self._model.parameters() if parameter.grad is not None]
+        return nn.utils.clip_grad_norm_(parameters, self._config.clip_gradient or math.inf)
+
+    def step(self) -> None:
+        """Update the weights, their average and the learning rate, and clear the gradients."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self._model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state to continue from; see `load_state_dict`."""
+        return {
+            "averaged": {} if self.averaged is None else self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any], steps_done: int) -> None:
+        """Continue from a saved state at the given step, with the learning rates of the configuration.
+
+        Raises:
+            ValueError: the saved optimiser has other groups of parameters.
+        """
+        configured = [
+            {name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for group, options in zip(self.optimizer.param_groups, configured, strict=True):
+            group.update(options)
+        if self.averaged is not None and saved["averaged"]:
+            self.averaged.load_state_dict(saved["averaged"])
+        if saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
+        self.scheduler = build_scheduler(self.optimizer, self._config, self._steps_per_epoch, steps_done)
+
+
+def choose_amp_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """The 16-bit type of mixed precision, or None without it."""
+    if not config.amp:
+        return None
+    return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, new_parameters: Sequence[str]) -> Optimizer:

@@ -8,18 +8,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from config import ExperimentConfig
-from engine.optimisation import build_average, build_optimizer, build_scheduler, freeze_batch_norm
+from engine.optimisation import Optimization, freeze_batch_norm
 from engine.training_state import (
     Progress,
     TrainingData,
     TrainingError,
     check_options,
-    choose_amp_dtype,
     describe_duration,
     describe_loss_shares,
     must_sync_batch_norm,
@@ -103,18 +102,16 @@ class Trainer:
         self.new_parameters = list(new_parameters)
         self.eval_every = train.eval_every or usual_eval_every(data, config.data.im_size)
         self.progress = Progress()
-        self.optimizer = build_optimizer(model, train, self.new_parameters)
-        self.averaged = build_average(model, train.ema_decay)
-        self.amp_dtype = choose_amp_dtype(train, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
-        self._build_scheduler()
+        self.updates_per_epoch = math.ceil(self.steps_per_epoch / train.accumulate)
+        self.optimization = Optimization(model, train, self.new_parameters, self.updates_per_epoch, self.device)
         self._saved_at = time.monotonic()
         self._steps_timed, self._timed_from = 0, 0.0
 
     @property
     def trained_model(self) -> RetinaFace:
         """The model that is validated and kept: the averaged one, if weights are averaged."""
-        return self.model if self.averaged is None else cast(RetinaFace, self.averaged.module)
+        averaged = self.optimization.averaged
+        return self.model if averaged is None else cast(RetinaFace, averaged.module)
 
     def fit(self) -> None:
         """Train the remaining epochs.
@@ -190,44 +187,30 @@ class Trainer:
 
     def _train_step(self, batch: Batch, epoch: int, step: int) -> None:
         """Run forward, loss and backward of one batch; step the optimiser after every `accumulate` batches."""
-        train = self.config.train
+        accumulate, amp_dtype = self.config.train.accumulate, self.optimization.amp_dtype
         images = batch.images.to(self.device, non_blocking=True).float().contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+        with torch.autocast(self.device.type, amp_dtype, enabled=amp_dtype is not None):
             outputs = self.ddp_model(images)
             taught = self.teacher(images) if self.teacher else None
         terms = self.loss(outputs, batch.targets.to(self.device), (images.shape[2], images.shape[3]), taught)
         total = torch.stack(list(terms.values())).sum()
 
-        group_start = (step - 1) // train.accumulate * train.accumulate
-        group_size = min(group_start + train.accumulate, self.steps_per_epoch) - group_start
-        self.scaler.scale(total / group_size).backward()
+        group_start = (step - 1) // accumulate * accumulate
+        group_size = min(group_start + accumulate, self.steps_per_epoch) - group_start
+        self.optimization.backward(total / group_size)
         is_last_of_group = step == group_start + group_size
         finite = torch.isfinite(total.detach())
         if is_last_of_group:
-            norm = self._clip_gradients()
+            norm = self.optimization.clip_gradients()
             # Scaled gradients may overflow, which the scaler handles.
-            finite = finite if self.scaler.is_enabled() else finite & torch.isfinite(norm)
+            finite = finite if self.optimization.scaler.is_enabled() else finite & torch.isfinite(norm)
         if not finite:
             self._raise_non_finite(batch, f"epoch {epoch}, step {step}", float(total.detach()))
         if is_last_of_group:
-            self._optimizer_step()
+            self.optimization.step()
         for name, value in {"loss": total, **terms}.items():
             self.progress.sums[name] = self.progress.sums.get(name, torch.zeros_like(total)) + value.detach()
         self.progress.position += self.batch_size
-
-    def _clip_gradients(self) -> Tensor:
-        """Clip the gradients to the configured norm, and return the norm that they had before."""
-        self.scaler.unscale_(self.optimizer)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        return nn.utils.clip_grad_norm_(parameters, self.config.train.clip_gradient or math.inf)
-
-    def _optimizer_step(self) -> None:
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
 
     def _raise_non_finite(self, batch: Batch, where: str, loss: float) -> NoReturn:
         names = ", ".join(str(self.data.images[index].path) for index in batch.indices)
@@ -247,7 +230,7 @@ class Trainer:
             return
         loss = float(self.progress.sums["loss"]) / step
         self.bar.set_postfix(loss=f"{loss:.3f}")
-        self.log.step((epoch - 1) * self.steps_per_epoch + step, loss, self._learning_rate)
+        self.log.step((epoch - 1) * self.steps_per_epoch + step, loss, self.optimization.learning_rate)
         if self.bar.disable:
             self.log.line(f"epoch {epoch} step {step}/{self.steps_per_epoch}: mean loss {loss:.4f}")
 
@@ -261,15 +244,11 @@ class Trainer:
             self.log.line(describe_duration(remaining, seconds))
         self._steps_timed += 1
 
-    @property
-    def _learning_rate(self) -> float:
-        return float(self.scheduler.get_last_lr()[0])
-
     def _epoch_metrics(self) -> dict[str, float]:
         """Mean of every loss term over the whole epoch, and the last learning rate."""
         sums = {name: reduce_mean(value) for name, value in self.progress.sums.items()}
         means = {name: float(value) / self.steps_per_epoch for name, value in sums.items()}
-        return {**means, "learning_rate": self._learning_rate}
+        return {**means, "learning_rate": self.optimization.learning_rate}
 
     def _validate_and_save_best(self, epoch: int) -> dict[str, float]:
         """Validate if this epoch is due, and save the model if it is the best so far; returns the metrics."""
@@ -309,10 +288,8 @@ class Trainer:
         self._save(
             "last",
             self.model,
-            averaged={} if self.averaged is None else self.averaged.state_dict(),
             new_parameters=self.new_parameters,
-            optimizer=self.optimizer.state_dict(),
-            scaler=self.scaler.state_dict(),
+            **self.optimization.state_dict(),
             **vars(self.progress),
         )
         self._saved_at = time.monotonic()
@@ -337,27 +314,14 @@ class Trainer:
                 "use another --experiment_name"
             )
         self.model.load_state_dict(checkpoint.state)
-        asked = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
+        self.progress = Progress(**{name: saved[name] for name in vars(self.progress) if name in saved})
+        self.progress.sums = {name: value.to(self.device) for name, value in self.progress.sums.items()}
+        updates = self.progress.epoch * self.updates_per_epoch
+        updates += self.progress.position // self.batch_size // self.config.train.accumulate
         try:
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self.optimization.load_state_dict(saved, updates)
         except ValueError as error:
             raise CheckpointError(
                 f"{checkpoint.path}: its optimiser has other groups of parameters ({error}); "
                 "keep --new_rate_factor and --backbone_rate_factor as they were"
             ) from None
-        for group, options in zip(self.optimizer.param_groups, asked, strict=True):
-            group.update(options)
-        if self.averaged is not None and saved["averaged"]:
-            self.averaged.load_state_dict(saved["averaged"])
-        if saved.get("scaler"):
-            self.scaler.load_state_dict(saved["scaler"])
-        self.progress = Progress(**{name: saved[name] for name in vars(self.progress) if name in saved})
-        self.progress.sums = {name: value.to(self.device) for name, value in self.progress.sums.items()}
-        self._build_scheduler()
-
-    def _build_scheduler(self) -> None:
-        """Build the learning rate schedule at the step that the progress has reached."""
-        accumulate = self.config.train.accumulate
-        steps_per_epoch = math.ceil(self.steps_per_epoch / accumulate)
-        steps = self.progress.epoch * steps_per_epoch + self.progress.position // self.batch_size // accumulate
-        self.scheduler = build_scheduler(self.optimizer, self.config.train, steps_per_epoch, steps)

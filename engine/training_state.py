@@ -86,13 +86,6 @@ def must_sync_batch_norm(train: TrainConfig, device: torch.device, context: Dist
     return is_possible and not train.freeze_bn if train.sync_bn is None else train.sync_bn
 
 
-def choose_amp_dtype(train: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """The 16-bit type of mixed precision, or None without it."""
-    if not train.amp:
-        return None
-    return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16
-
-
 def usual_eval_every(data: TrainingData, im_size: int) -> int:
     """Number of epochs between validations for which validation takes about a tenth of the time.
 

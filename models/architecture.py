@@ -66,10 +66,10 @@ def combine_overrides(overrides: ModelOverrides, experiment_name: str) -> ModelO
     Raises:
         ConfigError: a flag contradicts the name.
     """
-    said = overrides_from_name(experiment_name)
-    if said is None:
+    implied = overrides_from_name(experiment_name)
+    if implied is None:
         return overrides
-    for name, value in vars(said).items():
+    for name, value in vars(implied).items():
         given = getattr(overrides, name)
         if value is not None and given not in (None, value):
             raise ConfigError(
@@ -81,7 +81,7 @@ def combine_overrides(overrides: ModelOverrides, experiment_name: str) -> ModelO
             f"--experiment_name={experiment_name} says {_LEVELS_OF_THE_ORIGINAL} levels, but --strides has "
             f"{len(overrides.strides)}; drop the flag, or choose another name"
         )
-    return replace(overrides, **{name: value for name, value in vars(said).items() if value is not None})
+    return replace(overrides, **{name: value for name, value in vars(implied).items() if value is not None})
 
 
 def check_name(experiment_name: str, config: ModelConfig) -> None:
@@ -90,10 +90,10 @@ def check_name(experiment_name: str, config: ModelConfig) -> None:
     Raises:
         ConfigError: the name says another architecture.
     """
-    said = overrides_from_name(experiment_name)
-    if said is None:
+    implied = overrides_from_name(experiment_name)
+    if implied is None:
         return
-    for name, value in {**vars(said), "levels": _LEVELS_OF_THE_ORIGINAL}.items():
+    for name, value in {**vars(implied), "levels": _LEVELS_OF_THE_ORIGINAL}.items():
         present = len(config.levels) if name == "levels" else getattr(config, name, None)
         if value not in (None, present):
             raise ConfigError(

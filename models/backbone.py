@@ -84,7 +84,7 @@ class ResNet(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        network = cast(
+        resnet = cast(
             torchvision.models.ResNet,
             torchvision.models.get_model(
                 config.backbone,
@@ -93,11 +93,11 @@ class ResNet(nn.Module):
                 zero_init_residual=config.norm == "group",
             ),
         )
-        widest = network.fc.in_features
+        widest = resnet.fc.in_features
         self.channels: Mapping[int, int] = {4: widest // 8, 8: widest // 4, 16: widest // 2, 32: widest}
-        self.conv1, self.bn1, self.relu, self.maxpool = network.conv1, network.bn1, network.relu, network.maxpool
-        self.layer1, self.layer2 = network.layer1, network.layer2
-        self.layer3, self.layer4 = network.layer3, network.layer4
+        self.conv1, self.bn1, self.relu, self.maxpool = resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool
+        self.layer1, self.layer2 = resnet.layer1, resnet.layer2
+        self.layer3, self.layer4 = resnet.layer3, resnet.layer4
         if config.deformable_backbone:
             for block in (*self.layer3, *self.layer4):
                 _make_deformable(block)

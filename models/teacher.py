@@ -35,16 +35,16 @@ class Teacher:
         coarsest = self.model.levels[-1].stride
         if width % coarsest:
             raise UserError(f"--teacher needs an --im_size that is a multiple of {coarsest}, got {width}")
-        plain, mirrored = self._predict(images), self._predict(images.flip(3))
+        original, mirrored = self._predict(images), self._predict(images.flip(3))
         positions = self._mirrored_positions((height, width)).to(images.device)
         landmarks = None
-        if plain.landmarks is not None and mirrored.landmarks is not None:
+        if original.landmarks is not None and mirrored.landmarks is not None:
             x, y = mirrored.landmarks[:, positions][..., MIRRORED_LANDMARKS, :].unbind(-1)
-            landmarks = (plain.landmarks + torch.stack([1 - x, y], dim=-1)) / 2
+            landmarks = (original.landmarks + torch.stack([1 - x, y], dim=-1)) / 2
         x1, y1, x2, y2 = mirrored.boxes[:, positions].unbind(-1)
         return TeacherOutput(
-            scores=(plain.scores + mirrored.scores[:, positions]) / 2,
-            boxes=(plain.boxes + torch.stack([1 - x2, y1, 1 - x1, y2], dim=-1)) / 2,
+            scores=(original.scores + mirrored.scores[:, positions]) / 2,
+            boxes=(original.boxes + torch.stack([1 - x2, y1, 1 - x1, y2], dim=-1)) / 2,
             landmarks=landmarks,
         )
 

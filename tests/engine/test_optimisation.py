@@ -8,7 +8,13 @@ from torch import nn
 from torch.optim import SGD
 
 from config import TrainConfig
-from engine.optimisation import build_average, build_optimizer, build_scheduler, freeze_batch_norm, rate_factor
+from engine.optimisation import (
+    build_average,
+    build_optimizer,
+    build_scheduler,
+    freeze_batch_norm,
+    rate_factor,
+)
 
 
 def factors(config: TrainConfig, steps_per_epoch: int, steps: list[int]) -> list[float]:

@@ -91,10 +91,10 @@ def test_sixteen_bits_with_scaled_gradients_learn(two_images: list[LabelledImage
     torch.manual_seed(0)
     log = RunLog(None)
     trainer = Trainer(RetinaFace(config.model), config, Experiment(tmp_path), TrainingData(two_images * 12), log)
-    trainer.amp_dtype = torch.float16
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+    trainer.optimization.amp_dtype = torch.float16
+    trainer.optimization.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
     trainer.fit()
-    assert 1 < trainer.scaler.get_scale() < 2.0**40
+    assert 1 < trainer.optimization.scaler.get_scale() < 2.0**40
     assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
-    started = trainer.optimizer.state.values()
+    started = trainer.optimization.optimizer.state.values()
     assert {float(state["step"]) for state in started} <= set(range(1, 12))

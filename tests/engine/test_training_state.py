@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from config import TrainConfig
+from engine.optimisation import choose_amp_dtype
 from engine.training_state import (
     TrainingData,
-    choose_amp_dtype,
     describe_duration,
     describe_loss_shares,
     must_sync_batch_norm,

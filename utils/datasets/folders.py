@@ -51,11 +51,11 @@ def read_split(folders: Sequence[Path], split: str) -> list[list[LabelledImage]]
 
 def _read_part(part: Path) -> list[LabelledImage]:
     images = read_labels(part / "label.txt", part / "images")
-    check_that_they_exist([image.path for image in images], part / "label.txt")
+    check_images_exist([image.path for image in images], part / "label.txt")
     return images
 
 
-def check_that_they_exist(images: Sequence[Path], named_by: Path) -> None:
+def check_images_exist(images: Sequence[Path], named_by: Path) -> None:
     """Check that all image files of a list exist.
 
     Raises:

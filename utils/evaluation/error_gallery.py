@@ -45,8 +45,8 @@ def false_positives(
     mistakes = []
     for number, (truth, matches) in enumerate(zip(faces.truths, evaluation.matches, strict=True)):
         rows = predictions.get(truth.name, np.zeros((0, 5)))
-        for index in np.flatnonzero(matches.counts(truth.subsets[faces.largest_subset]) & ~matches.is_first):
-            kind = "no face" if matches.finds[index] < 0 else "again"
+        for index in np.flatnonzero(matches.is_counted(truth.subsets[faces.largest_subset]) & ~matches.is_best_match):
+            kind = "no face" if matches.matched_face[index] < 0 else "again"
             mistakes.append((rows[index, 4], Mistake(number, rows[index, :4], f"{kind}, score {rows[index, 4]:.3f}")))
     return [mistake for _, mistake in sorted(mistakes, key=lambda pair: -pair[0])[:limit]]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from config import ROOT
-from utils.datasets.folders import check_that_they_exist, part_of
+from utils.datasets.folders import check_images_exist, part_of
 from utils.datasets.labels import DatasetError, LabelledImage, read_labels
 from utils.evaluation.localisation import landmark_errors
 from utils.evaluation.wider_eval import Evaluation, GroundTruth, bootstrap, evaluate, load_ground_truth
@@ -117,7 +117,7 @@ def open_evaluation_set(dataset: Path | None, gt_dir: Path | None, *, need_image
     if need_images:
         if found.images is None:
             raise DatasetError(f"{dataset}: no folder val/images with the images of {found.source}; see data/README.md")
-        check_that_they_exist(found.images, found.source)
+        check_images_exist(found.images, found.source)
     return found
 
 

@@ -43,7 +43,7 @@ def write_evaluation_page(folder: Path, measured: Measurement, predictions: Mapp
         f"Recall by face height ({subset} faces)",
         ("height", "faces", "recall", f"score >= {CONFIDENT_SCORE}"),
         [
-            (f"{row.heights} px", row.faces, f"{row.recall:.3f}", f"{row.recall_sure:.3f}")
+            (f"{row.heights} px", row.faces, f"{row.recall:.3f}", f"{row.recall_confident:.3f}")
             for row in recall_by_height(measured.faces, evaluation)
         ],
     )
@@ -98,8 +98,8 @@ def image_faces(
     counted = truth.subsets[subset]
     scores = (rows[:, 4] - lowest) / span
     for index in np.flatnonzero(scores >= _LOWEST_SCORE):
-        face = matches.finds[index]
-        kind = "false" if face < 0 or not matches.is_first[index] else "hit"
+        face = matches.matched_face[index]
+        kind = "false" if face < 0 or not matches.is_best_match[index] else "hit"
         kind = "ignored" if face >= 0 and not counted[face] else kind
         yield {"box": _corners(rows[index]), "score": round(float(scores[index]), 4), "kind": kind}
     for index, box in enumerate(truth.boxes):

@@ -91,7 +91,7 @@ class HeightClass:
     heights: str
     faces: int
     recall: float
-    recall_sure: float
+    recall_confident: float
 
 
 def confident_false_boxes(
@@ -101,7 +101,7 @@ def confident_false_boxes(
     found = [np.zeros((0, 4))]
     for truth, matches in zip(faces.truths, evaluation.matches, strict=True):
         rows = predictions.get(truth.name, np.zeros((0, 5)))
-        is_false = matches.counts(truth.subsets[faces.largest_subset]) & ~matches.is_first
+        is_false = matches.is_counted(truth.subsets[faces.largest_subset]) & ~matches.is_best_match
         found.append(rows[is_false & (rows[:, 4] >= CONFIDENT_SCORE), :4])
     return np.concatenate(found)
 
@@ -145,7 +145,7 @@ def describe(measured: Measurement) -> list[str]:
     subset = measured.faces.largest_subset
     lines.append(f"{f'face height ({subset} faces)':<24}{'faces':>7}{'recall':>9}{f'score >= {CONFIDENT_SCORE}':>14}")
     for row in recall_by_height(measured.faces, measured.evaluation):
-        lines.append(f"{row.heights + ' px':<24}{row.faces:>7}{row.recall:>9.3f}{row.recall_sure:>14.3f}")
+        lines.append(f"{row.heights + ' px':<24}{row.faces:>7}{row.recall:>9.3f}{row.recall_confident:>14.3f}")
     if detected.landmark_errors is not None and detected.landmark_error is not None:
         found = f"landmark error over {len(detected.landmark_errors)} detected faces"
         lines.append(f"{found} : {100 * detected.landmark_error:.2f} % of the root of the face's area")

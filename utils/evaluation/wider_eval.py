@@ -67,21 +67,23 @@ class Matches:
 
     Attributes:
         face_scores: (N,) score of the best prediction that matches each face; NaN if none does.
-        finds: (M,) index of the face that each prediction matches, in input order; -1 if it matches none.
-        is_first: (M,) bool, whether no prediction of a higher score matches the same face.
+        matched_face: (M,) index of the face that each prediction matches, in input order; -1 if it matches none.
+        is_best_match: (M,) bool, whether no prediction of a higher score matches the same face.
     """
 
     face_scores: np.ndarray
-    finds: np.ndarray
-    is_first: np.ndarray
+    matched_face: np.ndarray
+    is_best_match: np.ndarray
 
-    def counts(self, counted: np.ndarray) -> np.ndarray:
+    def is_counted(self, counted: np.ndarray) -> np.ndarray:
         """(M,) bool, whether each prediction counts as true or false: not if it matches a face that does not count.
 
         Args:
             counted: (N,) bool, which faces count.
         """
-        is_counted: np.ndarray = np.append(counted, True)[self.finds]  # -1: a prediction that matches no face is false
+        is_counted: np.ndarray = np.append(counted, True)[
+            self.matched_face
+        ]  # -1: a prediction that matches no face is false
         return is_counted
 
 
@@ -201,11 +203,11 @@ def _compare_images(
             scaled = (rows[order, 4] - lowest) / (highest - lowest) if highest > lowest else np.ones(len(rows))
             # Number of predictions, best first, that pass each threshold.
             passing = np.searchsorted(-scaled, -_THRESHOLDS, side="right")
-            finds, is_first = matches.finds[order], matches.is_first[order]
+            matched_face, is_best_match = matches.matched_face[order], matches.is_best_match[order]
             for number, counted in enumerate(truth.subsets.values()):
-                is_counted = matches.counts(counted)[order]
+                is_counted = matches.is_counted(counted)[order]
                 counts[number, 0] = _prefix_sums(is_counted, passing)
-                counts[number, 1] = _prefix_sums(is_first & is_counted & (finds >= 0), passing)
+                counts[number, 1] = _prefix_sums(is_best_match & is_counted & (matched_face >= 0), passing)
         yield matches, counts
 
 
@@ -223,21 +225,21 @@ def score_range(predictions: Iterable[np.ndarray]) -> tuple[float, float]:
 def _match(rows: np.ndarray, order: np.ndarray, faces: np.ndarray) -> Matches:
     """Match every prediction with the face of highest IoU, if that IoU reaches the threshold."""
     face_scores = np.full(len(faces), np.nan)
-    finds = np.full(len(rows), -1)
-    is_first = np.zeros(len(rows), bool)
+    matched_face = np.full(len(rows), -1)
+    is_best_match = np.zeros(len(rows), bool)
     if len(faces) == 0 or len(rows) == 0:
-        return Matches(face_scores, finds, is_first)
+        return Matches(face_scores, matched_face, is_best_match)
     step = max(1, _OVERLAPS_AT_ONCE // len(faces))
     for part in (slice(start, start + step) for start in range(0, len(rows), step)):
         overlaps = _pixel_iou(rows[part, :4], faces)
         best = overlaps.argmax(axis=1)
         enough = overlaps[np.arange(len(best)), best] >= _IOU_THRESHOLD
-        finds[part] = np.where(enough, best, -1)
-    hits = order[finds[order] >= 0]  # best score first
-    found, first = np.unique(finds[hits], return_index=True)
-    is_first[hits[first]] = True
+        matched_face[part] = np.where(enough, best, -1)
+    hits = order[matched_face[order] >= 0]  # best score first
+    found, first = np.unique(matched_face[hits], return_index=True)
+    is_best_match[hits[first]] = True
     face_scores[found] = rows[hits[first], 4]
-    return Matches(face_scores, finds, is_first)
+    return Matches(face_scores, matched_face, is_best_match)
 
 
 def _prefix_sums(flags: np.ndarray, counts: np.ndarray) -> np.ndarray:

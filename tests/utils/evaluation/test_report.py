@@ -64,7 +64,7 @@ def test_recall_by_height(tmp_path: Path) -> None:
     assert list(rows) == ["under 16", "16 to 32", "32 to 64", "64 to 128", "from 128"]
     assert [row.faces for row in rows.values()] == [1, 0, 1, 0, 1]
     assert [row.recall for row in rows.values()] == [1, 0, 1, 0, 0]
-    assert [row.recall_sure for row in rows.values()] == [1, 0, 0, 0, 0]
+    assert [row.recall_confident for row in rows.values()] == [1, 0, 0, 0, 0]
 
 
 def test_confident_false_boxes_are_neither_faces_nor_ignored(tmp_path: Path) -> None:

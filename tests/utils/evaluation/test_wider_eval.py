@@ -126,8 +126,8 @@ def test_overlap_of_one_half_is_enough(width: float, expected: float) -> None:
 def test_matches_say_what_became_of_every_box_and_face() -> None:
     rows = {"event/a": np.array([[0, 0, 10, 11, 0.6], [90, 90, 5, 5, 0.9], [0, 0, 10, 10, 0.8]])}
     (matches,) = evaluate(rows, [TWO_FACES]).matches
-    assert matches.finds.tolist() == [0, -1, 0]
-    assert matches.is_first.tolist() == [False, False, True]
+    assert matches.matched_face.tolist() == [0, -1, 0]
+    assert matches.is_best_match.tolist() == [False, False, True]
     assert matches.face_scores.tolist() == pytest.approx([0.8, np.nan], nan_ok=True)
 
 

@@ -21,7 +21,8 @@ from tests.layers.test_matcher import batch_of, match_one_image
 from tests.utils.evaluation.test_wider_eval import literal_evaluation
 from tests.utils.test_nms import reference_nms
 from utils.boxes import decode_boxes, decode_landmarks, encode_boxes, encode_landmarks
-from utils.datasets.labels import FaceRow, labelled_image, read_labels, write_labels
+from utils.datasets.label_file import read_labels, write_labels
+from utils.datasets.labels import FaceRow, labelled_image
 from utils.datasets.transforms import Sample, crop, mirror
 from utils.evaluation.wider_eval import SUBSETS, GroundTruth, evaluate
 from utils.nms import pixel_nms

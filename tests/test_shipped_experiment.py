@@ -8,7 +8,8 @@ from torchvision.ops import box_iou
 
 from config import DEFAULT_EXPERIMENT, ROOT
 from models.detector import FaceDetector
-from utils.datasets.labels import LabelledImage, read_labels
+from utils.datasets.label_file import read_labels
+from utils.datasets.labels import LabelledImage
 from utils.runtime.experiment import load_config
 from utils.runtime.images import read_image
 

@@ -20,7 +20,8 @@ from models.detector import FaceDetector
 from tests.scripts import run_script
 from train import describe_faces, describe_validation, open_data
 from utils.datasets.folders import describe_faces_outside, read_split
-from utils.datasets.labels import DatasetError, read_labels
+from utils.datasets.label_file import read_labels
+from utils.datasets.labels import DatasetError
 from utils.errors import UserError
 from utils.evaluation.ground_truth import EvaluationSet, open_evaluation_set
 from utils.evaluation.prediction_set import PredictionSet

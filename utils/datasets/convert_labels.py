@@ -27,7 +27,8 @@ from torchvision.ops import box_iou
 from config import ROOT
 from utils.datasets.formats.annotations import with_size
 from utils.datasets.formats.registry import FORMATS, check_names
-from utils.datasets.labels import LabelledImage, check_units, describe_labels, read_labels, write_labels
+from utils.datasets.label_file import read_labels, write_labels
+from utils.datasets.labels import LabelledImage, check_units, describe_labels
 from utils.errors import UserError
 from utils.options import Parser
 from utils.runtime.cli import run

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from utils.datasets.formats.annotations import upright_size
-from utils.datasets.labels import DatasetError, LabelledImage, read_labels
+from utils.datasets.label_file import read_labels
+from utils.datasets.labels import DatasetError, LabelledImage
 from utils.runtime.files import candidate_paths, is_file, is_folder
 
 _IMAGES_TO_CHECK = 100  # of which the size is read

@@ -12,7 +12,8 @@ import numpy as np
 
 from config import ROOT
 from utils.datasets.folders import check_images_exist, part_of
-from utils.datasets.labels import DatasetError, LabelledImage, read_labels
+from utils.datasets.label_file import read_labels
+from utils.datasets.labels import DatasetError, LabelledImage
 from utils.evaluation.localisation import landmark_errors
 from utils.evaluation.wider_eval import Evaluation, GroundTruth, bootstrap, evaluate, load_ground_truth
 from utils.structures import Detections, Faces

@@ -14,7 +14,7 @@ from tests.scripts import run_script
 from utils.datasets import convert_labels
 from utils.datasets.convert_labels import main, match_faces
 from utils.datasets.folders import read_split
-from utils.datasets.labels import read_labels
+from utils.datasets.label_file import read_labels
 from utils.errors import UserError
 
 TRAIN = """\

@@ -16,7 +16,8 @@ from utils.datasets import convert_labels
 from utils.datasets.convert_labels import convert_annotations, main
 from utils.datasets.formats.annotations import AnnotatedImage, upright_size
 from utils.datasets.formats.registry import FORMATS, check_names
-from utils.datasets.labels import DatasetError, FaceRow, labelled_image, read_labels
+from utils.datasets.label_file import read_labels
+from utils.datasets.labels import DatasetError, FaceRow, labelled_image
 from utils.errors import UserError
 from utils.structures import Faces
 

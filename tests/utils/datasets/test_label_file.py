@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils.datasets.labels import DatasetError, LabelledImage, read_labels, write_labels
+from utils.datasets.label_file import read_labels, write_labels
+from utils.datasets.labels import DatasetError, LabelledImage
 from utils.structures import Faces
 
 FACE = "10 20 30 40 11 21 0 12 22 0 13 23 0 14 24 0 15 25 0"

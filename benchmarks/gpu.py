@@ -94,20 +94,20 @@ def measure_speed(path: Path, device: torch.device, batch_size: int, amp: bool) 
 
 
 def inference_rate(path: Path, device: torch.device, batch_size: int = 8, amp: bool = False) -> float:
-    """Images per second of detection in batches of noise."""
+    """Return images per second of detection in batches of random images."""
     pixels = np.random.default_rng(0).integers(0, 256, (batch_size, _SIDE, _SIDE, 3), dtype=np.uint8)
     detector = FaceDetector.from_checkpoint(path, device, ComputeOptions(backend="torch", amp=amp))
     return batch_size / seconds_per_call(lambda: detector.detect_batch(list(pixels)))
 
 
 def processes_rate(path: Path, device: torch.device, count: int) -> float:
-    """Images per second of several processes together that detect on the same device."""
+    """Return the total images per second of several processes that detect on the same device."""
     with multiprocessing.get_context("spawn").Pool(count) as pool:
         return sum(pool.map(partial(inference_rate, path), [device] * count, chunksize=1))
 
 
 def seconds_per_call(call: Callable[[], object]) -> float:
-    """Mean time of a call, after three calls that are not counted."""
+    """Return the mean time of a call, after three warm-up calls."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()

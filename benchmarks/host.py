@@ -1,7 +1,7 @@
 """Images per second with an infinitely fast model: python -m benchmarks.host --images=FOLDER.
 
-The outputs of the model are computed and stored before, so that what is measured is all that is left for the CPU:
-reading, filtering, decoding, suppression and writing. No GPU can exceed this rate.
+The model's outputs are computed beforehand and stored, so that only the remaining work of the CPU is measured: reading,
+filtering, decoding, suppression and writing. No GPU can exceed this rate.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _THRESHOLDS = ((0.5, 0.3), (0.02, 0.4))  # score and NMS thresholds of inference
 
 
 class StoredOutputs:
-    """A backend that returns the outputs that another one had for the same image."""
+    """Returns the stored outputs of another backend for the same images."""
 
     name = "stored"
 
@@ -48,7 +48,7 @@ class StoredOutputs:
         keys = tuple(_key(image) for image in images)
         if len(keys) == 1:
             return self._outputs[keys[0]]
-        if keys not in self._joined:  # in the first of the repeated runs
+        if keys not in self._joined:  # only in the first run
             self._joined[keys] = join_outputs([self._outputs[key] for key in keys])
         return self._joined[keys]
 
@@ -58,7 +58,7 @@ def _key(image: Tensor) -> tuple[bytes, torch.Size]:
 
 
 def join_outputs(outputs: Sequence[StageOutput]) -> StageOutput:
-    """One output for several images of the same size."""
+    """Join the outputs of several images of the same size."""
     first = outputs[0]
     landmarks = [output.landmark_deltas for output in outputs if output.landmark_deltas is not None]
     ious = [output.iou_logits for output in outputs if output.iou_logits is not None]
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of images, with subfolders")
     parser.add_argument("--limit", type=int, default=40, help="number of images, spread evenly over the folder")
     parser.add_argument("--experiments", nargs="+", default=[DEFAULT_EXPERIMENT], help="names of experiments")
-    parser.add_argument("--repeats", type=int, default=3, help="each figure is the median of as many runs")
+    parser.add_argument("--repeats", type=int, default=3, help="number of runs of which the median is shown")
     options = parser.parse_args(argv)
     found = sorted(path for path in options.images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @torch.inference_mode()
 def measure(detector: FaceDetector, paths: Sequence[Path], repeats: int) -> str:
-    """Cells of the table: milliseconds of each step, and images per second with all threads."""
+    """Return a row of the table: milliseconds of each step, and images per second with all threads."""
     images = [torch.from_numpy(read_image(path)) for path in paths]
     detector.backend = StoredOutputs(detector.backend, images)
     sizes = [(image.shape[0], image.shape[1]) for image in images]

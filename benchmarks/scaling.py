@@ -1,8 +1,8 @@
 """Speed and memory of inference.py against the number of images and processes: python -m benchmarks.scaling.
 
-Images are synthetic: copies of a sample, shifted and reduced, in two sizes that change every eight images. Each run
-is the command as a user gives it, start-up included, on the CPU with one thread per process. The memory is the largest
-of any process.
+Images are synthetic: shifted and reduced copies of a sample, in two sizes that alternate every eight images. Each run
+is the full command, start-up included, on the CPU with one thread per process. The memory is that of the largest
+process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Run:
 
 
 def make_images(folder: Path, count: int, size_wh: tuple[int, int]) -> None:
-    """Write JPEGs with the sample's face; every other eight of them have three quarters of the height."""
+    """Write JPEGs of the sample's face; every second block of eight has three quarters of the height."""
     sample = cv2.imread(str(ROOT / "data/sample_widerface/images/astronaut.jpg"))[:300, 60:460]
     reduced = cv2.resize(sample, size_wh, interpolation=cv2.INTER_AREA)
     for number in range(count):

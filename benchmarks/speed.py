@@ -41,7 +41,7 @@ from utils.results.masks import HeadSegmenter
 from utils.runtime.cli import run
 from utils.runtime.images import IMAGE_SUFFIXES, read_image, write_image
 
-# As in both projects' evaluations.
+# The thresholds with which both projects are evaluated.
 _DETECTION = PostprocessConfig(confidence_threshold=0.02, nms_threshold=0.4)
 _CANDIDATES, _FACES = 5000, 750
 _SIDE = 640  # side of the image for ResNet-50
@@ -146,7 +146,7 @@ def _write(folder: Path, name: str, boxes: np.ndarray) -> None:
 
 
 def stages(detectors: Mapping[str, FaceDetector], files: Sequence[tuple[str, Path]], folder: Path) -> Contenders:
-    """The steps of our pipeline, each on its own."""
+    """Return the steps of our pipeline, each to be timed on its own."""
     paths = [path for _, path in files]
     images = [read_image(path) for path in paths]
     tensors = [torch.from_numpy(image)[None] for image in images]
@@ -165,19 +165,22 @@ def stages(detectors: Mapping[str, FaceDetector], files: Sequence[tuple[str, Pat
 
     return {
         "read": lambda: [read_image(path) for path in paths],
-        **{f"forward, {name}": partial(_all, detector.backend, tensors) for name, detector in detectors.items()},
+        **{
+            f"forward, {name}": partial(_call_on_each, detector.backend, tensors)
+            for name, detector in detectors.items()
+        },
         "decode, suppress": decode_and_suppress,
         "draw, write": draw_and_write,
     }
 
 
-def _all(function: Callable[[torch.Tensor], object], tensors: Sequence[torch.Tensor]) -> None:
+def _call_on_each(function: Callable[[torch.Tensor], object], tensors: Sequence[torch.Tensor]) -> None:
     for tensor in tensors:
         function(tensor)
 
 
 def our_detectors(model: RetinaFace) -> dict[str, FaceDetector]:
-    """Our detector with each backend; the last one is the fastest, ONNX Runtime if it is installed."""
+    """Return our detector with each backend; the last is the fastest: ONNX Runtime if it is installed."""
     backends = {"eager": "torch", "torch": "torch"} | ({} if missing_onnx_packages() else {"onnx": "onnx"})
     detectors = {
         name: FaceDetector(copy.deepcopy(model), _DETECTION, ComputeOptions(backend, max_pixels=0))
@@ -198,7 +201,7 @@ def compare(title: str, contenders: Contenders, images: int, repeats: int) -> di
         for name, contender in contenders.items():
             start = time.perf_counter()
             contender()
-            if turn:  # the first warms up
+            if turn:  # the first turn is a warm-up
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(f"\n{title:<34}{'images/s':>10}{'ms':>9}")
@@ -250,7 +253,7 @@ def measure_masks(detector: FaceDetector, files: Sequence[tuple[str, Path]], rep
 
 
 def measure_memory(files: Sequence[tuple[str, Path]], weights: Path, threads: int) -> None:
-    """Measure the peak memory of the command in a process of its own."""
+    """Measure the peak memory of the command in a separate process."""
     with TemporaryDirectory() as name:
         images = Path(name) / "images.txt"
         images.write_text("".join(f"{path.absolute()}\n" for _, path in files), encoding="utf-8")

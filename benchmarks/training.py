@@ -1,8 +1,8 @@
 """Training steps per second, and those of biubug6/Pytorch_Retinaface: python -m benchmarks.training --dataset=FOLDER.
 
-Their loop is reimplemented here with the types of this project: augmentation on float images, matching image by image,
-mining over the whole batch, the model in PyTorch's default layout. Model, batch and images are the same for both,
-data loading is included, and the two take turns.
+The reference loop is reimplemented with the types of this project: augmentation on float images, matching image by
+image, mining over the whole batch, the model in PyTorch's default layout. Model, batch and images are the same for
+both, data loading is included, and the two take turns.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def reference_loss(boxes: Tensor, logits: Tensor, landmarks: Tensor, targets: Se
 
 
 def reference_images_per_second(images: Sequence[LabelledImage], side: int, batch_size: int, workers: int) -> float:
-    """Measure the speed of the reference loop in one epoch, with the start of the loader, as it does every epoch."""
+    """Measure the speed of the reference loop over one epoch, including the start of its loader."""
     torch.manual_seed(0)
     model = RetinaFace(MODEL).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)

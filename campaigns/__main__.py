@@ -1,7 +1,7 @@
-"""Campaigns against the product: python -m campaigns [--only=NAME,...] [--seed=N] [--count=N].
+"""Campaigns of damaged input and disturbed runs: python -m campaigns [--only=NAME,...] [--seed=N] [--count=N].
 
-Each makes its cases from the seed and prints how many of them ended in which way. The command ends with status 1 if
-anything hangs, ends in a traceback, is lost, or is written where it must not be.
+Each campaign generates its cases from the seed and prints the number of cases per outcome. The exit status is 1 if a
+case hangs or ends in a traceback, or if a file is lost or written in the wrong place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from campaigns.names import run_names
 from campaigns.soak import run_soak
 from utils.runtime.cli import run
 
-# Each with its usual number of cases.
+# Each campaign with its default number of cases.
 CAMPAIGNS = {
     "images": (run_images, 1000),
     "labels": (run_labels, 1000),
@@ -44,7 +44,7 @@ CAMPAIGNS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help=f"names separated by commas, of {', '.join(CAMPAIGNS)}")
-    parser.add_argument("--seed", type=int, default=0, help="cases differ with it (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random cases (default: 0)")
     parser.add_argument("--count", type=int, help="number of cases (default: that of each campaign)")
     arguments = parser.parse_args()
     names = arguments.only.split(",") if arguments.only else list(CAMPAIGNS)
@@ -54,10 +54,10 @@ def main() -> None:
     cv2.setNumThreads(1)
     faults = 0
     for name in names:
-        campaign, usual_count = CAMPAIGNS[name]
+        campaign, default_count = CAMPAIGNS[name]
         start = time.perf_counter()
         with TemporaryDirectory(prefix=f"campaign-{name}-") as folder:
-            tally = campaign(arguments.seed, arguments.count or usual_count, Path(folder))
+            tally = campaign(arguments.seed, arguments.count or default_count, Path(folder))
         print(f"{name}, seed {arguments.seed}: {tally}, {time.perf_counter() - start:.0f} s", flush=True)
         for fault in tally.faults:
             print(f"  fault: {fault}", flush=True)

@@ -1,7 +1,7 @@
-"""Training, inference and evaluation that are killed, run out of disk, lose a folder or the time, and then go on.
+"""Disturbed runs of training, inference and evaluation: killed, out of disk space, without their data, clock set back.
 
-Afterwards the same command, with `--resume`, must leave what an undisturbed run leaves: the same bytes, and of training
-the same checkpoints and the same table.
+The same command, with `--resume`, must then write what an undisturbed run writes: the same bytes, and for training the
+same checkpoints and the same table.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ class Task:
     Attributes:
         arguments: arguments of Python, without the folder of the results.
         processes: number of processes.
-        flag: flag of the folder of the results.
-        resume: flag with which the same command goes on.
-        expected: what an undisturbed run leaves.
-        first_seconds: time until its first file, and `seconds`, until its end.
+        flag: name of the flag for the folder of the results.
+        resume: flags that resume the command.
+        expected: files of an undisturbed run.
+        first_seconds: time until the first file.
+        seconds: time until the end.
     """
 
     arguments: Sequence[str]
@@ -66,7 +67,7 @@ class Task:
         return [*(launcher if self.processes > 1 else []), *self.arguments, f"{self.flag}={name}", *more]
 
     def run(self, out: Path, *more: str, started: Callable[[int], object] = lambda pid: None) -> Finished:
-        """Run it, a single process without the start of another interpreter."""
+        """Run the command; a single process is forked instead of started in a new interpreter."""
         command = self.command(out, *more)
         if self.processes > 1:
             return run_command(command, started=started)
@@ -74,7 +75,7 @@ class Task:
         return run_isolated(lambda: main(command[1:]), started=started)
 
     def results(self, out: Path) -> dict[str, bytes]:
-        """What has to be the same: all files, or of training and evaluation those without times."""
+        """Return the files that must not differ: all of them, or for training and evaluation those without times."""
         if self.flag == "--inference_save_folder":
             return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
         if self.flag == "--output_dir":
@@ -83,7 +84,7 @@ class Task:
         return {**found, "metrics.csv": (out / "log/metrics.csv").read_bytes()}
 
     def measure(self, out: Path) -> None:
-        """Run undisturbed."""
+        """Run undisturbed, and store the results and times."""
         start, first = time.monotonic(), list[float]()
 
         def watch(pid: int) -> None:
@@ -114,7 +115,7 @@ def kill(task: Task, out: Path, data: Path, generator: np.random.Generator) -> F
 
 
 def fill_disk(task: Task, out: Path, data: Path, generator: np.random.Generator) -> Finished:
-    """Let the disk be full at a random moment; where no file system can be mounted, the largest file."""
+    """Fill the disk at a random moment; where no file system can be mounted, limit the size of a file instead."""
     size = sum(map(len, task.expected.values())) if task.flag != "--experiment_name" else 12 << 20
     kilobytes = max(4, int(generator.uniform(0, 1.2) * size / 1024))
     python = shlex.join([sys.executable, *task.command(out)])
@@ -125,8 +126,10 @@ def fill_disk(task: Task, out: Path, data: Path, generator: np.random.Generator)
     can_mount = (
         subprocess.run(["unshare", "-rm", "true"], check=False).returncode == 0 if shutil.which("unshare") else False
     )
-    words = ["unshare", "-rm", "sh", "-c", mounted] if can_mount else ["sh", "-c", f"ulimit -f {kilobytes}; {python}"]
-    finished = run_command(["-c", "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])", *words])
+    shell_command = (
+        ["unshare", "-rm", "sh", "-c", mounted] if can_mount else ["sh", "-c", f"ulimit -f {kilobytes}; {python}"]
+    )
+    finished = run_command(["-c", "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])", *shell_command])
     if saved.exists():
         out.rmdir()
         saved.rename(out)
@@ -134,14 +137,14 @@ def fill_disk(task: Task, out: Path, data: Path, generator: np.random.Generator)
 
 
 def make_unwritable(task: Task, out: Path, data: Path, generator: np.random.Generator) -> Finished:
-    """Take the permission to write into the folders of the results at a random moment."""
+    """Make the folders of the results read-only at a random moment."""
 
     def later(pid: int) -> None:
         _wait_for_files(pid, out)
         time.sleep(generator.uniform(0, task.seconds - task.first_seconds))
         _set_mode(out, 0o555)
 
-    # Permissions do not hold for root, of which `run_command` takes that power.
+    # Root ignores permissions, so `run_command` drops that capability.
     command = task.command(out)
     finished = run_command(command, started=lambda pid: threading.Thread(target=later, args=(pid,)).start())
     time.sleep(task.seconds - task.first_seconds)
@@ -163,7 +166,7 @@ def take_data_away(task: Task, out: Path, data: Path, generator: np.random.Gener
 
     finished = task.run(out, started=lambda pid: threading.Thread(target=later, args=(pid,)).start())
     back.wait()
-    if finished.status == 0:  # images that were away were named, or replaced by others
+    if finished.status == 0:  # missing images were reported, or replaced by others
         shutil.rmtree(out)
     return finished
 
@@ -177,7 +180,7 @@ def set_clock_back(task: Task, out: Path, data: Path, generator: np.random.Gener
 
 
 def disturb(disturbance: Disturbance, several: bool = False) -> Callable[[int, int, Path], Tally]:
-    """A campaign that disturbs every task of one process, or of several, `count` times."""
+    """Make a campaign that disturbs every task of one process, or of several, `count` times."""
 
     def campaign(seed: int, count: int, folder: Path) -> Tally:
         tally, generator, data = Tally(), np.random.default_rng(seed), make_dataset(folder / "data")
@@ -217,7 +220,7 @@ def disturb(disturbance: Disturbance, several: bool = False) -> Callable[[int, i
 
 
 def make_tasks(data: Path) -> dict[str, Task]:
-    """The commands, by name."""
+    """Return the commands to disturb, by name."""
     training = ["train.py", "--gpu_num=-1", f"--dataset={data}", *_TRAINING.split(), "--save_minutes=0.0001"]
     weights = ["--gpu_num=-1", f"--model_weight={EXPERIMENTS / _FAST}/ckpt/mobilenet0.25_ckpt-best.pth"]
     inference = ["inference.py", *weights, f"--inference_dir={data}/val/images", "--save_img"]
@@ -227,7 +230,7 @@ def make_tasks(data: Path) -> dict[str, Task]:
 
 
 def make_dataset(folder: Path) -> Path:
-    """A face in many places, for training and validation; two of the files are no images."""
+    """Write a dataset for training and validation whose images show one face at different places."""
     face = cv2.imread(str(DATA / "sample_widerface/images/astronaut.jpg"))[:256, 100:356]
     for split in ("train", "val"):
         images = folder / split / "images"
@@ -253,7 +256,7 @@ def _wait_for_files(pid: int, folder: Path) -> None:
 
 
 def _children(pid: int) -> list[int]:
-    """All processes below a process, children first."""
+    """Return all descendants of a process, children first."""
     try:
         own = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:

@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoints: each is used or refused in one line, and no code of a file is run."""
+"""Damaged and hostile checkpoints: each is loaded or rejected with a one-line error, and none of its code is run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BIUBUG6 = ROOT.parent / "shared/weights/mobilenet0.25_Final.pth"
 
 
 class _Payload:
-    """What a hostile file would run: the creation of a file."""
+    """The code of a hostile file: it creates a folder."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -33,7 +33,7 @@ class _Payload:
 
 
 def run_checkpoints(seed: int, count: int, folder: Path) -> Tally:
-    """Mutated checkpoints of every kind detect faces or are refused; a changed bit in a weight of ours is refused."""
+    """Every mutated checkpoint detects faces or is rejected; a flipped bit in a weight of ours is rejected."""
     path, mark = folder / "NAME/ckpt/a.pth", folder / "code was run"
     path.parent.mkdir(parents=True)
     originals = {name: file.read_bytes() for name, file in _originals(folder).items()}
@@ -58,7 +58,7 @@ def run_checkpoints(seed: int, count: int, folder: Path) -> Tally:
 
 
 def _originals(folder: Path) -> dict[str, Path]:
-    """Checkpoints of ours and, where they are, of biubug6, in PyTorch's zip and legacy formats."""
+    """Return our checkpoints and, if present, those of biubug6, in PyTorch's zip and legacy formats."""
     shipped = sorted(EXPERIMENTS.glob("*/ckpt/*ckpt-best.pth"))
     found = {f"ours, {path.parent.parent.name}": path for path in shipped}
     config = load_config(shipped[0].parent.parent / "config.json")
@@ -75,7 +75,7 @@ def _originals(folder: Path) -> dict[str, Path]:
 
 
 def _mutate_pickle(data: bytes, generator: np.random.Generator) -> bytes:
-    """Change a few bytes of the pickle, which says what the file contains."""
+    """Change a few bytes of the pickle, which describes the content of the file."""
     changed, start = bytearray(data), max(0, data.find(b"data.pkl"))
     for place in generator.integers(start, min(len(data), start + 6000), int(generator.integers(1, 6))):
         changed[place] = int(generator.integers(256))
@@ -99,7 +99,7 @@ def _flip_in_weight(data: bytes, generator: np.random.Generator) -> bytes:
 
 
 def _hostile(number: int, mark: Path) -> bytes:
-    """A file that runs code where it is unpickled without care."""
+    """Return a file that runs code if it is unpickled unsafely."""
     content = {"format": "retinaface-2", "config": {}, "model": {"a": _Payload(mark)}}
     if number % 3 == 0:
         return pickle.dumps(content)

@@ -1,4 +1,4 @@
-"""Damaged label files, predictions and configurations: each is used, or refused in one line."""
+"""Damaged label files, predictions and configurations: each is read, or rejected with a one-line error."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _SIDE = 64
 
 
 def run_labels(seed: int, count: int, folder: Path) -> Tally:
-    """Labels are read, cropped, matched and measured, or refused in one line."""
+    """Labels are read, cropped, matched and evaluated, or rejected with a one-line error."""
     shutil.copytree(DATA / "sample_widerface", folder / "data")
     original = (folder / "data/label.txt").read_bytes()
-    forms = [original, _without_landmarks(original), _as_wider(original), original.decode().encode("utf-16")]
+    label_texts = [original, _without_landmarks(original), _as_wider(original), original.decode().encode("utf-16")]
     model = build_model(load_config(EXPERIMENTS / "mobilenet0.25_anc2_casT_fpn3/config.json").model)
     loss = MultiBoxLoss(LossConfig(), model.model_config)
 
@@ -50,14 +50,14 @@ def run_labels(seed: int, count: int, folder: Path) -> Tally:
 
     tally, generator = Tally(), np.random.default_rng(seed)
     for number in range(count):
-        data = mutate_text(forms[int(generator.integers(len(forms)))], generator)
+        data = mutate_text(label_texts[int(generator.integers(len(label_texts)))], generator)
         (folder / "data/label.txt").write_bytes(data)
         tally.add(f"labels {number}: {data[:300]!r}", run_isolated(use))
     return tally
 
 
 def run_predictions(seed: int, count: int, folder: Path) -> Tally:
-    """Predictions are measured, or refused in one line."""
+    """Predictions are evaluated, or rejected with a one-line error."""
     faces = open_evaluation_set(DATA / "sample_widerface", None, need_images=True)
     generator = np.random.default_rng(seed)
     for name, truth in zip(faces.names, faces.truths, strict=True):
@@ -83,7 +83,7 @@ def run_predictions(seed: int, count: int, folder: Path) -> Tally:
 
 
 def run_configs(seed: int, count: int, folder: Path) -> Tally:
-    """Configurations of experiments and recipes build a model and a loss, or are refused in one line."""
+    """Configurations of experiments and recipes build a model and a loss, or are rejected with a one-line error."""
     originals = sorted([*EXPERIMENTS.glob("*/config.json"), *RECIPES.glob("*.json")])
     tally, generator = Tally(), np.random.default_rng(seed)
     for number in range(count):
@@ -130,7 +130,7 @@ def mutate_json(text: bytes, generator: np.random.Generator) -> bytes:
     """Replace, drop or rename a value anywhere in a JSON object."""
     root = json.loads(text)
     values = [root]
-    for value in values:  # grows while it is walked
+    for value in values:  # grows while it is iterated over
         values += [
             part for part in (value.values() if isinstance(value, dict) else value) if isinstance(part, (dict, list))
         ]

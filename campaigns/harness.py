@@ -1,4 +1,4 @@
-"""Running one case of a campaign in a process of its own, and counting how the cases ended."""
+"""Runs one case of a campaign in a separate process, and counts the outcomes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Finished:
 
     @property
     def verdict(self) -> str:
-        """`read` for success, `named` for an error in one line, `hung`, or `traceback` for any other end."""
+        """`read` for success, `named` for a one-line error, `hung`, or `traceback` for anything else."""
         if self.hung:
             return "hung"
         errors = sum("error: " in line for line in self.output.splitlines())
@@ -58,7 +58,7 @@ class Finished:
 
 @dataclass
 class Tally:
-    """How the cases of a campaign ended, what else was counted, and everything that contradicts its claim."""
+    """Outcomes of the cases of a campaign, other counts, and all violations of what the campaign requires."""
 
     counts: Counter[str] = field(default_factory=Counter)
     others: Counter[str] = field(default_factory=Counter)
@@ -66,14 +66,14 @@ class Tally:
     peak_megabytes: float = 0.0
 
     def add(self, case: str, finished: Finished) -> None:
-        """Count a case that has to succeed, or to end with an error in one line."""
+        """Count a case, which must succeed or end with a one-line error."""
         self.counts[finished.verdict] += 1
         self.peak_megabytes = max(self.peak_megabytes, finished.peak_megabytes)
         if finished.verdict in ("hung", "traceback"):
             self.faults.append(f"{case}: {finished.verdict}, status {finished.status}: {finished.output[-1500:]}")
 
     def require(self, condition: bool, fault: str) -> None:
-        """Note a fault unless `condition` holds."""
+        """Record a fault unless `condition` holds."""
         if not condition:
             self.faults.append(fault)
 
@@ -115,7 +115,7 @@ def run_isolated(
     *,
     started: Callable[[int], object] = lambda pid: None,
 ) -> Finished:
-    """Call a function as a script's `main`, in a forked process: faster than a new interpreter, and as isolated."""
+    """Call a function like the `main` of a script in a forked process, which is faster than a new interpreter."""
     with tempfile.TemporaryFile() as file:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -148,7 +148,7 @@ def _run_child(function: Callable[[], object], file: BinaryIO) -> None:
 
 
 def _limit() -> None:
-    """Limit this process's memory and, if it is root's, let the permissions of files hold for it."""
+    """Limit the memory of this process and, if it runs as root, make file permissions apply to it."""
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
     if sys.platform == "linux":
         for capability in (1, 2):  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH; 24 is PR_CAPBSET_DROP
@@ -173,7 +173,7 @@ def _wait(pid: int, file: BinaryIO, limit: float) -> Finished:
 
 
 def mutate(data: bytes, generator: np.random.Generator) -> bytes:
-    """Damage a file in one of the ways in which files are damaged: cut, flipped bits, lost, doubled or zeroed parts."""
+    """Damage a file: truncate it, flip bits, change its header, or remove, duplicate or zero a part."""
     changed, size = bytearray(data), len(data)
     kind, start = generator.integers(6), int(generator.integers(size))
     end = min(size, start + int(generator.integers(1, max(2, size // 4))))

@@ -1,4 +1,4 @@
-"""Damaged images, headers that lie, and images of enormous size, through one run of inference.py."""
+"""Damaged images, images with forged sizes, and decompression bombs, in one run of inference.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FORMATS: dict[str, list[dict[str, object]]] = {
     "ppm": [{}],
 }
 _MODES = {"jpg": ["RGB", "L", "CMYK"], "png": ["RGB", "L", "P", "RGBA", "1", "I;16"], "tif": ["RGB", "L", "CMYK"]}
-# Where a format has its width and height: what precedes them, and how they are stored.
+# Where a format stores its width and height: the bytes before them, and their layout.
 _SIZES = {
     "jpg": (rb"\xff[\xc0-\xc2]\x00.\x08", ">HH"),
     "png": (rb"IHDR", ">II"),
@@ -42,7 +42,7 @@ _SIZES = {
 
 
 def run_images(seed: int, count: int, folder: Path) -> Tally:
-    """Every image is either among the results or named, nothing hangs, and memory stays below a limit."""
+    """Every image is in the results or named as skipped, nothing hangs, and memory stays below a limit."""
     tally, generator, images = Tally(), np.random.default_rng(seed), folder / "images"
     images.mkdir()
     for number in range(count):
@@ -66,22 +66,22 @@ def run_images(seed: int, count: int, folder: Path) -> Tally:
 
 
 def make_image(generator: np.random.Generator) -> tuple[str, bytes]:
-    """Make a damaged image of any format; returns its suffix, which may be that of another format."""
+    """Return a damaged image of any format and its suffix, which may be that of another format."""
     suffix = str(generator.choice(list(_FORMATS)))
-    kind = generator.choice(["damaged", "lie", "bomb"], p=[0.8, 0.15, 0.05])
+    kind = generator.choice(["damaged", "forged", "bomb"], p=[0.8, 0.15, 0.05])
     if kind == "bomb":
         width, height = (int(side) for side in generator.integers(1000, 40_000, 2))
-        return "png", bomb(width, height, bool(generator.integers(2)))
+        return "png", decompression_bomb(width, height, bool(generator.integers(2)))
     data = encode(suffix, generator)
-    if kind == "lie":
+    if kind == "forged":
         largest = int(generator.choice([_LARGEST, 30_000, 16_000, 5000]))
-        return suffix, lie(suffix, data, largest, int(generator.choice([_LARGEST, largest])))
+        return suffix, forge_size(suffix, data, largest, int(generator.choice([_LARGEST, largest])))
     shown = suffix if generator.random() < 0.9 else str(generator.choice(list(_FORMATS)))
     return shown, mutate(data, generator)
 
 
 def encode(suffix: str, generator: np.random.Generator) -> bytes:
-    """Encode a part of a sample image."""
+    """Encode a reduced sample image."""
     samples = sorted((DATA / "sample_widerface/images").iterdir())
     with Image.open(samples[int(generator.integers(len(samples)))]) as whole:
         side = int(generator.integers(60, 300))
@@ -96,8 +96,8 @@ def encode(suffix: str, generator: np.random.Generator) -> bytes:
     return buffer.getvalue()
 
 
-def lie(suffix: str, data: bytes, width: int, height: int) -> bytes:
-    """Replace the size in the header of an image."""
+def forge_size(suffix: str, data: bytes, width: int, height: int) -> bytes:
+    """Replace the width and height in the header of an image."""
     before, layout = _SIZES[suffix]
     found = re.search(before, data, re.DOTALL)
     if found is None:
@@ -114,8 +114,8 @@ def lie(suffix: str, data: bytes, width: int, height: int) -> bytes:
     return bytes(changed)
 
 
-def bomb(width: int, height: int, is_colour: bool = False) -> bytes:
-    """A PNG of one colour, a thousand times as large as its file."""
+def decompression_bomb(width: int, height: int, is_colour: bool = False) -> bytes:
+    """Return a PNG of one colour that decompresses to about a thousand times its size."""
     row = b"\0" + bytes(3 * width if is_colour else (width + 7) // 8)
     packer, packed = zlib.compressobj(9), io.BytesIO()
     for _ in range(height):

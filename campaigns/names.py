@@ -1,4 +1,4 @@
-"""Names and paths that nobody should trust: nothing is written outside the results, and text files stay parseable."""
+"""Hostile file names and paths: nothing is written outside the results, and text files can still be parsed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _EXPORTS = "coco,csv,cvat"
 
 
 def run_names(seed: int, count: int, folder: Path) -> Tally:
-    """Each case is a folder, a list or a label file with odd names."""
+    """Run a folder, a list and a label file with hostile names in every case."""
     tally, generator = Tally(), np.random.default_rng(seed)
     sample = DATA / "sample_widerface/images/astronaut.jpg"
     for number in range(count):
@@ -94,7 +94,7 @@ def _files(folder: Path) -> set[Path]:
 
 
 class _Tags(HTMLParser):
-    """Notes elements and attributes that the names would make."""
+    """Counts scripts and event handlers that a name has injected."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class _Tags(HTMLParser):
 
 
 def _check_readable(out: Path, tally: Tally, where: str) -> None:
-    """JSON is JSON, the table has a line for each image and face, and no name is a part of the page."""
+    """JSON can be parsed, the table has a line for each image and face, and no name injects code into the page."""
     for path in out.rglob("*.json"):
         json.loads(path.read_text(encoding="utf-8"))
     for path in out.glob("results.jsonl"):
@@ -120,4 +120,4 @@ def _check_readable(out: Path, tally: Tally, where: str) -> None:
     for path in out.glob("*.html"):
         tags = _Tags()
         tags.feed(path.read_text(encoding="utf-8"))
-        tally.require(not tags.alerts, f"{where}: {path.name} runs what a name says")
+        tally.require(not tags.alerts, f"{where}: {path.name} runs code from a name")

@@ -1,4 +1,4 @@
-"""Many small images and a long video through one process: memory and open files stay flat, time grows linearly."""
+"""Many small images and a long video in one process: memory and open files stay flat, and time grows linearly."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from campaigns.harness import Tally, run_command
 from config import DATA
 
 _SIZE_WH = (64, 48)
-_MORE_MEGABYTES, _MORE_FILES, _MORE_TIME = 60, 8, 1.5  # a name takes a few hundred bytes; times are noisy
+_MAX_EXTRA_MEGABYTES, _MAX_EXTRA_FILES, _MAX_TIME_RATIO = (
+    60,
+    8,
+    1.5,
+)  # a name takes a few hundred bytes; times are noisy
 _FLAGS = ("--gpu_num=-1", "--experiment_name=mobilenet0.25_anc2_casT_fpn3")
 
 
 def run_soak(seed: int, count: int, folder: Path) -> Tally:
-    """Compare `count` images, and half as many frames, with a half and a tenth of them."""
+    """Compare runs on `count` images, and on half as many frames, with runs on a half and a tenth of them."""
     tally, generator = Tally(), np.random.default_rng(seed)
     face = cv2.imread(str(DATA / "sample_widerface/images/astronaut.jpg"))[:256, 100:356]
     image = np.roll(cv2.resize(face, _SIZE_WH), int(generator.integers(64)), axis=1)
@@ -32,13 +36,13 @@ def run_soak(seed: int, count: int, folder: Path) -> Tally:
         text += f"{files[0]} to {files[2]} open files, "
         text += f"{early:.2f} ms for each of the first half, {late:.2f} ms of the second"
         print(f"  {text}", flush=True)
-        is_flat = peaks[2] - peaks[0] < _MORE_MEGABYTES and files[2] - files[0] < _MORE_FILES
-        tally.require(is_flat and late < _MORE_TIME * early, text)
+        is_flat = peaks[2] - peaks[0] < _MAX_EXTRA_MEGABYTES and files[2] - files[0] < _MAX_EXTRA_FILES
+        tally.require(is_flat and late < _MAX_TIME_RATIO * early, text)
     return tally
 
 
 def _measure(kind: str, count: int, folder: Path, image: np.ndarray, tally: Tally) -> tuple[float, int, float]:
-    """Peak memory in MB, largest number of open files, and seconds."""
+    """Return the peak memory in MB, the largest number of open files, and the seconds of a run."""
     source = folder / f"{count}{'.mp4' if kind == 'frames' else ''}"
     if kind == "frames":
         writer = cv2.VideoWriter(str(source), cv2.VideoWriter.fourcc(*"mp4v"), 25, _SIZE_WH)

@@ -1,4 +1,4 @@
-"""A headless Chromium that tests drive, by the DevTools protocol over a pipe."""
+"""A headless Chromium for tests, controlled by the DevTools protocol over a pipe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def find_browser() -> str:
-    """The path of the browser; skips the test where there is none."""
+    """Return the path of the browser; skip the test if there is none."""
     found = next((path for name in _NAMES if (path := shutil.which(name))), None)
     if found is None or sys.platform == "win32":
         pytest.skip("no Chromium is installed")
@@ -27,10 +27,10 @@ def find_browser() -> str:
 
 
 class Browser:
-    """One page in a browser of its own. A context manager.
+    """One page in its own browser; a context manager.
 
     Attributes:
-        events: what the page reported: errors, dialogs, requests and their failures.
+        events: events of the page: errors, dialogs, requests and their failures.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class Browser:
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
             part = os.read(self._results.fileno(), 1 << 16)
-            assert part, "the browser has gone"
+            assert part, "the browser has exited"
             self._rest += part
         message, self._rest = self._rest.split(b"\0", 1)
         parsed: dict[str, Any] = json.loads(message)
@@ -95,13 +95,13 @@ class Browser:
             self.events.append(self._read())
 
     def evaluate(self, script: str) -> Any:
-        """The value of an expression of JavaScript; promises are awaited."""
+        """Return the value of a JavaScript expression; promises are awaited."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def press(self, key: str) -> None:
-        """Press and release a key, as a person does."""
+        """Press and release a key."""
         codes = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, "Tab": 9}
         text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
@@ -116,7 +116,7 @@ class Browser:
         )
 
     def emulate(self, width: int, height: int, *, dark: bool = False) -> None:
-        """The size of the window, which is a phone's where it is narrow, and the colour scheme."""
+        """Set the colour scheme and the size of the window; a window narrower than 600 pixels is a phone."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -131,7 +131,7 @@ class Browser:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     def problems(self) -> list[Any]:
-        """Exceptions, dialogs, messages of the log, and requests for anything but files, so far."""
+        """Return exceptions, dialogs, log messages, and requests for anything but files so far."""
         self.settle()
         bad = ("Runtime.exceptionThrown", "Page.javascriptDialogOpening", "Log.entryAdded")
         found: list[Any] = [event for event in self.events if event.get("method") in bad]

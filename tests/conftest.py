@@ -1,4 +1,4 @@
-"""Fixtures that tests of all parts share."""
+"""Fixtures shared by all tests."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from config import ROOT
 
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that there is; a test that takes this runs on each."""
+    """Run the test on every available device."""
     return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Weights, labelled images and reference detections that lie beside the repository where there are any."""
+    """The folder with reference weights, images and detections beside the repository; skip the test without it."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip("no folder ../shared with reference weights and images")

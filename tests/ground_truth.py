@@ -1,4 +1,4 @@
-"""Ground truth in the form of WIDER FACE's own .mat files, for tests."""
+"""Writes ground truth in the .mat format of WIDER FACE."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Faces = Sequence[Sequence[float]]  # x, y, width, height, and 1 if the face coun
 
 
 def cells(values: Sequence[object]) -> np.ndarray:
-    """A column of Matlab cells."""
+    """Return a column of Matlab cells."""
     column = np.empty((len(values), 1), object)
     for number, value in enumerate(values):
         column[number, 0] = value
@@ -22,7 +22,7 @@ def cells(values: Sequence[object]) -> np.ndarray:
 
 
 def save_ground_truth(folder: Path, events: Mapping[str, Mapping[str, Faces]]) -> None:
-    """Write the four files for faces by event and image; nesting and keys are those of the official ones."""
+    """Write the faces of every event and image to four files with the nesting and keys of the official ones."""
     folder.mkdir(parents=True, exist_ok=True)
     images = [[np.array(faces, float).reshape(-1, 7) for faces in event.values()] for event in events.values()]
     names = {

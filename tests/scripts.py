@@ -1,4 +1,4 @@
-"""Scripts as a user runs them: in this process, which saves the seconds that PyTorch takes to import, or in another."""
+"""Runs scripts as a user does: in the process of the tests, in a subprocess, or in several processes."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child i
 
 
 def run_script(script: ModuleType, *flags: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Do in this process what `python SCRIPT.py FLAGS` does, with its exit status and what it writes.
+    """Run `python SCRIPT.py FLAGS` in this process, which saves the seconds that importing PyTorch takes.
 
-    An exception that the script does not turn into a line and a status is raised here.
+    Returns its exit status and output. An exception that the script does not handle is raised.
     """
-    argv, status, former = [str(flag) for flag in flags], 0, Path.cwd()
+    argv, status, previous_folder = [str(flag) for flag in flags], 0, Path.cwd()
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         with ExitStack() as stack:
             stack.enter_context(_redirected(1, output.fileno()))
             stack.enter_context(_redirected(2, errors.fileno()))
             stack.enter_context(_shown_warnings())
-            stack.callback(os.chdir, former)
+            stack.callback(os.chdir, previous_folder)
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             os.chdir(cwd)
             try:
                 run(lambda: script.main(argv))
-            except SystemExit as ended:
-                status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-                if isinstance(ended.code, str):
-                    print(ended.code, file=sys.stderr)
-        written = [_text(file.fileno()) for file in (output, errors)]
+            except SystemExit as exit_request:
+                status = exit_request.code if isinstance(exit_request.code, int) else int(exit_request.code is not None)
+                if isinstance(exit_request.code, str):
+                    print(exit_request.code, file=sys.stderr)
+        written = [_read_all(file.fileno()) for file in (output, errors)]
     return subprocess.CompletedProcess([script.__name__, *argv], status, *written)
 
 
@@ -69,7 +69,7 @@ def run_process(script: str, *flags: object, cwd: Path = ROOT) -> subprocess.Com
 
 
 def run_processes(script: str, count: int, *flags: object) -> subprocess.CompletedProcess[str]:
-    """Run a script in several processes, as torchrun does; they are forked after it is imported, which is done once."""
+    """Run a script in several processes, as torchrun does; they are forked after importing it once."""
     command = [sys.executable, "-c", _FORK, script, str(count), *map(str, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
@@ -77,16 +77,16 @@ def run_processes(script: str, count: int, *flags: object) -> subprocess.Complet
 
 @contextmanager
 def _redirected(number: int, target: int) -> Iterator[None]:
-    """Send to `target` what Python and native libraries write to standard output (1) or error (2)."""
+    """Redirect standard output (1) or error (2) of Python and native libraries to `target`."""
     redirect = redirect_stdout if number == 1 else redirect_stderr
-    kept = os.dup(number)
+    saved = os.dup(number)
     os.dup2(target, number)
     try:
         with open(number, "w", encoding="utf-8", closefd=False) as stream, redirect(stream):
             yield
     finally:
-        os.dup2(kept, number)
-        os.close(kept)
+        os.dup2(saved, number)
+        os.close(saved)
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def _shown_warnings() -> Iterator[None]:
         yield
 
 
-def _text(file: int) -> str:
+def _read_all(file: int) -> str:
     os.lseek(file, 0, os.SEEK_SET)
     with open(file, encoding="utf-8", closefd=False) as stream:
         return stream.read()

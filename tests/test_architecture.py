@@ -1,4 +1,4 @@
-"""Rules about the code itself."""
+"""Tests of the structure of the code: import order, and what importing a script loads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models.backbone import build_backbone
 # Each part may import itself and the parts after it.
 ORDER = ["scripts", "engine", "models", "layers", "utils", "config", "declarations"]
 SCRIPTS = ("train", "test", "inference", "export", "hubconf")
-# Modules of utils that the configuration is made with; they import nothing of ours but each other.
+# Modules of utils that the configuration depends on; they import no other module of the project.
 DECLARATIONS = ("utils.errors", "utils.options")
 
 
@@ -31,7 +31,7 @@ def source_files() -> list[str]:
 
 
 @pytest.mark.parametrize("file", source_files())
-def test_imports_go_one_way(file: str) -> None:
+def test_modules_import_only_their_own_and_lower_layers(file: str) -> None:
     own = part_of(file.removesuffix(".py").replace("/", "."))
     assert own is not None
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
@@ -43,13 +43,13 @@ def test_imports_go_one_way(file: str) -> None:
             assert ORDER.index(part) >= ORDER.index(own), f"{file} imports {module}"
 
 
-def test_given_predictions_are_measured_without_torch() -> None:
+def test_importing_the_test_script_does_not_import_torch() -> None:
     code = "import sys, test; print([m for m in ('torch', 'torchvision', 'matplotlib') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
 
-def test_mediapipe_and_tensorboard_are_not_imported_by_inference() -> None:
+def test_importing_inference_does_not_import_optional_packages() -> None:
     code = "import sys, inference; print([m for m in ('mediapipe', 'tensorboard', 'matplotlib') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

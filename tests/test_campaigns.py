@@ -1,4 +1,4 @@
-"""A few cases of each campaign of `campaigns/`, which `make campaign` runs by the thousand."""
+"""Tests that a few cases of each campaign pass; `make campaign` runs thousands."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="campaigns fork,
 @pytest.mark.parametrize(
     ("names", "count"), [("images", 12), ("labels,predictions,configs,checkpoints", 6), ("names", 1)]
 )
-def test_few_cases_of_each_campaign(names: str, count: int) -> None:
+def test_a_few_cases_of_each_campaign_pass(names: str, count: int) -> None:
     command = [sys.executable, "-m", "campaigns", f"--only={names}", f"--count={count}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_campaign_that_finds_a_fault_fails() -> None:
+def test_campaign_with_a_fault_exits_with_status_1() -> None:
     code = (
         "import sys, campaigns.__main__ as it; from campaigns.harness import Tally\n"
         "it.CAMPAIGNS['images'] = (lambda *arguments: Tally(faults=['a fault']), 1)\n"

@@ -1,4 +1,4 @@
-"""Flags, their contradictions, and the JSON form."""
+"""Tests of the configuration: flags, validation, JSON, and configurations of earlier versions."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ from utils.runtime.experiment import load_config, save_config
 GROUPS = (RunOptions(), InferenceOptions(), ModelOverrides(), DataConfig(), TrainConfig(), PostprocessConfig())
 
 
-def parse(*words: str) -> Flags:
-    return parse_flags("test", GROUPS, words)
+def parse(*argv: str) -> Flags:
+    return parse_flags("test", GROUPS, argv)
 
 
-def architecture(*words: str, base: ModelConfig | None = None) -> ModelConfig:
-    """What the flags make of an architecture."""
-    return apply_overrides(parse(*words).apply(ModelOverrides()), base)
+def architecture(*argv: str, base: ModelConfig | None = None) -> ModelConfig:
+    """Apply the flags to an architecture."""
+    return apply_overrides(parse(*argv).apply(ModelOverrides()), base)
 
 
 @pytest.mark.parametrize(
-    ("words", "value"),
+    ("argv", "value"),
     [
         (["--save_img"], True),
         (["--save_img", "True"], True),
@@ -57,8 +57,8 @@ def architecture(*words: str, base: ModelConfig | None = None) -> ModelConfig:
         ([], False),
     ],
 )
-def test_booleans_take_every_usual_form(words: list[str], value: bool) -> None:
-    assert parse(*words).apply(InferenceOptions()).save_img is value
+def test_booleans_accept_common_spellings(argv: list[str], value: bool) -> None:
+    assert parse(*argv).apply(InferenceOptions()).save_img is value
 
 
 def test_only_given_flags_change_a_configuration() -> None:
@@ -69,12 +69,12 @@ def test_only_given_flags_change_a_configuration() -> None:
 
 
 @pytest.mark.parametrize(("text", "weights"), [("1,0.25", (1.0, 0.25)), ("2", (2.0,)), ("", ())])
-def test_dataset_weights_are_numbers_between_commas(text: str, weights: tuple[float, ...]) -> None:
+def test_dataset_weights_are_comma_separated_numbers(text: str, weights: tuple[float, ...]) -> None:
     assert parse("--dataset_weights", text).apply(DataConfig(dataset_weights=(9.0,))).dataset_weights == weights
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--unknown", "1"], "--unknown"),
         (["--im", "320"], "--im"),
@@ -89,9 +89,11 @@ def test_dataset_weights_are_numbers_between_commas(text: str, weights: tuple[fl
         (["--cache", "tape"], "--cache"),
     ],
 )
-def test_bad_flags_are_refused_in_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_flags_are_refused_in_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_status:
-        parse(*words)
+        parse(*argv)
     error = capsys.readouterr().err
     assert exit_status.value.code == 2
     assert message in error
@@ -106,14 +108,14 @@ def test_help_shows_where_defaults_come_from(capsys: pytest.CaptureFixture[str])
     assert "feature extractor (default: the experiment's)" in text
 
 
-def test_architecture_flags_fill_in_what_belongs_together() -> None:
+def test_architecture_flags_imply_the_defaults_of_the_backbone() -> None:
     model = architecture("--backbone=mobilenet0.25", "--num_anchor=2", "--cascade=False")
     assert model == usual_config("mobilenet0.25", num_anchor=2, cascade=False)
     assert (model.fpn_channels, model.activation_slope) == (64, 0.1)
     assert architecture("--landmark_loss=False").landmarks is False
 
 
-def test_fine_levels_are_levels_of_the_image_at_twice_its_size() -> None:
+def test_fine_levels_are_levels_of_the_upsampled_image() -> None:
     fine = architecture("--fine_levels=2", "--num_anchor=2")
     assert fine.levels == USUAL_LEVELS[2]
     assert fine.image_pyramid == ImagePyramidConfig(2, native_scale_weight=0.3)
@@ -128,7 +130,7 @@ def test_fine_levels_are_levels_of_the_image_at_twice_its_size() -> None:
     assert narrow.image_pyramid == ImagePyramidConfig(2, 0.3, upsampled_channels=(40, 48))
 
 
-def test_flags_change_only_what_they_name_of_a_saved_architecture() -> None:
+def test_flags_change_only_their_own_fields_of_a_saved_architecture() -> None:
     saved = usual_config("mobilenet0.25", num_anchor=2, score_exponent=0.3)
     assert architecture("--cascade", "True", base=saved) == saved
     changed = architecture("--backbone=resnet18", base=saved)
@@ -140,7 +142,7 @@ def test_anchors_that_contradict_their_number_are_refused() -> None:
         architecture("--num_anchor=3", "--anchor_sizes=8,16/32,64/128,256")
 
 
-def test_experiments_are_named_as_the_original_named_them() -> None:
+def test_experiment_names_follow_the_original_project() -> None:
     assert ModelConfig().name == "resnet50_tina_iou_anc3_casT_fpn3"
     single = usual_config("mobilenet0.25", num_anchor=2, cascade=False, model_version="retina")
     assert single.name == "mobilenet0.25_anc2_casF_fpn3"
@@ -148,7 +150,7 @@ def test_experiments_are_named_as_the_original_named_them() -> None:
     assert rematch.name == "mobilenet0.25_anc2_casT-rematch_fpn3"
 
 
-def test_refinement_brings_the_matching_of_its_stages() -> None:
+def test_refinement_sets_the_matching_thresholds_of_the_stages() -> None:
     assert usual_stages(cascade=True) == (StageConfig(0.35), StageConfig(0.35))
     rematch = (StageConfig(0.35), StageConfig(0.5, negative_iou=0.4))
     assert usual_stages(cascade=True, refinement="rematch") == rematch
@@ -159,19 +161,19 @@ def test_refinement_brings_the_matching_of_its_stages() -> None:
     assert architecture("--refinement=sum", base=saved) == usual_config("mobilenet0.25")
 
 
-def test_one_stage_refines_nothing() -> None:
+def test_refinement_needs_a_second_stage() -> None:
     saved = usual_config("mobilenet0.25", refinement="rematch")
     single = architecture("--cascade=False", base=saved)
     assert single == usual_config("mobilenet0.25", cascade=False)
     both = architecture("--cascade=True", "--refinement=rematch", base=single)
     assert both == saved
-    for words in (["--refinement=rematch"], ["--refinement=rematch", "--cascade=False"]):
+    for argv in (["--refinement=rematch"], ["--refinement=rematch", "--cascade=False"]):
         with pytest.raises(ConfigError, match="--refinement rematch needs a second stage"):
-            architecture(*words, base=single)
+            architecture(*argv, base=single)
 
 
-# What earlier versions saved of an architecture with levels of the image at twice its size.
-FORMER_MODEL: dict[str, Any] = {
+# An architecture with upsampled levels as earlier versions saved it.
+OLD_MODEL: dict[str, Any] = {
     "backbone": "mobilenet0.25",
     "model_version": "tina",
     "anchor_sizes": [[4, 8, 16], [16, 32, 64], [32, 64, 128], [128, 256, 512]],
@@ -193,42 +195,42 @@ FORMER_MODEL: dict[str, Any] = {
 }
 
 
-def former_model(**changes: Any) -> dict[str, Any]:
-    """`FORMER_MODEL` with other values; None removes a field."""
-    values = {**FORMER_MODEL, **changes}
+def old_model(**changes: Any) -> dict[str, Any]:
+    """`OLD_MODEL` with other values; None removes a field."""
+    values = {**OLD_MODEL, **changes}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def test_an_older_architecture_means_what_it_meant() -> None:
+def test_architecture_of_an_earlier_version_is_converted() -> None:
     usual = [[8, 16, 32], [32, 64, 128], [128, 256, 512]]
     expected = usual_config("mobilenet0.25", refinement="rematch")
     fine = dataclasses.replace(expected, image_pyramid=ImagePyramidConfig(2, 0.25, 0.5))
-    assert from_dict(ModelConfig, former_model(), "x") == fine
+    assert from_dict(ModelConfig, old_model(), "x") == fine
     for count, sizes in (
         (1, [[4, 8, 16], *usual]),
         (3, [[4, 8, 16], [16, 32, 64], [64, 128, 256], [128, 256, 512]]),
     ):
-        found = from_dict(ModelConfig, former_model(fine_levels=count, anchor_sizes=sizes), "x")
+        found = from_dict(ModelConfig, old_model(fine_levels=count, anchor_sizes=sizes), "x")
         assert found == dataclasses.replace(expected, image_pyramid=ImagePyramidConfig(count, 0.25, 0.5))
-    # The weight of the native scale had a value without levels of twice the size, where it means nothing.
-    plain = former_model(fine_levels=0, anchor_sizes=usual, strides=[8, 16, 32], coarse_share=None)
+    # Earlier versions saved a weight of the native scale even without upsampled levels, where it has no effect.
+    plain = old_model(fine_levels=0, anchor_sizes=usual, strides=[8, 16, 32], coarse_share=None)
     assert from_dict(ModelConfig, plain, "x") == expected
 
 
-def test_absent_fields_of_an_older_architecture_take_their_former_defaults() -> None:
-    oldest = former_model(fine_levels=None, context_share=None, coarse_share=None, refinement=None, strides=None)
+def test_missing_fields_of_an_earlier_version_take_the_defaults_of_that_version() -> None:
+    oldest = old_model(fine_levels=None, context_share=None, coarse_share=None, refinement=None, strides=None)
     oldest |= {"anchor_sizes": [[10, 20], [32, 64], [128, 256]], "stages": [{"match_iou": 0.35, "loss_weight": 1.0}]}
     levels = (LevelConfig(8, (10, 20)), LevelConfig(16, (32, 64)), LevelConfig(32, (128, 256)))
     assert from_dict(ModelConfig, oldest, "x") == usual_config("mobilenet0.25", cascade=False, levels=levels)
-    fine = from_dict(ModelConfig, former_model(context_share=None, coarse_share=None), "x")
+    fine = from_dict(ModelConfig, old_model(context_share=None, coarse_share=None), "x")
     assert fine.image_pyramid == ImagePyramidConfig(2, 0.3)
 
 
-def test_older_data_options_lose_the_side_of_cached_images() -> None:
+def test_cache_side_of_an_earlier_version_is_dropped() -> None:
     assert from_dict(DataConfig, {"cache": "ram", "cache_side": 640}, "x") == DataConfig(cache="ram")
 
 
-def test_shipped_configurations_are_read() -> None:
+def test_shipped_configurations_can_be_read() -> None:
     files = sorted(EXPERIMENTS.glob("*/config.json"))
     assert len(files) >= 4
     for file in files:
@@ -292,7 +294,7 @@ def test_shipped_configurations_are_read() -> None:
         lambda: InferenceOptions(max_frames=10**20),
     ],
 )
-def test_impossible_values_are_refused(change: object) -> None:
+def test_invalid_values_are_refused(change: object) -> None:
     with pytest.raises(ConfigError):
         change()  # type: ignore[operator]
 
@@ -319,7 +321,7 @@ def test_empty_text_is_refused(change: object) -> None:
         change()  # type: ignore[operator]
 
 
-def test_json_returns_the_same_configuration(tmp_path: Path) -> None:
+def test_loading_a_configuration_inverts_saving(tmp_path: Path) -> None:
     config = ExperimentConfig(
         model=usual_config("mobilenet0.25", num_anchor=2, stages=(StageConfig(0.4), StageConfig(0.5, 2.0))),
         data=DataConfig(dataset_weights=(1.0, 0.25), cache="disk"),
@@ -330,7 +332,7 @@ def test_json_returns_the_same_configuration(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_absent_fields_take_their_defaults() -> None:
+def test_missing_fields_take_their_defaults() -> None:
     assert from_dict(ExperimentConfig, {"train": {"epochs": 2}}, "x") == ExperimentConfig(train=TrainConfig(epochs=2))
 
 
@@ -356,19 +358,19 @@ def test_absent_fields_take_their_defaults() -> None:
         ([], "expected an object"),
     ],
 )
-def test_malformed_json_is_refused_with_its_place(values: object, message: str) -> None:
-    with pytest.raises(ConfigError) as refusal:
+def test_malformed_json_is_refused_with_its_location(values: object, message: str) -> None:
+    with pytest.raises(ConfigError) as exc_info:
         from_dict(ExperimentConfig, values, "here")
-    assert message in str(refusal.value)
+    assert message in str(exc_info.value)
 
 
-def test_a_file_that_is_no_json_is_refused_by_name(tmp_path: Path) -> None:
+def test_file_that_is_not_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("not json")
     with pytest.raises(ConfigError, match=r"config\.json: cannot be read"):
         load_config(tmp_path / "config.json")
 
 
-def test_json_holds_plain_values_only() -> None:
+def test_dictionary_contains_only_json_values() -> None:
     values = to_dict(ExperimentConfig())
     assert json.loads(json.dumps(values)) == values
     assert set(values) == {field.name for field in dataclasses.fields(ExperimentConfig)}

@@ -1,4 +1,4 @@
-"""Commands in the documents have flags that exist, with values that are permitted; links lead somewhere."""
+"""Tests of the documentation: commands use existing flags, links lead to files, and recipes are documented."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COMMAND = re.compile(r"(?:python|torchrun .*?) (train|test|inference|export)\.p
 
 
 def commands(path: Path) -> list[tuple[str, list[str]]]:
-    """The script and the arguments of every command in the code blocks of a document."""
+    """Return the script and the arguments of every command in the code blocks of a document."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     found = [_COMMAND.search(line.split("#")[0]) for line in lines]
@@ -31,7 +31,7 @@ def commands(path: Path) -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize("path", WITH_COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_commands_have_flags_that_exist(path: Path) -> None:
+def test_commands_use_existing_flags(path: Path) -> None:
     for script, argv in commands(path):
         parse_flags("", importlib.import_module(script).GROUPS, argv)
         recipes = [word.partition("=")[2] for word in argv if word.startswith("--recipe=")]
@@ -50,7 +50,7 @@ def test_links_lead_to_files(path: Path) -> None:
 
 
 def section_of_recipe(name: str) -> str:
-    """The sections of docs/recipes.md that describe a recipe."""
+    """Return the sections of docs/recipes.md that describe a recipe."""
     sections = re.split(r"^## ", (ROOT / "docs/recipes.md").read_text(), flags=re.MULTILINE)
     described = "".join(part for part in sections if name in part.splitlines()[0].replace(" ", "").split(","))
     other = re.search(r"as `(\w+)` \|", described)
@@ -58,8 +58,8 @@ def section_of_recipe(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(RECIPES.glob("*.json"))])
-def test_what_a_recipe_sets_has_a_source(name: str) -> None:
-    """Every value that differs from the default one is in the table of the recipe."""
+def test_every_value_of_a_recipe_is_documented(name: str) -> None:
+    """Every value that differs from the default is in the table of the recipe."""
     recipe, usual = load_recipe(name, RECIPES).experiment, ExperimentConfig()
     section = section_of_recipe(name)
     differing = [part for part in ("evaluation", "inference") if getattr(recipe, part) != getattr(usual, part)]

@@ -1,4 +1,4 @@
-"""The command that writes a detector for ONNX Runtime."""
+"""Tests of export.py, run as a user runs it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def export(*flags: str) -> CompletedProcess[str]:
     return run_script(script, *flags)
 
 
-def test_shipped_experiment_becomes_a_file_that_says_what_it_is(tmp_path: Path) -> None:
+def test_exported_file_describes_the_shipped_experiment(tmp_path: Path) -> None:
     import onnxruntime
 
     file = tmp_path / "faces.onnx"
@@ -46,11 +46,11 @@ def test_shipped_experiment_becomes_a_file_that_says_what_it_is(tmp_path: Path) 
     assert (config.backbone, config.cascade) == ("mobilenet0.25", False)
     assert json.loads(session.get_modelmeta().custom_metadata_map["max_pixels"]) == 640_000
     other = fuse_batch_norm(build_model(from_dict(ModelConfig, to_dict(config), "")))
-    assert largest_difference(other, file) > 0.01  # other weights are noticed
+    assert largest_difference(other, file) > 0.01  # a model with other weights differs
     assert torch.is_grad_enabled()
 
 
-def test_with_suppression_it_becomes_a_file_that_finds_faces(tmp_path: Path) -> None:
+def test_file_exported_with_nms_detects_faces(tmp_path: Path) -> None:
     import onnxruntime
 
     file = tmp_path / "faces.onnx"

@@ -1,6 +1,6 @@
-"""What runs on a GPU, on a fake one: shapes, devices and types are computed, values are not.
+"""Tests of code for the GPU with fake CUDA tensors, which have shapes, devices and types, but no values.
 
-PyTorch refuses operations on tensors of different devices there, and the tests count those for which the host waits.
+As on a real GPU, operations on tensors of different devices fail. The tests count host-device synchronisations.
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ from models.retinaface import RetinaFace
 from utils.runtime.experiment import load_config, load_recipe
 from utils.structures import FaceTargets
 
-_FOUND = 5  # number of elements that every search for nonzero elements finds
+_FOUND = 5  # number of elements that every call of nonzero finds
 _SIZE = (96, 160)
 ATEN = torch.ops.aten
 
 
 class FakeValues(TorchDispatchMode):
-    """Replaces what depends on values, and counts operators; `waits` are those for which the host waits."""
+    """Replaces operators that depend on values, and records casts and host-device synchronisations (`syncs`)."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.waits: list[str] = []
+        self.syncs: list[str] = []
         self.casts: Counter[torch.dtype] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is ATEN.nonzero.default:
-            self.waits.append("nonzero")
+            self.syncs.append("nonzero")
             return args[0].new_empty((_FOUND, args[0].dim()), dtype=torch.long)
         if func is ATEN._local_scalar_dense.default:
-            self.waits.append("number")
+            self.syncs.append("number")
             return _FOUND
         if func in (ATEN.index.Tensor, ATEN.index_put.default, ATEN.index_put_.default):
             args = (args[0], [self._indices(index) for index in args[1]], *args[2:])
         result = func(*args, **kwargs)
         if func in (ATEN._to_copy.default, ATEN.lift_fresh_copy.default):
             if result.device != args[0].device:
-                self.waits.append("copy")
+                self.syncs.append("copy")
             elif result.dtype != args[0].dtype:
                 self.casts[result.dtype] += 1
         return result
 
     def _indices(self, index: torch.Tensor | None) -> torch.Tensor | None:
-        """Indices in place of a mask of one dimension."""
+        """Replace a one-dimensional mask by indices."""
         if index is None or index.dtype != torch.bool:
             return index
-        self.waits.append("mask")
+        self.syncs.append("mask")
         return index.new_empty((_FOUND,), dtype=torch.long)
 
 
@@ -107,21 +107,21 @@ def test_loss_is_computed_on_the_device(name: str) -> None:
         *((name, torch.float16) for name in ("tinaface_r50_gn_dcn", "mobilenet0.25_pretrained", "retinaface_r50")),
     ],
 )
-def test_detection_waits_twice_for_the_device(name: str, dtype: torch.dtype) -> None:
+def test_detection_synchronises_twice_with_the_device(name: str, dtype: torch.dtype) -> None:
     config = CONFIGS[name]
     with fake_cuda() as values, torch.no_grad():
         backend = TorchBackend(on_cuda(config, dtype).eval())
         images = torch.zeros(2, *_SIZE, 3, dtype=torch.uint8, device="cuda")
-        values.waits.clear()
+        values.syncs.clear()
         values.casts.clear()
         output = backend(images)
-        assert not values.waits
+        assert not values.syncs
         # At most the outputs and, for each stage of a cascade, its deltas; not the weights of each layer.
         assert values.casts.total() <= len(vars(output)) + 2 * len(config.model.stages)
         candidates, indices, is_above = copy_to_cpu(
             *filter_and_decode(output, _SIZE, config.model, PostprocessConfig())
         )
-        assert values.waits == ["nonzero", "copy"]
+        assert values.syncs == ["nonzero", "copy"]
         assert candidates.boxes.shape == (_FOUND, 4)
         assert {candidates.boxes.device.type, indices.device.type, is_above.device.type} == {"cpu"}
         assert candidates.boxes.dtype == candidates.scores.dtype == torch.float32

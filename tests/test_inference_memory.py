@@ -1,4 +1,4 @@
-"""inference.py holds what it works on, however much there is of it."""
+"""Tests that the memory of inference.py does not grow with the number of images or frames."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from utils.runtime.images import read_image
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is measured in Linux's units")
 _FAST = "mobilenet0.25_anc2_casT_fpn3"
-_MORE = 20  # MB that a longer run may need: the allocator's, and a few hundred bytes a picture for its name
+_MAX_EXTRA_MEGABYTES = 20  # for the allocator, and a few hundred bytes per image for its name
 _SIZE_WH = (64, 48)
 
 
 @pytest.fixture(scope="module")
-def picture() -> np.ndarray:
+def image() -> np.ndarray:
     return cv2.resize(read_image(ROOT / "data/sample_widerface/images/astronaut.jpg"), _SIZE_WH)
 
 
 def peak_megabytes(*flags: str) -> float:
-    """The most that a run of inference.py holds."""
+    """Return the peak memory of a run of inference.py."""
     command = [sys.executable, "inference.py", "--gpu_num=-1", f"--experiment_name={_FAST}", *flags]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         _, status, usage = os.wait4(process.pid, 0)
@@ -36,31 +36,31 @@ def peak_megabytes(*flags: str) -> float:
     return usage.ru_maxrss / 1024
 
 
-def test_memory_stays_flat_over_ten_thousand_pictures(picture: np.ndarray, tmp_path: Path) -> None:
-    """Together they are 92 MB of pixels, and as much again in their drawings."""
+def test_memory_stays_flat_over_ten_thousand_images(image: np.ndarray, tmp_path: Path) -> None:
+    """All images together have 92 MB of pixels."""
     peaks = []
     for count in (500, 10_000):
         folder = tmp_path / str(count)
         folder.mkdir()
-        cv2.imwrite(str(folder / "00000.png"), picture)
+        cv2.imwrite(str(folder / "00000.png"), image)
         for number in range(1, count):
             os.link(folder / "00000.png", folder / f"{number:05d}.png")
         peaks.append(peak_megabytes(f"--inference_dir={folder}", f"--inference_save_folder={tmp_path}/{count}_out"))
         lines = (tmp_path / f"{count}_out/results.jsonl").read_text().splitlines()
         assert len(lines) == count
-    assert peaks[1] - peaks[0] < _MORE
+    assert peaks[1] - peaks[0] < _MAX_EXTRA_MEGABYTES
 
 
-def test_memory_stays_flat_over_a_long_video(picture: np.ndarray, tmp_path: Path) -> None:
+def test_memory_stays_flat_over_a_long_video(image: np.ndarray, tmp_path: Path) -> None:
     peaks = []
     for count in (300, 6_000):
         path = tmp_path / f"{count}.mp4"
         writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 25, _SIZE_WH)
         for number in range(count):
-            writer.write(np.roll(picture, number, axis=1))
+            writer.write(np.roll(image, number, axis=1))
         writer.release()
         flags = (f"--inference_dir={path}", f"--inference_save_folder={tmp_path}/{count}_out", "--save_img")
         peaks.append(peak_megabytes(*flags))
         drawn = cv2.VideoCapture(str(tmp_path / f"{count}_out/result_images/{count}.mp4"))
         assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == count
-    assert peaks[1] - peaks[0] < _MORE
+    assert peaks[1] - peaks[0] < _MAX_EXTRA_MEGABYTES

@@ -1,4 +1,4 @@
-"""What inference.py writes besides its tables: the page, exports, crops, anonymised images and videos."""
+"""Tests of the optional outputs of inference.py: page, exports, crops, and anonymised images and videos."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from utils.datasets.formats.registry import FORMATS
 
 SAMPLES = ROOT / "data/sample_widerface/images"
 FAST = "mobilenet0.25_anc2_casT_fpn3"
-EVIL = "<img src=x onerror=alert(1)>.jpg"
+HOSTILE_NAME = "<img src=x onerror=alert(1)>.jpg"
 
 
 def infer(*flags: object) -> CompletedProcess[str]:
@@ -34,7 +34,7 @@ def entries(out: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
-    shutil.copy(SAMPLES / "astronaut.jpg", folder / EVIL)
+    shutil.copy(SAMPLES / "astronaut.jpg", folder / HOSTILE_NAME)
     (folder / "50% #1").mkdir()
     shutil.copy(SAMPLES / "gray_pair.jpg", folder / "50% #1/two faces?.jpg")
     (folder / "empty.jpg").touch()
@@ -43,7 +43,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def out(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that writes everything."""
+    """The results of a run with all outputs."""
     folder = tmp_path_factory.mktemp("out")
     flags = ("--export=coco,yolo,csv,cvat,labelme", "--save_crops=plain,aligned", "--crop_size=64")
     result = infer(f"--inference_dir={photos}", f"--inference_save_folder={folder}", *flags)
@@ -52,16 +52,16 @@ def out(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_page_shows_images_and_reasons(out: Path) -> None:
+def test_page_shows_images_and_why_others_were_skipped(out: Path) -> None:
     with Browser() as browser:
         browser.emulate(1280, 800)
         browser.open(out / "index.html")
         names = browser.evaluate("[...document.querySelectorAll('.card b')].map(node => node.textContent)")
-        assert names == ["50% #1/two faces?.jpg", EVIL, "empty.jpg"]
+        assert names == ["50% #1/two faces?.jpg", HOSTILE_NAME, "empty.jpg"]
         assert browser.evaluate("document.querySelectorAll('#grid rect').length") == 3
         assert browser.evaluate("document.querySelector('.skipped').textContent") == "empty file"
         assert browser.evaluate("document.getElementById('threshold').min") == "0.5"
-        # Both thumbnails, and in the viewer the image itself, are really there.
+        # Both thumbnails are loaded, and the viewer shows the full image.
         assert browser.evaluate("[...document.querySelectorAll('.card img')].map(image => image.naturalWidth)") == [
             400,
             400,
@@ -74,10 +74,11 @@ def test_page_shows_images_and_reasons(out: Path) -> None:
         assert browser.problems() == []
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_exports_hold_the_detections(form: str, out: Path, photos: Path) -> None:
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_exports_contain_the_detections(format_name: str, out: Path, photos: Path) -> None:
     found = {
-        image.path.as_posix(): image.faces for image in FORMATS[form].read(out / "exports" / FORMATS[form].file, photos)
+        image.path.as_posix(): image.faces
+        for image in FORMATS[format_name].read(out / "exports" / FORMATS[format_name].file, photos)
     }
     assert found.keys() == entries(out).keys()
     for name, entry in entries(out).items():
@@ -85,7 +86,7 @@ def test_exports_hold_the_detections(form: str, out: Path, photos: Path) -> None
         np.testing.assert_allclose(found[name].landmarks, [face["landmarks"] for face in entry["faces"]], atol=0.01)
 
 
-def test_crops_are_listed_and_there(out: Path) -> None:
+def test_crops_are_listed_and_written(out: Path) -> None:
     faces = [face for entry in entries(out).values() for face in entry["faces"]]
     assert len(faces) == 3
     for face in faces:
@@ -98,7 +99,7 @@ def test_crops_are_listed_and_there(out: Path) -> None:
     assert {path for face in faces for path in face["files"].values()} < listed
 
 
-def test_exports_can_be_made_of_finished_results(photos: Path, tmp_path: Path) -> None:
+def test_exports_can_be_added_to_finished_results(photos: Path, tmp_path: Path) -> None:
     common = (f"--inference_dir={photos}", f"--inference_save_folder={tmp_path}", "--page=False")
     assert infer(*common).returncode == 0
     assert not (tmp_path / "exports").exists()
@@ -110,10 +111,10 @@ def test_exports_can_be_made_of_finished_results(photos: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("method", ["blur", "pixelate", "solid"])
-def test_faces_are_hidden_in_all_images_of_a_run(method: str, photos: Path, tmp_path: Path) -> None:
-    """In its thumbnails and drawings too, so that its folder can be passed on.
+def test_faces_are_anonymised_in_all_images_of_a_run(method: str, photos: Path, tmp_path: Path) -> None:
+    """Thumbnails and drawings are anonymised too.
 
-    A detector still knows that a large blurred shape is a face, as people do, but not whose.
+    A large blurred face may still be detected as a face, so that is checked for the other methods only.
     """
     out = tmp_path / "out"
     result = infer(f"--inference_dir={photos}", f"--inference_save_folder={out}", f"--anonymize={method}", "--save_img")
@@ -165,7 +166,7 @@ def test_video_is_anonymised(video: Path, tmp_path: Path) -> None:
     again = infer(f"--inference_dir={out}/anonymized/clip.mp4", f"--inference_save_folder={tmp_path / 'again'}")
     assert again.returncode == 0, again.stderr
     assert not any(entry["faces"] for entry in entries(tmp_path / "again").values())
-    # The page shows a frame a second.
+    # The page shows one frame per second.
     assert sorted(path.name for path in (out / "thumbnails").iterdir()) == ["000000.jpg", "000005.jpg"]
 
 
@@ -184,7 +185,7 @@ def test_video_is_anonymised(video: Path, tmp_path: Path) -> None:
         (["--inference_save_folder={same}"], "is not a page of results"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_one_line(flags: list[str], message: str, tmp_path: Path) -> None:
+def test_user_errors_end_in_one_line(flags: list[str], message: str, tmp_path: Path) -> None:
     same = tmp_path / "same"
     same.mkdir()
     for name in ("a.jpg", "a.png"):

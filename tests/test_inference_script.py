@@ -1,4 +1,4 @@
-"""inference.py as a user runs it."""
+"""Tests of inference.py, run as a user runs it."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ def infer(*flags: str) -> CompletedProcess[str]:
 
 
 def results_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Faces by image name."""
+    """Return the faces by image name."""
     return {entry["name"]: entry["faces"] for entry in json.loads((folder / "results.json").read_text())["images"]}
 
 
 @pytest.fixture
 def mixed_folder(tmp_path: Path) -> Path:
-    """One good picture in many forms, and files that are no good."""
+    """One image in several formats, and files that cannot be read."""
     folder = tmp_path / "in"
     folder.mkdir()
-    picture = Image.open(SAMPLES / "astronaut.jpg")
+    image = Image.open(SAMPLES / "astronaut.jpg")
     data = (SAMPLES / "astronaut.jpg").read_bytes()
-    picture.save(folder / "two. dots .and spaces.JPEG")
-    picture.save(folder / "얼굴 é.png")
-    picture.convert("CMYK").save(folder / "cmyk.jpg")
-    picture.convert("L").save(folder / "grey.tif")
-    picture.convert("RGBA").save(folder / "alpha.webp")
+    image.save(folder / "two. dots .and spaces.JPEG")
+    image.save(folder / "얼굴 é.png")
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    image.convert("L").save(folder / "grey.tif")
+    image.convert("RGBA").save(folder / "alpha.webp")
     cv2.imwrite(str(folder / "sixteen.PNG"), cv2.imread(str(SAMPLES / "astronaut.jpg")).astype(np.uint16) * 257)
     Image.new("RGB", (1, 1)).save(folder / "one_pixel.png")
     (folder / "truncated.jpg").write_bytes(data[: len(data) // 2])
     (folder / "empty.jpg").touch()
-    (folder / "text.jpg").write_text("not a picture")
-    (folder / "notes.txt").write_text("not meant as a picture")
+    (folder / "text.jpg").write_text("not an image")
+    (folder / "notes.txt").write_text("not meant as an image")
     return folder
 
 
-def test_bad_images_are_named_and_good_ones_done(mixed_folder: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_named_and_the_rest_is_processed(mixed_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = (f"--inference_dir={mixed_folder}", f"--inference_save_folder={out}", "--save_img")
     result = run_process("inference", "--gpu_num=-1", *flags)
@@ -79,8 +79,8 @@ def test_bad_images_are_named_and_good_ones_done(mixed_folder: Path, tmp_path: P
     assert [entry["name"] for entry in skipped] == ["empty.jpg", "text.jpg", "truncated.jpg"]
 
 
-def test_text_file_is_the_originals(tmp_path: Path) -> None:
-    """An image's name, then `x1 y1 x2 y2 score` a face with whole pixels and six decimals."""
+def test_text_file_has_the_format_of_the_original_project(tmp_path: Path) -> None:
+    """The name of an image, then `x1 y1 x2 y2 score` per face, with integer boxes and scores of six decimals."""
     result = infer(FAST, f"--inference_dir={SAMPLES / 'astronaut.jpg'}", f"--inference_save_folder={tmp_path}")
     assert result.returncode == 0, result.stderr
     (path,) = tmp_path.glob("*_inference_results.txt")
@@ -92,7 +92,7 @@ def test_text_file_is_the_originals(tmp_path: Path) -> None:
     assert score == f"{face['score']:f}"
 
 
-def test_batching_never_changes_the_result(tmp_path: Path) -> None:
+def test_batching_does_not_change_the_detections(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     image = cv2.imread(str(SAMPLES / "astronaut.jpg"))[:256, 100:356]
@@ -126,11 +126,11 @@ def test_masks_are_written_for_every_face(tmp_path: Path) -> None:
         face, mask = cv2.imread(str(tmp_path / "faces" / name)), cv2.imread(str(tmp_path / "masks" / name), -1)
         assert mask.shape == face.shape[:2]
         assert set(np.unique(mask)) <= {0, 255}
-        assert mask.mean() > 200  # a face is nearly all person
+        assert mask.mean() > 200  # nearly all pixels of a face belong to a person
 
 
 def test_returned_lists_have_an_entry_for_every_image(tmp_path: Path) -> None:
-    """A picture without faces in the middle does not shift those behind it."""
+    """An image without faces does not shift the entries after it."""
     pytest.importorskip("mediapipe")
     folder = tmp_path / "in"
     folder.mkdir()
@@ -163,7 +163,7 @@ def test_video_is_read_and_written(tmp_path: Path) -> None:
     assert int(drawn.get(cv2.CAP_PROP_FRAME_COUNT)) == 3
 
 
-def test_a_checkpoint_given_by_its_path_names_the_outputs(tmp_path: Path) -> None:
+def test_outputs_are_named_after_a_checkpoint_given_by_path(tmp_path: Path) -> None:
     model_config = usual_config("mobilenet0.25", num_anchor=2)
     weights = tmp_path / "my detector.pth"
     save_checkpoint(weights, ExperimentConfig(model=model_config), RetinaFace(model_config).state_dict())
@@ -193,7 +193,7 @@ def test_a_checkpoint_given_by_its_path_names_the_outputs(tmp_path: Path) -> Non
         (["--confidence_threshold=1.5"], "--confidence_threshold"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_one_line(flags: list[str], message: str, tmp_path: Path) -> None:
+def test_user_errors_end_in_one_line(flags: list[str], message: str, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     result = infer(f"--inference_save_folder={tmp_path / 'out'}", *[flag.format(empty=empty) for flag in flags])

@@ -1,4 +1,4 @@
-"""Inverses and invariants that hold for any input, tried on many small ones (hypothesis)."""
+"""Property-based tests (hypothesis): inverses and invariants that hold for any input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from config import USUAL_LEVELS, StageConfig
 from layers.matcher import match_priors
 from layers.prior_box import prior_boxes
 from tests.layers.test_matcher import batch_of, match_one_image
-from tests.utils.evaluation.test_wider_eval import literal_evaluation
+from tests.utils.evaluation.test_wider_eval import reference_evaluation
 from tests.utils.test_nms import reference_nms
 from utils.boxes import decode_boxes, decode_landmarks, encode_boxes, encode_landmarks
 from utils.datasets.label_file import read_labels, write_labels
@@ -37,13 +37,13 @@ variances = st.tuples(st.floats(0.05, 1), st.floats(0.05, 1))
 
 
 @st.composite
-def faces_of(draw: st.DrawFn, largest: int = 8, whole: bool = False) -> Faces:
+def faces_of(draw: st.DrawFn, largest: int = 8, integer_boxes: bool = False) -> Faces:
     """Faces of positive area, some with landmarks, some ignored; maybe none."""
     count = draw(st.integers(0, largest))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     corners, sides = rng.uniform(-50, 300, (count, 2)), rng.uniform(0.5, 200, (count, 2))
     boxes = np.concatenate([corners, corners + sides], axis=1)
-    boxes = (np.rint(boxes) + np.array([0, 0, 1, 1]) if whole else boxes).astype(np.float32)
+    boxes = (np.rint(boxes) + np.array([0, 0, 1, 1]) if integer_boxes else boxes).astype(np.float32)
     known, ignored = rng.random(count) < 0.5, rng.random(count) < 0.3
     landmarks = (rng.uniform(0, 300, (count, 5, 2)) * known[:, None, None]).astype(np.float32)
     return Faces(boxes, landmarks, known, ignored)
@@ -78,7 +78,7 @@ def test_decoding_inverts_encoding(
 
 @repeatable
 @given(faces_of(), st.integers(1, 400))
-def test_mirrored_twice_is_the_original(faces: Faces, width: int) -> None:
+def test_mirroring_inverts_itself(faces: Faces, width: int) -> None:
     image = np.random.default_rng(0).integers(0, 256, (3, width, 3), dtype=np.uint8)
     once = mirror(Sample(image, faces))
     twice = mirror(once)
@@ -96,7 +96,7 @@ def test_mirrored_twice_is_the_original(faces: Faces, width: int) -> None:
 
 @repeatable
 @given(faces_of(), st.floats(0.01, 100))
-def test_scaled_and_back_is_the_original(faces: Faces, factor: float) -> None:
+def test_scaling_back_restores_the_faces(faces: Faces, factor: float) -> None:
     back = faces.scaled(factor).scaled(1 / factor)
     assert np.allclose(back.boxes, faces.boxes, rtol=1e-5, atol=1e-4)
     assert np.allclose(back.landmarks, faces.landmarks, rtol=1e-5, atol=1e-4)
@@ -129,7 +129,7 @@ def test_crop_has_its_size_and_faces_within_it(
 @given(
     boxes_of(), st.data(), st.sampled_from([StageConfig(0.35), StageConfig(0.5, negative_iou=0.4, force_match=False)])
 )
-def test_matcher_equals_the_loop(boxes: Tensor, data: st.DataObject, stage: StageConfig) -> None:
+def test_matcher_equals_the_reference_loops(boxes: Tensor, data: st.DataObject, stage: StageConfig) -> None:
     priors = box_convert(torch.cat([data.draw(boxes_of()), boxes[::2] * 0.97]), "xyxy", "cxcywh")
     ignored = data.draw(st.lists(st.booleans(), min_size=len(boxes), max_size=len(boxes)))
     found = match_priors(batch_of(boxes.tolist(), ignored=[ignored]), priors, stage)[0]
@@ -138,7 +138,7 @@ def test_matcher_equals_the_loop(boxes: Tensor, data: st.DataObject, stage: Stag
 
 @repeatable
 @given(boxes_of(largest=25), st.floats(0.05, 0.95))
-def test_suppression_is_greedy(boxes: Tensor, threshold: float) -> None:
+def test_pixel_nms_equals_the_reference_loop(boxes: Tensor, threshold: float) -> None:
     boxes = (boxes * 64).round()
     scores = torch.rand(len(boxes), generator=torch.Generator().manual_seed(len(boxes)))
     kept = pixel_nms(boxes, scores, threshold)
@@ -150,8 +150,8 @@ def test_suppression_is_greedy(boxes: Tensor, threshold: float) -> None:
 
 @repeatable
 @given(st.lists(faces_of(), min_size=1, max_size=4))
-def test_labels_are_read_as_they_were_written(faces: list[Faces]) -> None:
-    """A face that is ignored has no landmarks in the file; small boxes would be taken for normalised ones."""
+def test_reading_labels_inverts_writing(faces: list[Faces]) -> None:
+    """Ignored faces have no landmarks in the file; one large face keeps the boxes from seeming normalised."""
     images = []
     for number, each in enumerate(faces):
         landmarks = [points.tolist() if known and not ignored else None for points, known, ignored in _rows(each)]
@@ -178,8 +178,10 @@ def _rows(faces: Faces) -> list[tuple[np.ndarray, bool, bool]]:
 
 
 @settings(repeatable, max_examples=15)
-@given(st.lists(faces_of(largest=4, whole=True), min_size=1, max_size=4), st.integers(0, 2**32), st.integers(0, 2))
-def test_ap_equals_the_official_procedure_in_loops(images: list[Faces], seed: int, decimals: int) -> None:
+@given(
+    st.lists(faces_of(largest=4, integer_boxes=True), min_size=1, max_size=4), st.integers(0, 2**32), st.integers(0, 2)
+)
+def test_ap_equals_the_reference_loops(images: list[Faces], seed: int, decimals: int) -> None:
     rng, truths, predictions = np.random.default_rng(seed), [], {}
     for number, faces in enumerate(images):
         boxes = np.concatenate([faces.boxes[:, :2], faces.boxes[:, 2:] - faces.boxes[:, :2]], axis=1).astype(float)
@@ -193,7 +195,7 @@ def test_ap_equals_the_official_procedure_in_loops(images: list[Faces], seed: in
     found = evaluate(predictions, truths).average_precisions
     for subset in SUBSETS:
         if scores.min() < scores.max() and any(truth.subsets[subset].any() for truth in truths):
-            assert found[subset] == pytest.approx(literal_evaluation(predictions, truths, subset), abs=1e-12)
+            assert found[subset] == pytest.approx(reference_evaluation(predictions, truths, subset), abs=1e-12)
 
 
 # ----------------------------------------------------------------------------------------- shards and masks
@@ -201,7 +203,7 @@ def test_ap_equals_the_official_procedure_in_loops(images: list[Faces], seed: in
 
 @repeatable
 @given(st.integers(0, 100), st.integers(1, 9), st.integers(1, 9), st.data())
-def test_shards_cover_what_is_missing_once(count: int, block: int, processes: int, data: st.DataObject) -> None:
+def test_shards_cover_every_missing_image_once(count: int, block: int, processes: int, data: st.DataObject) -> None:
     done = data.draw(st.sets(st.integers(0, count - 1)) if count else st.just(set[int]()))
     shards = [
         shard_positions(count, np.array(sorted(done), int), block, DistributedContext(rank, processes))
@@ -216,7 +218,7 @@ def test_shards_cover_what_is_missing_once(count: int, block: int, processes: in
 
 @settings(repeatable, max_examples=200)
 @given(sizes_hw, st.tuples(*[st.integers(-250, 450)] * 2), st.tuples(*[st.integers(1, 120)] * 2))
-def test_head_region_lies_in_the_image_and_the_face_in_it(
+def test_head_region_lies_in_the_image_and_contains_the_face(
     size_hw: tuple[int, int], corner: tuple[int, int], sides: tuple[int, int]
 ) -> None:
     """At every border: the face box in the head region marks the same pixels as the face in the image."""

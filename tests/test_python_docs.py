@@ -1,4 +1,4 @@
-"""docs/python.md, and what it promises about detections and threads."""
+"""Tests of docs/python.md: its code runs, and detections and threads behave as it states."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ ONE = Detections(
 )
 
 
-def test_code_of_the_page_runs(tmp_path: Path) -> None:
-    """In one program, whose working directory is the repository; files are written elsewhere."""
+def test_code_blocks_run(tmp_path: Path) -> None:
+    """All blocks run as one program in the repository; its files are written elsewhere."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 7
     code = re.sub(r'imwrite\("', f'imwrite("{tmp_path.as_posix()}/', "\n".join(blocks))
@@ -49,7 +49,7 @@ def test_code_of_the_page_runs(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- detections
 
 
-def test_dictionary_is_json() -> None:
+def test_to_dict_returns_json_values() -> None:
     assert json.loads(json.dumps(NO_FACES.to_dict())) == {"faces": []}
     assert ONE.to_dict() == {
         "faces": [
@@ -86,7 +86,7 @@ def detector() -> FaceDetector:
 
 @pytest.fixture(scope="module")
 def images() -> list[np.ndarray]:
-    """Of different sizes and numbers of faces."""
+    """Images of different sizes and numbers of faces."""
     image = cv2.imread(str(SAMPLES / "gray_pair.jpg"))
     return [image, image[:, :410], image[:100, :100], image[::2, ::2]] * 3
 
@@ -97,7 +97,9 @@ def assert_same(found: Detections, expected: Detections) -> None:
 
 
 @pytest.mark.parametrize("workers", [None, 1, 3])
-def test_many_images_come_in_their_order(workers: int | None, detector: FaceDetector, images: list[np.ndarray]) -> None:
+def test_detect_many_keeps_the_order_of_the_images(
+    workers: int | None, detector: FaceDetector, images: list[np.ndarray]
+) -> None:
     taken = 0
 
     def stream() -> Iterator[np.ndarray]:
@@ -114,7 +116,7 @@ def test_many_images_come_in_their_order(workers: int | None, detector: FaceDete
     assert list(detector.detect_many([])) == []
 
 
-def test_one_detector_serves_several_threads(detector: FaceDetector, images: list[np.ndarray]) -> None:
+def test_threads_can_share_one_detector(detector: FaceDetector, images: list[np.ndarray]) -> None:
     expected = [detector.detect(image) for image in images]
     with ThreadPoolExecutor(4) as pool:
         for found, each in zip(pool.map(detector.detect, images), expected, strict=True):

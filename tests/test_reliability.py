@@ -1,4 +1,4 @@
-"""What campaigns found: memory of images that lie, checkpoints that have changed, and no network at run time."""
+"""Regression tests for what campaigns found: images with forged sizes, changed checkpoints, and network access."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from campaigns.images import bomb, lie
+from campaigns.images import decompression_bomb, forge_size
 from config import ROOT, ExperimentConfig
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.foreign_checkpoint import CheckpointError
@@ -32,30 +32,30 @@ def encoded(kind: str) -> bytes:
 
 @pytest.mark.parametrize(("suffix", "kind"), [("png", "PNG"), ("jpg", "JPEG"), ("bmp", "BMP"), ("tif", "TIFF")])
 @pytest.mark.parametrize("side", [65535, 30000])
-def test_header_that_lies_is_refused_before_anything_is_decoded(
+def test_image_with_a_forged_size_is_refused_before_decoding(
     tmp_path: Path, suffix: str, kind: str, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cv2.imdecode", None)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
     path = tmp_path / f"a.{suffix}"
-    path.write_bytes(lie(suffix, encoded(kind), side, side))
+    path.write_bytes(forge_size(suffix, encoded(kind), side, side))
     with pytest.raises(UnreadableImageError, match=f"{side}x{side} pixels"):
         read_image(path)
 
 
-def test_bomb_is_refused_and_large_images_wait_for_their_turn(tmp_path: Path) -> None:
+def test_decompression_bomb_is_refused_and_large_images_are_deferred(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    path.write_bytes(bomb(40_000, 40_000))
+    path.write_bytes(decompression_bomb(40_000, 40_000))
     with pytest.raises(UnreadableImageError, match="40000x40000 pixels are too many to decode"):
         read_image(path)
-    path.write_bytes(bomb(5000, 4000))
+    path.write_bytes(decompression_bomb(5000, 4000))
     with pytest.raises(LargeImageError):
         read_image_with_note(path, allow_large=False)
     assert read_image(path).shape == (4000, 5000, 3)
 
 
-def test_chunk_that_lies_is_refused(tmp_path: Path) -> None:
-    """OpenCV would allocate the two gigabytes."""
+def test_png_chunk_with_a_forged_length_is_refused(tmp_path: Path) -> None:
+    """OpenCV would allocate two gigabytes for it."""
     data = bytearray(encoded("PNG"))
     struct.pack_into(">I", data, data.index(b"IDAT") - 4, 0x7FFFFFFF)
     path = tmp_path / "a.png"
@@ -64,8 +64,8 @@ def test_chunk_that_lies_is_refused(tmp_path: Path) -> None:
         read_image(path)
 
 
-def test_eight_bits_do_not_depend_on_the_parts() -> None:
-    """The range is that of the whole image: the last row, in the second part, is the brightest."""
+def test_conversion_to_8_bits_uses_the_range_of_the_whole_image() -> None:
+    """Images are converted in parts; here the brightest row is in the second part."""
     pixels = np.zeros((300, 2), np.uint16)
     pixels[-1] = 4095
     assert to_8_bits(pixels)[-1].tolist() == [255, 255]
@@ -83,7 +83,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_checkpoint_whose_weights_were_changed_is_refused(saved: Path, tmp_path: Path) -> None:
+def test_checkpoint_with_changed_content_is_refused(saved: Path, tmp_path: Path) -> None:
     load_checkpoint(saved)
     content = torch.load(saved, weights_only=True)
     path = tmp_path / "a.pth"
@@ -100,7 +100,7 @@ def test_checkpoint_whose_weights_were_changed_is_refused(saved: Path, tmp_path:
 
 @pytest.mark.parametrize("name", ["new", "shipped"])
 def test_flipped_bit_in_a_weight_is_refused(saved: Path, tmp_path: Path, name: str) -> None:
-    """Also in the checkpoints from before the digest: the parts of the file have checksums."""
+    """This includes checkpoints of earlier versions without a digest, because the parts of the file have checksums."""
     shipped = ROOT / "experiments/mobilenet0.25_anc2_casT_fpn3/ckpt/mobilenet0.25_ckpt-best.pth"
     data = bytearray((saved if name == "new" else shipped).read_bytes())
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -131,7 +131,7 @@ def run_without_network(*command: str) -> None:
 
 
 def test_nothing_connects_to_a_network(tmp_path: Path) -> None:
-    """Sockets that connect raise an error. Only `imagenet` weights are fetched."""
+    """Connecting a socket raises an error. Only `--pretrained_backbone=imagenet` may download anything."""
     fast = ROOT / "experiments/mobilenet0.25_anc2_casT_fpn3/ckpt/mobilenet0.25_ckpt-best.pth"
     images = tmp_path / "data/images"
     images.mkdir(parents=True)

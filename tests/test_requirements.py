@@ -1,4 +1,4 @@
-"""What has to be installed for what."""
+"""Tests that inference needs only the packages of requirements-inference.txt."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def names(file: str) -> set[str]:
     return {line.split("==")[0] for line in lines if "==" in line}
 
 
-def test_split_is_complete() -> None:
+def test_optional_packages_are_listed_in_requirements_txt_only() -> None:
     assert names("requirements.txt") == OPTIONAL
     assert (ROOT / "requirements.txt").read_text().startswith("-r requirements-inference.txt\n")
     assert not names("requirements-inference.txt") & OPTIONAL
 
 
 @pytest.mark.parametrize("module", ["inference", "export", "models.detector"])
-def test_inference_imports_nothing_optional(module: str) -> None:
+def test_inference_does_not_import_optional_packages(module: str) -> None:
     blocked = "; ".join(f"sys.modules[{name.replace('-', '_')!r}] = None" for name in sorted(OPTIONAL))
     command = [sys.executable, "-c", f"import sys; {blocked}; import {module}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""inference.py in several processes, killed and resumed: always the files of one undisturbed process."""
+"""Tests that inference.py in several processes, or killed and resumed, writes the same files as one process."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ COUNT = 19  # two blocks of eight, and a third that is not full
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A face again and again, in two sizes of which neither is square, and two files that are no pictures."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of one face in two sizes, neither of them square, and two files that are not images."""
+    folder = tmp_path_factory.mktemp("images")
     face = cv2.imread(str(ROOT / "data/sample_widerface/images/astronaut.jpg"))[:256, 100:356]
     for number in range(COUNT):
         image = np.roll(cv2.resize(face, (128, 96 if number % 5 else 112)), 3 * number, axis=1)
         cv2.imwrite(str(folder / f"{number:02d}.png"), image)
     for number in (3, 17):
-        (folder / f"{number:02d}.png").write_bytes(b"no picture")
+        (folder / f"{number:02d}.png").write_bytes(b"not an image")
     return folder
 
 
-def flags(pictures: Path, out: Path, *more: str) -> list[str]:
-    places = (f"--inference_dir={pictures}", f"--inference_save_folder={out}")
+def flags(images: Path, out: Path, *more: str) -> list[str]:
+    places = (f"--inference_dir={images}", f"--inference_save_folder={out}")
     return ["--gpu_num=-1", f"--experiment_name={FAST}", *places, "--save_img", *more]
 
 
-def torchrun(processes: int, pictures: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+def torchrun(processes: int, images: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.Popen(
-        [*launcher, "inference.py", *flags(pictures, out, *more)],
+        [*launcher, "inference.py", *flags(images, out, *more)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -56,44 +56,44 @@ def torchrun(processes: int, pictures: Path, out: Path, *more: str) -> subproces
     )
 
 
-def infer(pictures: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return run_script(script, *flags(pictures, out, *more))
+def infer(images: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return run_script(script, *flags(images, out, *more))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files, the hidden records among them."""
+    """Return the content of all files, including the hidden records."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def cut_off(out: Path, whole_lines: int) -> None:
-    """Make records like those of a process that was killed in the middle of a line."""
+def truncate_records(out: Path, whole_lines: int) -> None:
+    """Truncate the records as if the process had been killed in the middle of a line."""
     path = out / RECORDS / "0.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:whole_lines]) + lines[whole_lines][:25])
 
 
 @pytest.fixture(scope="module")
-def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of one process."""
-    out = tmp_path_factory.mktemp("undisturbed")
-    result = run_process("inference", *flags(pictures, out))
+def uninterrupted(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of one uninterrupted process."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    result = run_process("inference", *flags(images, out))
     assert result.returncode == 0, result.stderr
     found = contents(out)
     assert {f"{RECORDS}/run.json", f"{RECORDS}/0.jsonl"} < found.keys()
-    # Drawings and thumbnails, tables, the page, records and the digests of what was written.
+    # Drawings and thumbnails, tables, the page, records and the digests of the written files.
     assert len(found) == 2 * (COUNT - 2) + 3 + 1 + 3
     return found
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_together_write_what_one_writes(
-    processes: int, pictures: Path, undisturbed: dict[str, bytes], tmp_path: Path
+def test_several_processes_write_the_files_of_one(
+    processes: int, images: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """There are three blocks, so of four processes one has nothing to do."""
-    result = run_processes("inference", processes, *flags(pictures, tmp_path))
+    """There are three blocks of images, so one of four processes has no work."""
+    result = run_processes("inference", processes, *flags(images, tmp_path))
     assert result.returncode == 0, result.stderr
-    assert contents(tmp_path) == undisturbed
+    assert contents(tmp_path) == uninterrupted
     assert result.stdout.count(f"{COUNT - 2} images, ") == 1
     for number in (3, 17):
         assert result.stdout.count(f"skipped {number:02d}.png: ") == 1
@@ -101,10 +101,10 @@ def test_processes_together_write_what_one_writes(
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes as Linux shows them")
 @pytest.mark.parametrize(("killed", "resumed_by"), [("one", 1), ("all", 2)])
-def test_killed_processes_lose_nothing(
-    killed: str, resumed_by: int, pictures: Path, undisturbed: dict[str, bytes], tmp_path: Path
+def test_killed_processes_can_be_resumed(
+    killed: str, resumed_by: int, images: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
-    process = torchrun(2, pictures, tmp_path)
+    process = torchrun(2, images, tmp_path)
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob("result_images/*.png")) and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -113,22 +113,22 @@ def test_killed_processes_lose_nothing(
         os.kill(pid, signal.SIGKILL)
     process.communicate()
     if RecordStore(tmp_path / RECORDS).run.get("complete"):
-        pytest.skip("the machine was too quick to be killed in the middle")
+        pytest.skip("the run ended before it could be killed")
     assert not (tmp_path / "results.json").exists()
     if resumed_by == 1:
-        result = infer(pictures, tmp_path, "--resume")
+        result = infer(images, tmp_path, "--resume")
         assert result.returncode == 0, result.stderr
     else:
-        again = torchrun(resumed_by, pictures, tmp_path, "--resume")
+        again = torchrun(resumed_by, images, tmp_path, "--resume")
         _, errors = again.communicate()
         assert again.returncode == 0, errors
-    assert contents(tmp_path) == undisturbed
+    assert contents(tmp_path) == uninterrupted
 
 
-def test_interrupted_run_is_resumed(
-    pictures: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_interrupted_run_can_be_resumed(
+    images: Path, uninterrupted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the middle of a block, and its last line cut off: what stands is kept, the rest is done, once."""
+    """Stopped within a block, with a truncated last line: complete records are kept, and the rest is done once."""
     added = 0
     original = ResultWriter._add_record
 
@@ -142,48 +142,48 @@ def test_interrupted_run_is_resumed(
     with monkeypatch.context() as patched:
         patched.setattr(ResultWriter, "_add_record", stop_after_six)
         with pytest.raises(KeyboardInterrupt):
-            inference(flags(pictures, tmp_path))
+            inference(flags(images, tmp_path))
     assert (tmp_path / "results.jsonl").read_text().count("\n") == 6
-    cut_off(tmp_path, 5)
+    truncate_records(tmp_path, 5)
     kept = tmp_path / "result_images/02.png"
     written_at = kept.stat().st_mtime_ns
-    (tmp_path / "result_images/.0123456789abcdef.tmp").touch()  # of a picture that was being written
-    found = inference(flags(pictures, tmp_path, "--resume"))
-    assert len(found.result_bboxes) == COUNT - 2 - 4  # 00 to 04 were done, of which 03 is none
+    (tmp_path / "result_images/.0123456789abcdef.tmp").touch()  # of an image that was being written
+    found = inference(flags(images, tmp_path, "--resume"))
+    assert len(found.result_bboxes) == COUNT - 2 - 4  # 00 to 04 were done, of which 03 is not an image
     assert kept.stat().st_mtime_ns == written_at
-    assert contents(tmp_path).keys() == undisturbed.keys()
+    assert contents(tmp_path).keys() == uninterrupted.keys()
 
 
 @pytest.mark.parametrize(
     ("change", "setting"),
     [("--confidence_threshold=0.4", "detection.confidence_threshold 0.5"), ("--save_img=False", "options.save_img")],
 )
-def test_results_made_in_another_way_are_not_continued(
-    pictures: Path, tmp_path: Path, change: str, setting: str, capsys: pytest.CaptureFixture[str]
+def test_results_with_other_settings_are_not_resumed(
+    images: Path, tmp_path: Path, change: str, setting: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inference(flags(pictures, tmp_path))
+    inference(flags(images, tmp_path))
     finished = contents(tmp_path)
     with pytest.raises(UserError, match=f"--resume: the results in .* were made with {setting}"):
-        inference(flags(pictures, tmp_path, "--resume", change))
+        inference(flags(images, tmp_path, "--resume", change))
     assert contents(tmp_path) == finished
     capsys.readouterr()
-    assert inference(flags(pictures, tmp_path, "--resume")).result_bboxes == []
+    assert inference(flags(images, tmp_path, "--resume")).result_bboxes == []
     assert "all images are done already" in capsys.readouterr().out
     assert contents(tmp_path) == finished
-    inference(flags(pictures, tmp_path, change))
+    inference(flags(images, tmp_path, change))
     assert "replacing the results of an earlier run" in capsys.readouterr().out
 
 
-def test_another_list_of_pictures_is_not_continued(pictures: Path, tmp_path: Path) -> None:
+def test_results_of_another_list_of_images_are_not_resumed(images: Path, tmp_path: Path) -> None:
     lists = tmp_path / "list.txt"
-    lists.write_text(f"{pictures}/00.png\n{pictures}/01.png\n")
+    lists.write_text(f"{images}/00.png\n{images}/01.png\n")
     inference(flags(lists, tmp_path / "out"))
-    lists.write_text(f"{pictures}/00.png\n{pictures}/02.png\n")
+    lists.write_text(f"{images}/00.png\n{images}/02.png\n")
     with pytest.raises(UserError, match="were made with paths_sha256"):
         inference(flags(lists, tmp_path / "out", "--resume"))
 
 
-def test_video_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_video_in_several_processes_is_refused_in_one_line(tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     writer = cv2.VideoWriter(str(clip), cv2.VideoWriter.fourcc(*"mp4v"), 10, (64, 48))
     writer.write(np.zeros((48, 64, 3), np.uint8))

@@ -1,4 +1,4 @@
-"""The detector that comes with the repository, on the pictures that come with it."""
+"""Tests of the shipped detector on the sample images."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def detector() -> FaceDetector:
     return FaceDetector.from_experiment()
 
 
-def test_every_sample_picture_is_labelled() -> None:
+def test_every_sample_image_is_labelled() -> None:
     assert set(ROOT.glob("data/sample_*/images/*")) == {labelled.path for labelled in SAMPLES}
 
 
 @pytest.mark.parametrize("labelled", SAMPLES, ids=lambda labelled: labelled.path.name)
-def test_every_face_is_found_and_nothing_else(labelled: LabelledImage, detector: FaceDetector) -> None:
+def test_exactly_the_labelled_faces_are_detected(labelled: LabelledImage, detector: FaceDetector) -> None:
     found = detector.detect(read_image(labelled.path))
     overlap = box_iou(torch.from_numpy(labelled.faces.boxes), found.boxes)
     assert overlap.max(dim=1).values.min() > 0.4
     assert len(found) == len(labelled.faces)
 
 
-def test_landmarks_lie_where_they_belong(detector: FaceDetector) -> None:
+def test_landmarks_are_in_anatomical_order(detector: FaceDetector) -> None:
     """Eyes above nose above mouth, left of right, all within the face."""
     found = detector.detect(read_image(ROOT / "data/sample_widerface/images/astronaut.jpg"))
     assert found.landmarks is not None
@@ -58,7 +58,7 @@ def test_experiment_is_complete_and_small() -> None:
     assert (folder / "README.md").is_file()
 
 
-def test_torch_hub_finds_it() -> None:
+def test_torch_hub_loads_the_detector() -> None:
     detector = torch.hub.load(str(ROOT), "face_detector", source="local", confidence_threshold=0.3)
     assert detector.config.confidence_threshold == 0.3
     assert len(detector.detect(read_image(ROOT / "data/sample_widerface/images/astronaut.jpg"))) == 1

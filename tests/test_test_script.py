@@ -1,4 +1,4 @@
-"""test.py as a user runs it: a detector over a dataset, interrupted, resumed, and predictions of others."""
+"""Tests of test.py, run as a user runs it: evaluating a detector, resuming, and predictions of other detectors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAMPLES = ROOT / "data/sample_widerface"
 
 @pytest.fixture
 def results(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for the results of an experiment, in an empty folder of experiments."""
+    """The results folder of an experiment in an empty folder of experiments."""
     experiments = tmp_path_factory.mktemp("experiments")
     monkeypatch.setattr(test, "EXPERIMENTS", experiments)
     return experiments / "own/results"
@@ -37,66 +37,66 @@ def measure(results: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def arguments(results: Path, *flags: str) -> list[str]:
-    """For another process, which knows another folder of experiments."""
+    """Return flags for a subprocess, in which the folder of experiments is not patched."""
     return [f"--output_dir={results}", "--gpu_num=-1", *flags]
 
 
-def detector(*flags: str) -> list[str]:
+def detector_flags(*flags: str) -> list[str]:
     return [f"--model_weight={WEIGHTS}", "--dataset=sample_widerface", *flags]
 
 
-def test_own_pictures_are_measured_over_all_faces(results: Path) -> None:
-    result = measure(results, *detector("--save_errors=3"))
+def test_own_dataset_is_evaluated_over_all_faces(results: Path) -> None:
+    result = measure(results, *detector_flags("--save_errors=3"))
     assert result.returncode == 0, result.stderr
     last = result.stdout.splitlines()[-1]
     assert last.startswith("AP over all labelled faces, not the official WIDER FACE figure : ")
-    about = json.loads((results / "results.json").read_text())
-    assert about["official"] is False
-    assert about["ap"]["all"] == pytest.approx(float(last.split()[-1]), abs=1e-4)
-    assert about["settings"]["detection"]["confidence_threshold"] == 0.02
-    assert sum(row["faces"] for row in about["recall_by_height"]) == about["faces"]["all"]
+    report = json.loads((results / "results.json").read_text())
+    assert report["official"] is False
+    assert report["ap"]["all"] == pytest.approx(float(last.split()[-1]), abs=1e-4)
+    assert report["settings"]["detection"]["confidence_threshold"] == 0.02
+    assert sum(row["faces"] for row in report["recall_by_height"]) == report["faces"]["all"]
     assert (results / "results.txt").read_text().splitlines()[-1] == last
     for name in ("pr_curves.png", "errors.png"):
         assert cv2.imread(str(results / name)) is not None
     images = sorted(path.stem for path in (SAMPLES / "images").iterdir())
     assert sorted(path.stem for path in (results / "predictions").rglob("*.txt")) == images
-    assert 0.9 < about["ap"]["all"] <= 1
+    assert 0.9 < report["ap"]["all"] <= 1
     with (results.parents[1] / "results.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert row["experiment"] == results.parent.name
     assert (row["images"], row["easy"]) == (str(len(images)), "")
-    assert float(row["all"]) == pytest.approx(about["ap"]["all"], abs=1e-4)
+    assert float(row["all"]) == pytest.approx(report["ap"]["all"], abs=1e-4)
 
     again = measure(results, f"--pred_dir={results / 'predictions'}", "--dataset=sample_widerface")
     assert again.stdout.splitlines()[-1] == last
-    assert "score > 0.02" in again.stdout  # our own predictions say how they were made
+    assert "score > 0.02" in again.stdout  # the settings are stored with our own predictions
 
 
-def test_resume_detects_only_what_is_missing(results: Path) -> None:
-    assert measure(results, *detector()).returncode == 0
+def test_resume_detects_only_missing_images(results: Path) -> None:
+    assert measure(results, *detector_flags()).returncode == 0
     predictions = sorted((results / "predictions").rglob("*.txt"))
     whole = json.loads((results / "results.json").read_text())["ap"]
     predictions[0].unlink()
     before = [path.stat().st_mtime_ns for path in predictions[1:]]
-    result = measure(results, *detector("--resume"))
+    result = measure(results, *detector_flags("--resume"))
     assert "\n1 images in " in result.stdout
     assert f"{len(predictions) - 1} from an earlier run" in result.stdout
     assert [path.stat().st_mtime_ns for path in predictions[1:]] == before
     assert json.loads((results / "results.json").read_text())["ap"] == whole
 
-    other = measure(results, *detector("--resume", "--nms_threshold=0.3"))
+    other = measure(results, *detector_flags("--resume", "--nms_threshold=0.3"))
     assert other.returncode == 1
     assert "--resume: the results in" in other.stderr
     assert "were made with detection" in other.stderr
     assert other.stderr.count("\n") == 1
     assert [path.stat().st_mtime_ns for path in predictions[1:]] == before
 
-    anew = measure(results, *detector("--nms_threshold=0.3"))
-    assert f"replacing {len(predictions)} predictions of an earlier run" in anew.stdout
+    fresh = measure(results, *detector_flags("--nms_threshold=0.3"))
+    assert f"replacing {len(predictions)} predictions of an earlier run" in fresh.stdout
 
 
-def test_interrupted_run_leaves_a_usable_folder(results: Path, tmp_path: Path) -> None:
-    """Ctrl-C as soon as something is written; what is there is measured, and --resume does the rest."""
+def test_interrupted_run_can_be_evaluated_and_resumed(results: Path, tmp_path: Path) -> None:
+    """After Ctrl-C the predictions so far can be evaluated, and --resume detects the rest."""
     (tmp_path / "images").mkdir()
     lines = []
     for number in range(16):
@@ -110,7 +110,7 @@ def test_interrupted_run_leaves_a_usable_folder(results: Path, tmp_path: Path) -
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell that runs the tests in the background has them ignore it.
+        # A shell that runs the tests in the background makes them ignore SIGINT.
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
@@ -131,30 +131,30 @@ def test_interrupted_run_leaves_a_usable_folder(results: Path, tmp_path: Path) -
     assert len(list((results / "predictions").rglob("*.txt"))) == 16
 
 
-def test_two_processes_measure_what_one_measures(results: Path) -> None:
-    assert measure(results, *detector()).returncode == 0
-    alone = json.loads((results / "results.json").read_text())
-    result = run_processes("test", 2, *arguments(results, *detector()))
+def test_two_processes_have_the_ap_of_one(results: Path) -> None:
+    assert measure(results, *detector_flags()).returncode == 0
+    single = json.loads((results / "results.json").read_text())
+    result = run_processes("test", 2, *arguments(results, *detector_flags()))
     assert result.returncode == 0, result.stderr
     together = json.loads((results / "results.json").read_text())
-    assert together["ap"] == pytest.approx(alone["ap"], abs=1e-6)
-    assert together["detected_in_this_run"] == alone["detected_in_this_run"]
+    assert together["ap"] == pytest.approx(single["ap"], abs=1e-6)
+    assert together["detected_in_this_run"] == single["detected_in_this_run"]
 
 
-def test_unreadable_image_is_named_and_stops_nothing(results: Path, tmp_path: Path) -> None:
+def test_unreadable_image_is_named_and_skipped(results: Path, tmp_path: Path) -> None:
     shutil.copytree(SAMPLES, tmp_path / "set")
     broken = tmp_path / "set/images/astronaut.jpg"
     broken.write_bytes(broken.read_bytes()[:1000])
     result = measure(results, f"--model_weight={WEIGHTS}", f"--dataset={tmp_path / 'set'}")
     assert result.returncode == 0, result.stderr
     assert "skipped astronaut: " in result.stdout
-    about = json.loads((results / "results.json").read_text())
-    assert [entry["name"] for entry in about["skipped"]] == ["astronaut"]
-    assert about["without_predictions"] == ["astronaut"]
+    report = json.loads((results / "results.json").read_text())
+    assert [entry["name"] for entry in report["skipped"]] == ["astronaut"]
+    assert report["without_predictions"] == ["astronaut"]
 
 
-def test_predictions_of_any_detector(results: Path, tmp_path: Path, shared: Path) -> None:
-    """The labelled faces themselves as predictions, of every second image."""
+def test_predictions_of_another_detector_are_evaluated(results: Path, tmp_path: Path, shared: Path) -> None:
+    """The predictions are the labelled faces of every second image."""
     lines = (shared / "data/widerface/val/label.txt").read_text().splitlines()
     starts = [number for number, line in enumerate(lines) if line.startswith("#")]
     for start, end in list(zip(starts, [*starts[1:], len(lines)], strict=True))[::2]:
@@ -170,9 +170,9 @@ def test_predictions_of_any_detector(results: Path, tmp_path: Path, shared: Path
     assert (words[:3], words[4:7], words[8:11]) == (["Easy", "AP", ":"], ["Medium", "AP", ":"], ["Hard", "AP", ":"])
     figures = [float(words[index]) for index in (3, 7, 11)]
     assert all(0.4 < figure < 0.6 for figure in figures)
-    about = json.loads((results / "results.json").read_text())
-    assert all(0.01 < error < 0.1 for error in about["ap_standard_errors"].values())
-    assert list(about["ap"].values()) == pytest.approx(figures, abs=1e-4)
+    report = json.loads((results / "results.json").read_text())
+    assert all(0.01 < error < 0.1 for error in report["ap_standard_errors"].values())
+    assert list(report["ap"].values()) == pytest.approx(figures, abs=1e-4)
 
 
 def test_biubug6_reaches_the_figures_of_its_own_evaluation(results: Path, shared: Path) -> None:
@@ -199,10 +199,10 @@ def test_biubug6_reaches_the_figures_of_its_own_evaluation(results: Path, shared
         ([f"--dataset={'x' * 300}", "--gt_dir=tests", "--pred_dir=tests"], "cannot be used (File name too long)"),
         (["--dataset=tests"], "no val/label.txt"),
         (["--save_errors=-1"], "--save_errors must not be negative"),
-        (detector("--confidence_threshold=2"), "--confidence_threshold must lie in [0, 1]"),
+        (detector_flags("--confidence_threshold=2"), "--confidence_threshold must lie in [0, 1]"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_one_line(results: Path, flags: list[str], message: str) -> None:
+def test_user_errors_end_in_one_line(results: Path, flags: list[str], message: str) -> None:
     result = measure(results, *flags)
     assert result.returncode == 1
     assert message in result.stderr

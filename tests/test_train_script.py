@@ -1,4 +1,4 @@
-"""train.py as a user runs it: from a folder of labelled pictures to a detector, killed and continued on the way."""
+"""Tests of train.py, run as a user runs it: training, resuming, validation and error messages."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FAST = [
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """Four pictures with a bright square for a face: with landmarks, without, two faces, and none."""
+    """Four images with bright squares as faces: one with landmarks, one without, two faces, and no face."""
     squares: list[list[tuple[int, int, int]]] = [[(20, 10, 24)], [(50, 30, 40)], [(5, 5, 20), (60, 40, 30)], []]
     for split in ("train", "val"):
         images = tmp_path / split / "images"
@@ -62,7 +62,7 @@ def dataset(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def experiment(request: pytest.FixtureRequest) -> Experiment:
-    """A name of its own below experiments/, removed afterwards."""
+    """A new experiment below experiments/, removed afterwards."""
     folder = ROOT / "experiments" / f"pytest_{os.getpid()}"
     request.addfinalizer(lambda: shutil.rmtree(folder, ignore_errors=True))
     return Experiment(folder)
@@ -73,12 +73,12 @@ def arguments(dataset: Path, experiment: Experiment, *flags: str) -> list[str]:
 
 
 def command(dataset: Path, experiment: Experiment, *flags: str) -> list[str]:
-    """For a process of its own."""
+    """Return the command line of a subprocess."""
     return [sys.executable, "train.py", *arguments(dataset, experiment, *flags)]
 
 
 def train(dataset: Path, experiment: Experiment, *flags: str) -> subprocess.CompletedProcess[str]:
-    """In this process, without the plots of the curves, which take longer than the epochs."""
+    """Train in this process, without plotting the curves, which takes longer than the epochs."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(logger, "_draw_curves", lambda path, rows: None)
         result = run_script(script, *arguments(dataset, experiment, *flags))
@@ -91,7 +91,7 @@ def table(experiment: Experiment) -> bytes:
 
 
 def log_lines(experiment: Experiment) -> list[str]:
-    """Without the time of day."""
+    """Return the lines of the log without their times."""
     return [line[20:] for line in (experiment.log_folder / "logs.txt").read_text().splitlines()]
 
 
@@ -100,7 +100,7 @@ def losses(experiment: Experiment) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
-def test_training_leaves_what_the_readme_says(dataset: Path, experiment: Experiment) -> None:
+def test_training_writes_the_documented_files(dataset: Path, experiment: Experiment) -> None:
     flags = ["--epochs=3", "--num_anchor=2"]
     result = run_process("train", *arguments(dataset, experiment, *flags))
     assert result.returncode == 0, result.stderr
@@ -116,7 +116,7 @@ def test_training_leaves_what_the_readme_says(dataset: Path, experiment: Experim
     assert len(losses(experiment)) == 3
 
 
-def test_two_runs_do_not_train_one_experiment(dataset: Path, experiment: Experiment) -> None:
+def test_experiment_that_another_run_uses_is_refused(dataset: Path, experiment: Experiment) -> None:
     pytest.importorskip("fcntl")
     with locked(experiment.folder):
         result = train(dataset, experiment, "--epochs=1")
@@ -126,7 +126,7 @@ def test_two_runs_do_not_train_one_experiment(dataset: Path, experiment: Experim
 
 
 def test_run_killed_three_times_ends_with_the_same_weights(dataset: Path, experiment: Experiment) -> None:
-    """Kill -9 at any moment, also within epochs; the same command goes on and ends as a run left alone."""
+    """Killed at any moment, also within an epoch, the same command resumes and ends like an uninterrupted run."""
     flags = ["--epochs=8", "--learning_rate=0.001", "--num_workers=1", "--ema_decay=0.9", "--save_minutes=0.0001"]
     last = experiment.checkpoint("mobilenet0.25", "last")
     for kill in range(3):
@@ -141,18 +141,20 @@ def test_run_killed_three_times_ends_with_the_same_weights(dataset: Path, experi
     resumed = train(dataset, experiment, *flags)
     assert "continuing after epoch" in resumed.stdout
 
-    undisturbed = Experiment(experiment.folder / "undisturbed")
-    name = str(undisturbed.folder.relative_to(ROOT / "experiments"))
+    uninterrupted = Experiment(experiment.folder / "uninterrupted")
+    name = str(uninterrupted.folder.relative_to(ROOT / "experiments"))
     alone = train(dataset, experiment, *flags, f"--experiment_name={name}")
     assert alone.returncode == 0, alone.stderr
-    assert table(experiment) == table(undisturbed)
+    assert table(experiment) == table(uninterrupted)
     assert len(losses(experiment)) == 8
     for which in ("best", "last"):
-        ours, theirs = (load_checkpoint(each.checkpoint("mobilenet0.25", which)) for each in (experiment, undisturbed))
+        ours, theirs = (
+            load_checkpoint(each.checkpoint("mobilenet0.25", which)) for each in (experiment, uninterrupted)
+        )
         assert all(torch.equal(ours.state[name], theirs.state[name]) for name in theirs.state)
 
 
-def test_runs_of_one_seed_have_one_table_however_many_workers(dataset: Path, experiment: Experiment) -> None:
+def test_metrics_depend_on_the_seed_and_not_on_the_number_of_workers(dataset: Path, experiment: Experiment) -> None:
     flags = ["--epochs=2", "--mosaic_probability=0.5"]
     assert train(dataset, experiment, *flags, "--num_workers=0").returncode == 0
     first = table(experiment)
@@ -166,10 +168,10 @@ def test_runs_of_one_seed_have_one_table_however_many_workers(dataset: Path, exp
 
 
 @pytest.mark.parametrize(("batch_size", "number"), [(1, signal.SIGINT), (4, signal.SIGTERM)])
-def test_interrupted_run_says_how_to_go_on(
+def test_interrupted_run_says_how_to_resume(
     dataset: Path, experiment: Experiment, batch_size: int, number: signal.Signals
 ) -> None:
-    """In the middle of an epoch or, where it is a single step, between two; workers receive the signal as well."""
+    """Within an epoch or, if it has a single step, between two epochs; workers receive the signal as well."""
     flags = ["--epochs=500", "--save_minutes=0", f"--batch_size={batch_size}", "--num_workers=1"]
     process = subprocess.Popen(
         command(dataset, experiment, *flags),
@@ -196,8 +198,8 @@ def test_interrupted_run_says_how_to_go_on(
 @pytest.mark.parametrize(
     "more", [["--batch_size=4"], ["--batch_size=2", "--accumulate=2", "--freeze_backbone_epochs=1"]], ids=len
 )
-def test_two_processes_learn_what_one_learns(dataset: Path, experiment: Experiment, more: list[str]) -> None:
-    """Batch normalisation is frozen, because on the CPU each process would have statistics of its own."""
+def test_two_processes_train_the_same_weights_as_one(dataset: Path, experiment: Experiment, more: list[str]) -> None:
+    """Batch normalisation is frozen, because on the CPU each process would have its own statistics."""
     flags = ["--epochs=3", "--freeze_bn", "--learning_rate=0.001", "--ema_decay=0.5", *more]
     alone = train(dataset, experiment, *flags)
     assert alone.returncode == 0, alone.stderr
@@ -215,7 +217,7 @@ def test_two_processes_learn_what_one_learns(dataset: Path, experiment: Experime
 
 
 def test_full_disk_ends_in_one_line_with_the_checkpoint_intact(dataset: Path, experiment: Experiment) -> None:
-    """Files may grow to 100 kB: logs fit in, checkpoints do not."""
+    """Files are limited to 100 kB, which is enough for logs but not for checkpoints."""
     assert train(dataset, experiment, "--epochs=1").returncode == 0
     last = experiment.checkpoint("mobilenet0.25", "last")
     before = last.read_bytes()
@@ -257,7 +259,7 @@ def test_unreadable_image_is_named_once_and_counted(dataset: Path, experiment: E
 
 
 def test_training_stops_early_without_progress(dataset: Path, experiment: Experiment) -> None:
-    """Next to no rate, and no new statistics: no validation is better than the first."""
+    """With a learning rate near zero and frozen statistics, no validation improves on the first."""
     flags = ["--epochs=9", "--patience=2", "--learning_rate=1e-12", "--freeze_bn"]
     result = train(dataset, experiment, *flags)
     assert "no improvement in 2 validations: stopping early" in result.stdout
@@ -267,7 +269,7 @@ def test_training_stops_early_without_progress(dataset: Path, experiment: Experi
     assert len(losses(experiment)) == 3
 
 
-def test_frozen_backbone_learns_later(dataset: Path, experiment: Experiment) -> None:
+def test_backbone_is_frozen_in_the_first_epochs_only(dataset: Path, experiment: Experiment) -> None:
     flags = ["--freeze_backbone_epochs=1", "--weight_decay=0.1"]
     assert train(dataset, experiment, "--epochs=1", *flags).returncode == 0
     last = experiment.checkpoint("mobilenet0.25", "last")
@@ -290,7 +292,7 @@ def test_accumulated_batches_make_one_step(dataset: Path, experiment: Experiment
     assert int(last.training["averaged"]["n_averaged"]) == 2
 
 
-def test_other_rates_of_parts_cannot_begin_in_the_middle(dataset: Path, experiment: Experiment) -> None:
+def test_parameter_groups_and_optimizer_cannot_change_on_resume(dataset: Path, experiment: Experiment) -> None:
     assert train(dataset, experiment, "--epochs=1").returncode == 0
     result = train(dataset, experiment, "--epochs=2", "--backbone_rate_factor=0.1")
     assert result.returncode == 1
@@ -300,7 +302,7 @@ def test_other_rates_of_parts_cannot_begin_in_the_middle(dataset: Path, experime
     assert "was trained with --optimizer=sgd; keep it" in other.stderr
 
 
-def test_longer_run_follows_the_longer_schedule(dataset: Path, experiment: Experiment) -> None:
+def test_resuming_with_more_epochs_follows_the_longer_schedule(dataset: Path, experiment: Experiment) -> None:
     flags = ["--schedule=cosine", "--warmup_epochs=0", "--learning_rate=0.01"]
     assert train(dataset, experiment, "--epochs=2", *flags).returncode == 0
     assert train(dataset, experiment, "--epochs=4", *flags).returncode == 0
@@ -308,14 +310,14 @@ def test_longer_run_follows_the_longer_schedule(dataset: Path, experiment: Exper
     assert rates == pytest.approx([0.005, 0, 0.00146447, 0], abs=1e-8)
 
 
-def test_contact_sheet_shows_crops_and_trains_nothing(dataset: Path, experiment: Experiment) -> None:
+def test_show_batch_writes_a_contact_sheet_without_training(dataset: Path, experiment: Experiment) -> None:
     result = train(dataset, experiment, "--show_batch=3")
     assert result.returncode == 0, result.stderr
     assert cv2.imread(str(experiment.log_folder / "batch.png")) is not None
     assert not (experiment.folder / "ckpt").exists()
 
 
-def test_average_can_begin_in_the_middle_of_a_run(dataset: Path, experiment: Experiment) -> None:
+def test_weight_averaging_can_start_on_resume(dataset: Path, experiment: Experiment) -> None:
     assert train(dataset, experiment, "--epochs=1").returncode == 0
     result = train(dataset, experiment, "--epochs=2", "--ema_decay=0.5")
     assert result.returncode == 0, result.stderr
@@ -323,10 +325,10 @@ def test_average_can_begin_in_the_middle_of_a_run(dataset: Path, experiment: Exp
     assert int(last.training["averaged"]["n_averaged"]) == 2  # the steps of the second epoch
 
 
-def test_official_ground_truth_is_what_validates(dataset: Path, experiment: Experiment) -> None:
+def test_official_ground_truth_is_used_for_validation(dataset: Path, experiment: Experiment) -> None:
     images = dataset / "val/images/0--Event"
     images.mkdir()
-    shutil.move(dataset / "val/images/0.png", images / "0.jpg")  # as WIDER FACE names them
+    shutil.move(dataset / "val/images/0.png", images / "0.jpg")  # as in WIDER FACE
     save_ground_truth(dataset / "val/gt", {"0--Event": {"0": [[20, 10, 24, 24, 0, 1, 1]]}})
     result = train(dataset, experiment, "--epochs=1")
     assert result.returncode == 0, result.stderr
@@ -338,9 +340,7 @@ def test_official_ground_truth_is_what_validates(dataset: Path, experiment: Expe
     assert float(row["val/ap"]) == pytest.approx(sum(subsets) / 3)
 
 
-def test_started_from_a_detector_it_begins_where_that_one_stood(
-    dataset: Path, experiment: Experiment, shared: Path
-) -> None:
+def test_pretrained_detector_initialises_the_model(dataset: Path, experiment: Experiment, shared: Path) -> None:
     weights = shared / "weights/mobilenet0.25_Final.pth"
     flags = ["--epochs=1", "--model_version=tina", "--cascade=True", f"--pretrained_detector={weights}"]
     result = train(dataset, experiment, *flags)
@@ -351,7 +351,7 @@ def test_started_from_a_detector_it_begins_where_that_one_stood(
     assert (model.num_anchor, model.cascade, model.score_exponent) == (2, True, ModelConfig.score_exponent)
 
 
-def test_fine_levels_of_fewer_channels_learn_from_the_detector_that_they_start_from(
+def test_narrow_fine_levels_are_distilled_from_the_pretrained_detector(
     dataset: Path, experiment: Experiment, tmp_path: Path
 ) -> None:
     scales = ["--num_anchor=2", "--cascade=False", "--model_version=retina", "--fine_levels=2", "--coarse_share=0.3"]
@@ -360,7 +360,7 @@ def test_fine_levels_of_fewer_channels_learn_from_the_detector_that_they_start_f
     experiment.checkpoint("mobilenet0.25", "best").rename(wide)
     shutil.rmtree(experiment.folder)
     narrow = [f"--pretrained_detector={wide}", f"--teacher={wide}", "--fine_channels=8,12", "--context_share=0"]
-    # Only what is new learns.
+    # Only new parameters are trained.
     rates = ["--learning_rate=1e-12", "--new_rate_factor=1e9", "--freeze_bn", "--epochs=2"]
     result = train(dataset, experiment, *scales, *narrow, *rates)
     assert result.returncode == 0, result.stderr
@@ -373,7 +373,7 @@ def test_fine_levels_of_fewer_channels_learn_from_the_detector_that_they_start_f
     assert all(torch.allclose(after[name], before[name]) for name in before if name.startswith(("backbone.", "fpn.")))
 
 
-def test_without_validation_images_the_newest_epoch_is_the_best(dataset: Path, experiment: Experiment) -> None:
+def test_without_validation_the_last_epoch_is_the_best(dataset: Path, experiment: Experiment) -> None:
     shutil.rmtree(dataset / "val")
     result = train(dataset, experiment, "--epochs=2")
     assert result.returncode == 0, result.stderr
@@ -381,7 +381,7 @@ def test_without_validation_images_the_newest_epoch_is_the_best(dataset: Path, e
     assert load_checkpoint(experiment.checkpoint("mobilenet0.25", "best")).training["epoch"] == 2
 
 
-def test_saved_architecture_cannot_be_changed_on_the_way(dataset: Path, experiment: Experiment) -> None:
+def test_architecture_cannot_change_on_resume(dataset: Path, experiment: Experiment) -> None:
     assert train(dataset, experiment, "--epochs=1").returncode == 0
     before = experiment.config_file.read_text()
     result = train(dataset, experiment, "--epochs=2", "--num_anchor=2")
@@ -407,9 +407,7 @@ def test_saved_architecture_cannot_be_changed_on_the_way(dataset: Path, experime
         (["--dataset_weights=1,2"], "--dataset_weights"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_one_line(
-    dataset: Path, experiment: Experiment, flags: list[str], message: str
-) -> None:
+def test_user_errors_end_in_one_line(dataset: Path, experiment: Experiment, flags: list[str], message: str) -> None:
     result = train(dataset, experiment, *flags)
     assert result.returncode == 1
     assert message in result.stderr

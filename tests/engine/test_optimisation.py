@@ -1,4 +1,4 @@
-"""Rates over a run, and which parameters have which."""
+"""Tests of learning rates, parameter groups, weight averaging and frozen batch normalisation."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ def factors(config: TrainConfig, steps_per_epoch: int, steps: list[int]) -> list
     return [factor(step) for step in steps]
 
 
-def test_multistep_after_a_linear_warm_up() -> None:
+def test_multistep_schedule_with_linear_warm_up() -> None:
     config = TrainConfig(epochs=10, warmup_epochs=1, milestones=(4, 8))
     assert factors(config, 10, [0, 5, 9, 10, 39, 40, 79, 80, 99]) == pytest.approx(
         [0.01, 0.505, 0.901, 1, 1, 0.1, 0.1, 0.01, 0.01]
     )
 
 
-def test_steps_are_at_70_and_90_percent_unless_told() -> None:
+def test_milestones_default_to_70_and_90_percent() -> None:
     config = TrainConfig(epochs=100, warmup_epochs=0)
     assert factors(config, 1, [0, 69, 70, 89, 90]) == pytest.approx([1, 1, 0.1, 0.1, 0.01])
 
 
-def test_cosine_falls_from_the_peak_to_zero() -> None:
+def test_cosine_schedule_decays_to_zero() -> None:
     config = TrainConfig(epochs=5, warmup_epochs=1, schedule="cosine")
     assert factors(config, 10, [10, 20, 30, 40, 50]) == pytest.approx([1, 0.853553, 0.5, 0.146447, 0], abs=1e-6)
 
 
-def test_cosine_starts_again() -> None:
+def test_cosine_schedule_with_restarts() -> None:
     config = TrainConfig(epochs=9, warmup_epochs=1, schedule="cosine_restarts", restart_epochs=4)
     assert factors(config, 2, [2, 6, 9, 10, 14, 18]) == pytest.approx([1, 0.5, 0.0380602, 1, 0.5, 1])
 
 
 @pytest.mark.parametrize("schedule", ["multistep", "cosine", "cosine_restarts"])
-def test_one_step_runs_have_a_rate(schedule: str) -> None:
+def test_run_of_one_step_has_a_learning_rate(schedule: str) -> None:
     assert factors(TrainConfig(epochs=1, schedule=schedule), 1, [0]) == pytest.approx([1])
 
 
-def network() -> nn.Module:
+def two_part_module() -> nn.Module:
     return nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_backbone_and_new_parameters_have_rates_of_their_own(optimizer: str) -> None:
-    module = network()
+def test_backbone_and_new_parameters_have_their_own_learning_rates(optimizer: str) -> None:
+    module = two_part_module()
     config = TrainConfig(optimizer=optimizer, learning_rate=0.1, backbone_rate_factor=0.5, new_rate_factor=3)
     built = build_optimizer(module, config, ["head.bias"])
     rates = {id(weights): group["lr"] for group in built.param_groups for weights in group["params"]}
@@ -63,22 +63,22 @@ def test_backbone_and_new_parameters_have_rates_of_their_own(optimizer: str) -> 
     assert {name: rates[id(weights)] for name, weights in module.named_parameters()} == pytest.approx(expected)
 
 
-def test_schedule_can_begin_anywhere() -> None:
-    """The rate of step 7, taken at once or step by step, is the same to the bit."""
+def test_schedule_can_start_at_any_step() -> None:
+    """The learning rate of step 7 is bitwise the same whether the schedule is stepped to it or starts there."""
     config = TrainConfig(epochs=3, warmup_epochs=1, schedule="cosine", learning_rate=0.1)
-    walked = build_optimizer(network(), config, [])
-    scheduler = build_scheduler(walked, config, 4)
+    stepped = build_optimizer(two_part_module(), config, [])
+    scheduler = build_scheduler(stepped, config, 4)
     for _ in range(7):
-        walked.step()
+        stepped.step()
         scheduler.step()
-    jumped = build_optimizer(network(), config, [])
-    build_scheduler(jumped, config, 4)  # gives every group the rate that it starts from
-    build_scheduler(jumped, config, 4, steps_done=7)
-    assert jumped.param_groups[0]["lr"] == walked.param_groups[0]["lr"]
+    resumed = build_optimizer(two_part_module(), config, [])
+    build_scheduler(resumed, config, 4)  # sets the initial rate of every group
+    build_scheduler(resumed, config, 4, steps_done=7)
+    assert resumed.param_groups[0]["lr"] == stepped.param_groups[0]["lr"]
 
 
-def test_average_moves_by_what_the_decay_leaves() -> None:
-    """After the first step the decay may be 2/11, and after 99 of them 100/109, but no more than is asked for."""
+def test_averaged_weights_follow_the_decay() -> None:
+    """The decay is at most 2/11 after one step and 100/109 after 99 steps, and never more than configured."""
     module = nn.Linear(1, 1, bias=False)
     for decay, steps, expected in ((0.1, 1, 0.9), (0.9, 1, 9 / 11), (0.75, 99, 0.25), (0.99, 99, 9 / 109)):
         averaged = build_average(module, decay)
@@ -93,13 +93,13 @@ def test_average_moves_by_what_the_decay_leaves() -> None:
     assert build_average(module, 0) is None
 
 
-def test_batch_norm_without_statistics_gathers_them_though_frozen() -> None:
+def test_new_batch_norm_is_not_frozen() -> None:
     module = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2)).train()
     freeze_batch_norm(module, ["1.weight", "1.bias"])
     assert [norm.training for norm in module] == [False, True]
 
 
-def test_frozen_batch_norm_keeps_its_statistics_and_learns_its_scale() -> None:
+def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_scale() -> None:
     module = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).train()
     freeze_batch_norm(module)
     norm = module[1]

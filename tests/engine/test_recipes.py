@@ -1,4 +1,4 @@
-"""Every published recipe learns, resumes and leaves no parameter without a gradient."""
+"""Tests that every recipe overfits two images, resumes exactly, and gives every parameter a gradient."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from models.detector import FaceDetector
 from models.image_pyramid import build_model
 from models.initialise import initialise_for_focal_loss, load_model
 from models.retinaface import RetinaFace
-from tests.engine.whole import WHOLE, usual_landmarks
+from tests.engine.helpers import WITHOUT_AUGMENTATION, typical_landmarks
 from utils.datasets.labels import LabelledImage
 from utils.runtime.experiment import Experiment, load_recipe, save_config
 from utils.runtime.images import read_image, write_image
@@ -34,7 +34,7 @@ SIDE = 64
 
 
 def tiny(name: str, epochs: int) -> ExperimentConfig:
-    """A recipe with a small network and an optimiser that is fast on few images, without augmentation.
+    """A recipe with a small model and an optimiser that is fast on few images, without augmentation.
 
     Head, pyramid, normalisation, matching and losses are those of the recipe.
     """
@@ -45,7 +45,7 @@ def tiny(name: str, epochs: int) -> ExperimentConfig:
         backbone = "resnet50" if model.deformable_backbone else "resnet18"
         width = model.fpn_channels if model.norm == "group" else 32
         model = dataclasses.replace(model, backbone=backbone, fpn_channels=width)
-    data = dataclasses.replace(WHOLE, im_size=SIDE, crop_rule=recipe.data.crop_rule)
+    data = dataclasses.replace(WITHOUT_AUGMENTATION, im_size=SIDE, crop_rule=recipe.data.crop_rule)
     train = dataclasses.replace(
         recipe.train,
         epochs=epochs,
@@ -71,7 +71,7 @@ def untrained(config: ExperimentConfig) -> RetinaFace:
 
 @pytest.fixture(scope="module")
 def two_images(tmp_path_factory: pytest.TempPathFactory) -> list[LabelledImage]:
-    """The face of the sample image, and its mirror image at three quarters of the size, each with landmarks."""
+    """The face of a sample image, and its mirror image at three quarters of the size, both with landmarks."""
     folder = tmp_path_factory.mktemp("two_images")
     face = read_image(ROOT / "data/sample_widerface/images/astronaut.jpg")[:256, 100:356]
     small = np.full_like(face, 90)
@@ -82,14 +82,14 @@ def two_images(tmp_path_factory: pytest.TempPathFactory) -> list[LabelledImage]:
     images = []
     for name, image, each in zip(("one.png", "two.png"), (face, small), boxes, strict=True):
         write_image(folder / name, image)
-        faces = Faces(each[None], usual_landmarks(each)[None], np.array([True]), np.array([False]))
+        faces = Faces(each[None], typical_landmarks(each)[None], np.array([True]), np.array([False]))
         images.append(LabelledImage(folder / name, faces))
     return images
 
 
 @pytest.mark.parametrize("name", RECIPE_NAMES)
 def test_every_parameter_gets_a_gradient(name: str, device: torch.device) -> None:
-    """Of the network as published. What starts at zero has other values, because it lets no gradient through."""
+    """Parameters that start at zero are randomised, because they let no gradient through."""
     config = load_recipe(name, RECIPES).experiment
     model = untrained(config).to(device)
     with torch.no_grad():
@@ -97,15 +97,15 @@ def test_every_parameter_gets_a_gradient(name: str, device: torch.device) -> Non
             if not parameter.any():
                 parameter.normal_(std=0.01)
     images = torch.rand(2, 3, 64, 96, device=device) * 255
-    targets = a_face_of_every_level(model.priors(images).cpu(), config.model, (64, 96)).to(device)
+    targets = one_face_per_level(model.priors(images).cpu(), config.model, (64, 96)).to(device)
     terms = MultiBoxLoss(config.loss, config.model)(model(images), targets, (64, 96))
     torch.stack(list(terms.values())).sum().backward()
     without = [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()]
     assert without == []
 
 
-def a_face_of_every_level(priors: Tensor, model_config: ModelConfig, size_hw: tuple[int, int]) -> FaceTargets:
-    """Two images, each with one face a level that is a prior in the middle of the image."""
+def one_face_per_level(priors: Tensor, model_config: ModelConfig, size_hw: tuple[int, int]) -> FaceTargets:
+    """Return two images, each with one face per level that equals a prior in the middle of the image."""
     counts = [
         height * width * len(level.anchor_sizes)
         for (height, width), level in zip(feature_sizes(size_hw, model_config.levels), model_config.levels, strict=True)
@@ -123,14 +123,14 @@ def a_face_of_every_level(priors: Tensor, model_config: ModelConfig, size_hw: tu
 
 
 @pytest.mark.parametrize("name", RECIPE_NAMES)
-def test_two_images_are_learnt_by_heart(
+def test_two_images_can_be_overfitted(
     name: str, two_images: list[LabelledImage], tmp_path: Path, device: torch.device
 ) -> None:
     config = tiny(name, epochs=2)
     model = untrained(config).to(device)
-    steps_per_epoch = 40 if config.model.backbone == "mobilenet0.25" else 20  # smaller networks need more steps
+    steps_per_epoch = 40 if config.model.backbone == "mobilenet0.25" else 20  # smaller models need more steps
     Trainer(model, config, Experiment(tmp_path), TrainingData(two_images * steps_per_epoch), RunLog(None)).fit()
-    # The score of TinaFace is a power.
+    # TinaFace raises its score to a power.
     threshold = 0.5**config.model.score_power
     detector = FaceDetector(model, PostprocessConfig(confidence_threshold=threshold))
     for labelled in two_images:
@@ -141,8 +141,8 @@ def test_two_images_are_learnt_by_heart(
         assert overlaps.max() > 0.6
 
 
-class StoppedAfterAnEpoch(Trainer):
-    """A run that ends as soon as the first epoch is saved."""
+class InterruptedTrainer(Trainer):
+    """Training that is interrupted when the first epoch has been saved."""
 
     def _save_last(self) -> None:
         super()._save_last()
@@ -150,10 +150,10 @@ class StoppedAfterAnEpoch(Trainer):
 
 
 @pytest.mark.parametrize("name", RECIPE_NAMES)
-def test_a_resumed_run_ends_as_an_uninterrupted_one(
+def test_resumed_run_equals_an_uninterrupted_one(
     name: str, two_images: list[LabelledImage], tmp_path: Path, device: torch.device
 ) -> None:
-    """To the bit, through the files that a run leaves; the thresholds and the protocol of the recipe are in them."""
+    """Bitwise, from the files of the run, which also hold the thresholds and the protocol of the recipe."""
     config = tiny(name, epochs=2)
     data = TrainingData(two_images * 2)
     whole = untrained(config).to(device)
@@ -161,7 +161,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 
     experiment = Experiment(tmp_path / "stopped")
     with pytest.raises(KeyboardInterrupt):
-        StoppedAfterAnEpoch(untrained(config).to(device), config, experiment, data, RunLog(None)).fit()
+        InterruptedTrainer(untrained(config).to(device), config, experiment, data, RunLog(None)).fit()
     save_config(config, experiment.config_file)
     last = load_checkpoint(experiment.checkpoint(config.model.backbone, "last"))
     assert last.experiment == config

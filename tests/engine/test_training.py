@@ -1,4 +1,4 @@
-"""What the loops learn, and what they do when something goes wrong."""
+"""Tests of the training loop: overfitting two images, batch sizes and mixed precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine.training_state import TrainingData, TrainingError
 from models.architecture import usual_config
 from models.detector import FaceDetector
 from models.retinaface import RetinaFace
-from tests.engine.whole import WHOLE, usual_landmarks
+from tests.engine.helpers import WITHOUT_AUGMENTATION, typical_landmarks
 from utils.datasets.labels import LabelledImage
 from utils.runtime.distributed import DistributedContext
 from utils.runtime.experiment import Experiment
@@ -26,7 +26,7 @@ from utils.structures import Faces
 
 @pytest.fixture
 def two_images(tmp_path: Path) -> list[LabelledImage]:
-    """A face of 100 x 141 pixels in 256 x 256, and the same two times, smaller, mirrored and upright."""
+    """An image of one face, and one with two copies of it at half the size, one of them mirrored."""
     face = read_image(ROOT / "data/sample_widerface/images/astronaut.jpg")[:256, 100:356]
     pair = np.full((256, 256, 3), 90, np.uint8)
     pair[20:148, :128] = face[::2, ::2]
@@ -37,7 +37,7 @@ def two_images(tmp_path: Path) -> list[LabelledImage]:
     images = []
     for name, image, boxes in (("one.png", face, [box]), ("two.png", pair, [left, right])):
         write_image(tmp_path / name, image)
-        landmarks = np.stack([usual_landmarks(each) for each in boxes])
+        landmarks = np.stack([typical_landmarks(each) for each in boxes])
         faces = Faces(np.array(boxes, np.float32), landmarks, np.ones(len(boxes), bool), np.zeros(len(boxes), bool))
         images.append(LabelledImage(tmp_path / name, faces))
     return images
@@ -46,7 +46,7 @@ def two_images(tmp_path: Path) -> list[LabelledImage]:
 @pytest.mark.parametrize("version", ["retina", "tina"])
 @pytest.mark.parametrize("cascade", ["one stage", "sum", "rematch"])
 @pytest.mark.parametrize("backbone", ["mobilenet0.25", "resnet18"])
-def test_two_images_are_learnt_by_heart(
+def test_two_images_can_be_overfitted(
     backbone: str, cascade: str, version: str, two_images: list[LabelledImage], tmp_path: Path, device: torch.device
 ) -> None:
     refinement = "rematch" if cascade == "rematch" else "sum"
@@ -54,7 +54,9 @@ def test_two_images_are_learnt_by_heart(
         backbone, cascade=cascade != "one stage", refinement=refinement, model_version=version, fpn_channels=64
     )
     train = TrainConfig(epochs=2, batch_size=2, optimizer="adamw", learning_rate=2e-3, warmup_epochs=0.1)
-    config = ExperimentConfig(model=model_config, loss=LossConfig(landmark_weight=0.2), data=WHOLE, train=train)
+    config = ExperimentConfig(
+        model=model_config, loss=LossConfig(landmark_weight=0.2), data=WITHOUT_AUGMENTATION, train=train
+    )
     torch.manual_seed(0)
     model = RetinaFace(model_config).to(device)
     Trainer(model, config, Experiment(tmp_path), TrainingData(two_images * 40), RunLog(None)).fit()
@@ -66,9 +68,11 @@ def test_two_images_are_learnt_by_heart(
         assert overlaps.max(dim=1).values.min() > 0.5
 
 
-def test_batch_that_cannot_be_shared_is_refused(two_images: list[LabelledImage], tmp_path: Path) -> None:
+def test_batch_size_that_processes_cannot_share_evenly_is_refused(
+    two_images: list[LabelledImage], tmp_path: Path
+) -> None:
     model_config = usual_config("mobilenet0.25")
-    config = ExperimentConfig(model=model_config, data=WHOLE, train=TrainConfig(batch_size=3))
+    config = ExperimentConfig(model=model_config, data=WITHOUT_AUGMENTATION, train=TrainConfig(batch_size=3))
     with pytest.raises(TrainingError, match="--batch_size=3 cannot be shared by 2 processes evenly"):
         Trainer(
             RetinaFace(model_config),
@@ -81,11 +85,11 @@ def test_batch_that_cannot_be_shared_is_refused(two_images: list[LabelledImage],
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-def test_sixteen_bits_with_scaled_gradients_learn(two_images: list[LabelledImage], tmp_path: Path) -> None:
+def test_float16_training_with_gradient_scaling(two_images: list[LabelledImage], tmp_path: Path) -> None:
     """As on a CUDA device without bfloat16. The initial scale overflows, so the first steps are skipped."""
     config = ExperimentConfig(
         model=usual_config("mobilenet0.25", cascade=False, model_version="retina", fpn_channels=16),
-        data=WHOLE,
+        data=WITHOUT_AUGMENTATION,
         train=TrainConfig(epochs=1, batch_size=2, optimizer="adamw", learning_rate=2e-3, warmup_epochs=0.1),
     )
     torch.manual_seed(0)

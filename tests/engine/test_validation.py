@@ -1,4 +1,4 @@
-"""What validation says about false boxes."""
+"""Tests of the summary of false boxes in validation."""
 
 from __future__ import annotations
 

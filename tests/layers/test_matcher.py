@@ -1,3 +1,5 @@
+"""Tests of matching priors to faces, with examples by hand and reference loops."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ PRIORS = torch.tensor([[0.25, 0.5, 0.5, 1.0], [0.75, 0.5, 0.5, 1.0], [0.5, 0.5, 
 
 
 def batch_of(*images: list[list[float]], ignored: Sequence[Sequence[bool]] | None = None) -> FaceTargets:
-    """Images by the boxes of their faces, of which some may be labelled to be ignored."""
+    """Return a batch of images, given by the boxes of their faces, some of which may be ignored."""
     flags = ignored or [[False] * len(boxes) for boxes in images]
     return FaceTargets.join(
         [
@@ -33,33 +35,33 @@ def batch_of(*images: list[list[float]], ignored: Sequence[Sequence[bool]] | Non
     )
 
 
-def test_no_face_leaves_all_background(device: torch.device) -> None:
+def test_without_faces_all_priors_are_background(device: torch.device) -> None:
     matches = match_priors(batch_of([], []).to(device), PRIORS.to(device), StageConfig(0.35))
     assert matches.tolist() == [[BACKGROUND] * 3] * 2
 
 
-def test_a_prior_takes_the_face_it_overlaps_most(device: torch.device) -> None:
-    """The left face fills prior 0 (IoU 1) and half of prior 2 (IoU 0.5); prior 1 does not meet it."""
+def test_prior_matches_the_face_with_the_highest_iou(device: torch.device) -> None:
+    """The left face fills prior 0 (IoU 1) and half of prior 2 (IoU 0.5); prior 1 does not overlap it."""
     faces = batch_of([[0.0, 0.0, 0.5, 1.0]]).to(device)
     assert match_priors(faces, PRIORS.to(device), StageConfig(0.35)).tolist() == [[0, BACKGROUND, 0]]
     assert match_priors(faces, PRIORS.to(device), StageConfig(0.6)).tolist() == [[0, BACKGROUND, BACKGROUND]]
 
 
-def test_every_face_in_reach_gets_its_best_prior() -> None:
-    """A quarter of prior 1 overlaps it by 0.25: under the threshold, yet the best it has."""
+def test_every_reachable_face_matches_its_best_prior() -> None:
+    """Prior 1 has an IoU of 0.25 with the second face: below the threshold, but the best of all priors."""
     faces = batch_of([[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 0.75, 0.5]])
     assert match_priors(faces, PRIORS, StageConfig(0.35)).tolist() == [[0, 1, 0]]
 
 
-def test_a_face_too_small_for_every_prior_is_background_or_ignored() -> None:
-    """Prior 1 overlaps it by more than a tenth and is ignored, prior 2 by less."""
+def test_priors_on_an_unreachable_face_are_background_or_ignored() -> None:
+    """Prior 1 has an IoU of more than 0.1 with it and is ignored, prior 2 of less."""
     faces = batch_of([[0.5, 0.0, 0.7, 0.45]])  # 0.09 of prior 1's 0.5: IoU 0.18
     as_background = StageConfig(0.35, ignore_unreachable=False)
     assert match_priors(faces, PRIORS, as_background).tolist() == [[BACKGROUND] * 3]
     assert match_priors(faces, PRIORS, StageConfig(0.35)).tolist() == [[BACKGROUND, IGNORED, BACKGROUND]]
 
 
-def test_without_forced_matches_a_face_below_the_threshold_is_unreachable() -> None:
+def test_face_below_the_threshold_is_unreachable_without_forced_matches() -> None:
     """Prior 1 has an IoU of 0.25 with it, and prior 2 of 0.125."""
     faces = batch_of([[0.5, 0.0, 0.75, 0.5]])
     assert match_priors(faces, PRIORS, StageConfig(0.35)).tolist() == [[BACKGROUND, 0, BACKGROUND]]
@@ -70,8 +72,8 @@ def test_without_forced_matches_a_face_below_the_threshold_is_unreachable() -> N
 
 
 @pytest.mark.parametrize("ignore_unreachable", [True, False])
-def test_an_ignored_face_is_neither_positive_nor_negative(ignore_unreachable: bool) -> None:
-    """The ignored face fills prior 0 and half of prior 2; another face may still take prior 2."""
+def test_priors_on_an_ignored_face_are_neither_positive_nor_negative(ignore_unreachable: bool) -> None:
+    """The ignored face fills prior 0 and half of prior 2; another face may still match prior 2."""
     stage = StageConfig(0.35, ignore_unreachable=ignore_unreachable)
     ignored = [[0.0, 0.0, 0.5, 1.0]]
     targets = batch_of(ignored, ignored, ignored=[[True], [False]])
@@ -80,8 +82,8 @@ def test_an_ignored_face_is_neither_positive_nor_negative(ignore_unreachable: bo
     assert match_priors(both, PRIORS, stage).tolist() == [[1, 1, 1]]
 
 
-def test_faces_of_one_image_take_no_priors_of_another() -> None:
-    """The row of a face counts over the batch; the image in the middle has none."""
+def test_faces_match_only_priors_of_their_own_image() -> None:
+    """Matches are indices of faces in the whole batch; the image in the middle has no face."""
     faces = batch_of([[0.5, 0.0, 1.0, 1.0]], [], [[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]])
     assert match_priors(faces, PRIORS, StageConfig(0.6)).tolist() == [
         [BACKGROUND, 0, BACKGROUND],
@@ -90,8 +92,8 @@ def test_faces_of_one_image_take_no_priors_of_another() -> None:
     ]
 
 
-def test_what_is_neither_face_nor_background_is_ignored() -> None:
-    """The left face overlaps prior 2 by exactly 0.5: taken from 0.5, ignored from 0.4 to 0.6, background under 0.55."""
+def test_priors_between_the_thresholds_are_ignored() -> None:
+    """Prior 2 has an IoU of 0.5: matched from 0.5, ignored between 0.4 and 0.6, background below 0.55."""
     faces = batch_of([[0.0, 0.0, 0.5, 1.0]])
     assert match_priors(faces, PRIORS, StageConfig(0.5, negative_iou=0.4)).tolist() == [[0, BACKGROUND, 0]]
     assert match_priors(faces, PRIORS, StageConfig(0.6, negative_iou=0.4)).tolist() == [[0, BACKGROUND, IGNORED]]
@@ -103,7 +105,7 @@ def test_a_face_without_area_has_no_prior() -> None:
     assert match_priors(faces, PRIORS, StageConfig(0.35)).tolist() == [[BACKGROUND] * 3]
 
 
-def test_each_image_may_have_priors_of_its_own(device: torch.device) -> None:
+def test_each_image_may_have_its_own_priors(device: torch.device) -> None:
     faces = batch_of([[0.0, 0.0, 0.5, 1.0]], [[0.0, 0.0, 0.5, 1.0]]).to(device)
     priors = torch.stack([PRIORS, PRIORS.flip(0)]).to(device)
     assert match_priors(faces, priors, StageConfig(0.6)).tolist() == [
@@ -113,7 +115,7 @@ def test_each_image_may_have_priors_of_its_own(device: torch.device) -> None:
 
 
 def match_one_image(face_boxes: Tensor, ignored: Tensor, priors: Tensor, stage: StageConfig) -> Tensor:
-    """The definition, prior by prior and face by face."""
+    """Reference implementation in loops over priors and faces."""
     iou = box_iou(face_boxes, box_convert(priors, "cxcywh", "xyxy")).tolist()
     skipped = ignored.tolist()
     matches = [BACKGROUND] * len(priors)
@@ -146,8 +148,8 @@ def match_one_image(face_boxes: Tensor, ignored: Tensor, priors: Tensor, stage: 
         StageConfig(0.7, negative_iou=0.3),
     ],
 )
-def test_equal_to_the_definition_image_by_image(stage: StageConfig, own_priors: bool, device: torch.device) -> None:
-    """Random faces, crowds of more than are compared at once, and equal faces, where the first or the last wins."""
+def test_matches_equal_the_reference_loops(stage: StageConfig, own_priors: bool, device: torch.device) -> None:
+    """Random faces, crowds larger than a chunk of the comparison, and equal faces, where the first or last wins."""
     random = torch.Generator().manual_seed(0)
     fixed = prior_boxes((96, 128), USUAL_LEVELS[3])
     priors = fixed.repeat(5, 1, 1)

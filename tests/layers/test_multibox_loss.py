@@ -1,3 +1,5 @@
+"""Tests of the multibox loss: its terms by hand, mining, distillation, gradients and host-device synchronisation."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -43,7 +45,7 @@ def no_faces() -> FaceTargets:
 
 
 def one_face(has_landmarks: bool = True) -> FaceTargets:
-    """16 pixels wide and high."""
+    """A face of 16 x 16 pixels."""
     box = torch.tensor([[0.25, 0.25, 0.5, 0.75]])
     return FaceTargets(box, torch.full((1, 5, 2), 0.4), torch.tensor([has_landmarks]), torch.tensor([False]), (1,))
 
@@ -60,22 +62,22 @@ def output_of(tensors: Iterable[torch.Tensor], priors: torch.Tensor = PRIORS) ->
 
 
 def predictions(output: StageOutput) -> list[torch.Tensor]:
-    """What has been predicted, in the order of `StageOutput`."""
+    """Return the predicted tensors in the order of `StageOutput`."""
     return [value for name, value in vars(output).items() if value is not None and name != "priors"]
 
 
-def values(
+def loss_values(
     outputs: list[StageOutput],
     targets: list[FaceTargets],
     loss: LossConfig | None = None,
     model: ModelConfig = MODEL,
 ) -> dict[str, float]:
-    """The terms as plain numbers."""
+    """Return the loss terms as numbers."""
     terms = MultiBoxLoss(loss or LossConfig(), model)(outputs, FaceTargets.join(targets), SIZE)
     return {name: term.item() for name, term in terms.items()}
 
 
-def test_a_teacher_adds_a_term_to_every_stage() -> None:
+def test_teacher_adds_a_term_to_every_stage() -> None:
     outputs = [zero_output(1)] * 2
     scores = torch.full((1, len(PRIORS)), 0.5)
     teacher = TeacherOutput(scores, box_convert(PRIORS, "cxcywh", "xyxy")[None], None)
@@ -85,13 +87,13 @@ def test_a_teacher_adds_a_term_to_every_stage() -> None:
         "stage1/distil",
         "stage2/distil",
     }
-    scores[0, 0] = 1.0  # where the network says one half
+    scores[0, 0] = 1.0  # where the model predicts one half
     differ = loss(outputs, FaceTargets.join([no_faces()]), SIZE, teacher)
     assert differ["stage1/distil"].item() == pytest.approx(3 * math.log(2) / scores.sum().item(), rel=1e-4)
 
 
-def test_boxes_and_landmarks_of_a_teacher_are_learnt_where_its_score_is_high() -> None:
-    """Moving the teacher's boxes and landmarks of a prior by one delta each costs its share of the scores."""
+def test_distilled_boxes_and_landmarks_are_weighted_by_the_teacher_score() -> None:
+    """The loss of moving the teacher's box or landmark of a prior is weighted by its share of the scores."""
     priors_xyxy = box_convert(PRIORS, "cxcywh", "xyxy")[None]
     centres = PRIORS[None, :, None, :2].expand(1, len(PRIORS), 5, 2)
     logits = torch.zeros(1, len(PRIORS), 2)
@@ -115,7 +117,7 @@ def test_boxes_and_landmarks_of_a_teacher_are_learnt_where_its_score_is_high() -
         assert distilled(priors_xyxy, landmarks) == pytest.approx(expected, rel=1e-2, abs=1e-6)
 
 
-def test_distillation_is_the_divergence_of_the_scores() -> None:
+def test_distillation_loss_is_the_kl_divergence_of_the_scores() -> None:
     logits = torch.tensor([[[0.3, 1.0], [2.0, -1.0]]])
     scores = torch.tensor([[0.2, 0.9]])
     expected = torch.distributions.kl_divergence(
@@ -126,11 +128,11 @@ def test_distillation_is_the_divergence_of_the_scores() -> None:
 
 
 def test_terms_are_named_by_stage() -> None:
-    terms = values([zero_output(1)] * 2, [one_face()])
+    terms = loss_values([zero_output(1)] * 2, [one_face()])
     assert list(terms) == [f"stage{stage}/{name}" for stage in (1, 2) for name in ("class", "box", "landmark", "iou")]
 
 
-def test_perfect_regression_costs_nothing() -> None:
+def test_perfect_regression_has_zero_loss() -> None:
     face = one_face()
     boxes = face.boxes.expand(len(PRIORS), 4)
     output = StageOutput(
@@ -140,28 +142,28 @@ def test_perfect_regression_costs_nothing() -> None:
         iou_logits=torch.full((1, len(PRIORS)), 20.0),
         priors=PRIORS,
     )
-    terms = values([output, output], [face])
+    terms = loss_values([output, output], [face])
     for name in ("box", "landmark", "iou"):
         assert terms[f"stage1/{name}"] == pytest.approx(0, abs=1e-5)
 
 
 def test_weights_multiply_their_terms() -> None:
-    single = values([zero_output(1)] * 2, [one_face()], LossConfig(box_weight=1.0))
-    triple = values([zero_output(1)] * 2, [one_face()], LossConfig(box_weight=3.0))
+    single = loss_values([zero_output(1)] * 2, [one_face()], LossConfig(box_weight=1.0))
+    triple = loss_values([zero_output(1)] * 2, [one_face()], LossConfig(box_weight=3.0))
     assert triple["stage2/box"] == pytest.approx(3 * single["stage2/box"])
     assert triple["stage2/class"] == pytest.approx(single["stage2/class"])
 
 
-def test_untrained_classification_costs_the_logarithm_of_two_per_mined_prior() -> None:
-    """Two positives bring fourteen negatives: 16 priors at log 2."""
+def test_untrained_classification_loss_is_log_two_per_mined_prior() -> None:
+    """Two positives and fourteen mined negatives: 16 priors at log 2."""
     positive = torch.zeros(1, 40, dtype=torch.bool)
     positive[0, :2] = True
     loss = ohem_cross_entropy(torch.zeros(1, 40, 2), positive, ~positive, negative_ratio=7)
     assert float(loss) == pytest.approx(16 * math.log(2))
 
 
-def test_the_hardest_negatives_are_mined() -> None:
-    """Prior 0 is the face; of the rest, 1 and 2 look most like one."""
+def test_hardest_negatives_are_mined() -> None:
+    """Prior 0 is positive; priors 1 and 2 are the negatives with the highest face scores."""
     logits = torch.zeros(1, 6, 2)
     logits[0, :, 1] = torch.tensor([9.0, 5.0, 4.0, -9.0, -9.0, -9.0])
     logits.requires_grad_()
@@ -171,8 +173,8 @@ def test_the_hardest_negatives_are_mined() -> None:
     assert logits.grad.abs().sum(dim=2).gt(0).tolist() == [[True, True, True, False, False, False]]
 
 
-def test_no_more_negatives_are_mined_than_there_are() -> None:
-    """Of four priors one is the face and one ignored: two remain for the seven that are wanted."""
+def test_no_more_negatives_are_mined_than_exist() -> None:
+    """One of four priors is positive and one ignored, so only two of seven negatives can be mined."""
     positive = torch.tensor([[True, False, False, False]])
     background = torch.tensor([[False, True, True, False]])
     loss = ohem_cross_entropy(torch.zeros(1, 4, 2), positive, background, negative_ratio=7)
@@ -205,7 +207,7 @@ LOSSES = [
             no_faces(),
         ],
     ],
-    ids=["no faces", "one image without", "no landmarks", "a face without width"],
+    ids=["no faces", "one image without faces", "no landmarks", "a face without width"],
 )
 def test_losses_and_gradients_are_finite(
     targets: list[FaceTargets], refinement: str, loss: LossConfig, device: torch.device
@@ -225,12 +227,12 @@ def test_losses_and_gradients_are_finite(
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.classification}-{loss.box_regression}")
-def test_a_network_gone_astray_has_finite_losses(loss: LossConfig) -> None:
+def test_losses_of_a_diverged_model_are_finite(loss: LossConfig) -> None:
     """exp(0.2 * 1000) is more than float32 holds."""
     output = zero_output(1)
     deltas = torch.full_like(output.box_deltas, 1000.0, requires_grad=True)
-    astray = dataclasses.replace(output, box_deltas=deltas)
-    terms = MultiBoxLoss(loss, MODEL)([astray, astray], FaceTargets.join([one_face()]), SIZE)
+    diverged = dataclasses.replace(output, box_deltas=deltas)
+    terms = MultiBoxLoss(loss, MODEL)([diverged, diverged], FaceTargets.join([one_face()]), SIZE)
     torch.stack(list(terms.values())).sum().backward()
     assert all(torch.isfinite(term) for term in terms.values())
     assert deltas.grad is not None
@@ -238,16 +240,16 @@ def test_a_network_gone_astray_has_finite_losses(loss: LossConfig) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.classification}-{loss.box_regression}")
-def test_predictions_of_16_bits_cost_what_they_do_in_32(loss: LossConfig) -> None:
+def test_losses_of_float16_predictions_equal_those_of_float32(loss: LossConfig) -> None:
     random = torch.Generator().manual_seed(0)
     halves = [torch.randn(tensor.shape, generator=random).half() for tensor in predictions(zero_output(2))]
     low, high = output_of(halves), output_of(tensor.float() for tensor in halves)
     targets = [one_face(), no_faces()]
-    assert values([low, low], targets, loss) == values([high, high], targets, loss)
+    assert loss_values([low, low], targets, loss) == loss_values([high, high], targets, loss)
 
 
-def test_priors_made_while_detecting_serve_for_learning() -> None:
-    """They are cached, and tensors of inference mode may not be saved for a gradient."""
+def test_priors_cached_in_inference_mode_can_be_used_in_training() -> None:
+    """Priors are cached, and inference tensors cannot be saved for the backward pass."""
     _cached_prior_boxes.cache_clear()
     with torch.inference_mode():
         prior_boxes(SIZE, MODEL.levels, torch.device("cpu"))
@@ -258,8 +260,8 @@ def test_priors_made_while_detecting_serve_for_learning() -> None:
     assert output.box_deltas.grad.any()
 
 
-class HostReads(TorchDispatchMode):
-    """Counts what makes the host wait for a CUDA device: values or shapes that depend on values, and copies to it."""
+class HostSynchronisations(TorchDispatchMode):
+    """Records operators that synchronise with a CUDA device: reads of values, value-dependent shapes, and copies."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -268,42 +270,42 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(function).split(".")[1]
         by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
-        waits = ("nonzero", "_local_scalar_dense", "masked_select", "lift_fresh", "repeat_interleave", "unique")
-        if by_mask or name in waits:
+        synchronising = ("nonzero", "_local_scalar_dense", "masked_select", "lift_fresh", "repeat_interleave", "unique")
+        if by_mask or name in synchronising:
             self.names.append(name)
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("loss", [LossConfig(), LossConfig(classification="focal", landmark_regression="wing")])
 @pytest.mark.parametrize(("refinement", "expected"), [("sum", 1), ("rematch", 2)])
-def test_the_device_is_waited_for_once_per_matching(refinement: str, expected: int, loss: LossConfig) -> None:
-    """To know how many priors have a face; two stages that match the same priors alike share that.
+def test_loss_synchronises_once_per_matching(refinement: str, expected: int, loss: LossConfig) -> None:
+    """The number of positives is read once for all stages that match the same priors with the same thresholds.
 
-    torchvision's IoU losses wait on their own account: they index by a mask.
+    torchvision's IoU losses synchronise as well, because they index by a mask.
     """
     model = usual_config("mobilenet0.25", num_anchor=2, refinement=refinement)
     first = zero_output(2)
     second = dataclasses.replace(first, priors=PRIORS.repeat(2, 1, 1) if refinement == "rematch" else PRIORS)
     targets = FaceTargets.join([one_face(), no_faces()])
-    with HostReads() as reads:
+    with HostSynchronisations() as synchronisations:
         MultiBoxLoss(loss, model)([first, second], targets, SIZE)
-    assert reads.names == ["nonzero"] * expected
+    assert synchronisations.names == ["nonzero"] * expected
 
 
 def single_stage(face: FaceTargets, box: list[float], **options: Any) -> dict[str, float]:
-    """The terms of one stage that predicts the box, xyxy in pixels, for every prior, under weights of 1."""
+    """Return the terms of one stage that predicts `box`, xyxy in pixels, for every prior, with weights of 1."""
     model = usual_config("mobilenet0.25", num_anchor=2, cascade=False)
     normalised = torch.tensor(box) / torch.tensor([SIZE[1], SIZE[0]] * 2)
     deltas = encode_boxes(normalised.expand(len(PRIORS), 4), PRIORS, MODEL.variances)[None]
     output = dataclasses.replace(zero_output(1), box_deltas=deltas)
-    return values([output], [face], LossConfig(box_weight=1.0, **options), model)
+    return loss_values([output], [face], LossConfig(box_weight=1.0, **options), model)
 
 
-def test_box_losses_on_the_iou_by_hand() -> None:
+def test_iou_box_losses_by_hand() -> None:
     """The face lies at x 16 to 32 and y 8 to 24, in pixels of an image that is twice as wide as high.
 
     Moved right by half its width, the box shares 8 x 16 of a union of 24 x 16 pixels: IoU 1/3. The centres are 8 apart,
-    the corners of the hull 24 and 16. The proportions are equal, so the complete IoU adds nothing.
+    the corners of the hull 24 and 16. The aspect ratios are equal, so CIoU adds nothing.
     """
     moved = [24.0, 8, 40, 24]
     distance = 1 - 1 / 3 + 8**2 / (24**2 + 16**2)
@@ -311,7 +313,7 @@ def test_box_losses_on_the_iou_by_hand() -> None:
     assert single_stage(one_face(), moved, box_regression="ciou")["stage1/box"] == pytest.approx(distance, rel=1e-4)
 
 
-def test_the_complete_iou_adds_the_proportions() -> None:
+def test_ciou_adds_the_aspect_ratio() -> None:
     """Twice as wide about the same centre: IoU 1/2, no distance, and the angles of the diagonals differ."""
     wide = [8.0, 8, 40, 24]
     difference = 4 / math.pi**2 * (math.atan(2) - math.atan(1)) ** 2
@@ -332,28 +334,28 @@ def test_focal_loss_by_hand() -> None:
 
 
 def test_wing_loss_by_hand() -> None:
-    """ln(1 + 0.2 / 0.2) = ln 2; from 1 on the slope is 1, and at 1 both forms give ln 6."""
+    """ln(1 + 0.2 / 0.2) = ln 2; from 1 on the slope is 1, and at 1 both branches give ln 6."""
     losses = wing_loss(torch.tensor([0.0, 0.2, -0.2, 1.0, -3.0]))
     expected = [0, math.log(2), math.log(2), math.log(6), math.log(6) + 2]
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_wing_loss_is_summed_over_the_coordinates_of_a_landmark_as_smooth_l1_is() -> None:
-    """All five points lie ten deltas right of what is predicted for every prior, and at its height."""
+def test_wing_loss_is_summed_over_coordinates_like_smooth_l1() -> None:
+    """All five landmarks lie ten deltas to the right of the predicted ones, at the same height."""
     model = usual_config("mobilenet0.25", num_anchor=2, cascade=False)
     face = one_face()
     targets = encode_landmarks(face.landmarks.expand(len(PRIORS), 5, 2), PRIORS, MODEL.variances)
     deltas = targets - torch.tensor([10.0, 0.0]).repeat(5)
     output = dataclasses.replace(zero_output(1), landmark_deltas=deltas[None])
     loss = LossConfig(landmark_regression="wing", landmark_weight=1.0)
-    wing = values([output], [face], loss, model)["stage1/landmark"]
+    wing = loss_values([output], [face], loss, model)["stage1/landmark"]
     assert wing == pytest.approx(5 * (math.log(6) + 9), rel=1e-4)
-    smooth = values([output], [face], LossConfig(landmark_weight=1.0), model)["stage1/landmark"]
+    smooth = loss_values([output], [face], LossConfig(landmark_weight=1.0), model)["stage1/landmark"]
     assert smooth == pytest.approx(5 * 9.5, rel=1e-4)
 
 
-def test_ignored_priors_are_not_taught_a_class() -> None:
-    """With a band from nearly nothing, whatever touches the face without matching it is left alone."""
+def test_ignored_priors_have_no_class_gradient() -> None:
+    """With a negative threshold near zero, every prior that overlaps the face without matching it is ignored."""
     stage = StageConfig(match_iou=0.6, negative_iou=0.001)
     model = usual_config("mobilenet0.25", num_anchor=2, stages=(stage,))
     for classification in ("ohem_ce", "focal"):
@@ -362,14 +364,14 @@ def test_ignored_priors_are_not_taught_a_class() -> None:
         targets = FaceTargets.join([one_face()])
         MultiBoxLoss(loss, model)([output], targets, SIZE)["stage1/class"].backward()
         assert output.class_logits.grad is not None
-        taught = output.class_logits.grad[0].abs().sum(dim=1) > 0
-        assert torch.equal(taught, match_priors(targets, PRIORS, stage)[0] != -2)
-        assert not taught.all()
+        has_gradient = output.class_logits.grad[0].abs().sum(dim=1) > 0
+        assert torch.equal(has_gradient, match_priors(targets, PRIORS, stage)[0] != -2)
+        assert not has_gradient.all()
 
 
 @pytest.mark.parametrize("classification", ["ohem_ce", "focal"])
-def test_an_ignored_face_teaches_nothing_and_is_not_mined(classification: str) -> None:
-    """The priors around it are the hardest negatives by far, and yet have no gradient; all others may be mined."""
+def test_priors_on_an_ignored_face_have_no_gradient_and_are_not_mined(classification: str) -> None:
+    """The priors on it are by far the hardest negatives, but have no gradient; all others may be mined."""
     face = dataclasses.replace(one_face(), ignored=torch.tensor([True]))
     around = match_priors(face, PRIORS, StageConfig())[0] == IGNORED
     assert 0 < around.sum() < len(PRIORS)
@@ -388,7 +390,7 @@ def test_an_ignored_face_teaches_nothing_and_is_not_mined(classification: str) -
 
 
 def test_stages_that_differ_in_any_threshold_are_matched_separately() -> None:
-    """The face is out of reach of all priors without forced matches, and its surroundings are ignored or negative."""
+    """The face is unreachable without forced matches; priors around it are ignored or negative."""
     outputs = [zero_output(1)]
     kinds = (
         StageConfig(0.9),
@@ -397,30 +399,30 @@ def test_stages_that_differ_in_any_threshold_are_matched_separately() -> None:
         StageConfig(0.9, negative_iou=0.3, force_match=False, ignore_unreachable=False),
     )
     loss = LossConfig(negative_ratio=10_000)  # all negatives
-    alone = [values(outputs, [one_face()], loss, dataclasses.replace(MODEL, stages=(kind,))) for kind in kinds]
+    alone = [loss_values(outputs, [one_face()], loss, dataclasses.replace(MODEL, stages=(kind,))) for kind in kinds]
     assert len({terms["stage1/class"] for terms in alone}) == 4
-    together = values(outputs * 4, [one_face()], loss, dataclasses.replace(MODEL, stages=kinds))
+    together = loss_values(outputs * 4, [one_face()], loss, dataclasses.replace(MODEL, stages=kinds))
     assert [together[f"stage{number}/class"] for number in range(1, 5)] == [terms["stage1/class"] for terms in alone]
 
 
-def test_a_later_stage_is_matched_with_the_boxes_it_starts_from() -> None:
-    """Every prior has become the face itself, so all answer for it and zero deltas are right."""
+def test_rematched_stage_is_matched_with_its_own_priors() -> None:
+    """All priors of the second stage equal the face, so all are positive and zero deltas are correct."""
     model = usual_config("mobilenet0.25", num_anchor=2, refinement="rematch")
     face = torch.tensor([0.375, 0.5, 0.25, 0.5]).expand(1, len(PRIORS), 4)
     output = zero_output(1)
-    terms = values([output, dataclasses.replace(output, priors=face)], [one_face()], model=model)
+    terms = loss_values([output, dataclasses.replace(output, priors=face)], [one_face()], model=model)
     assert terms["stage1/box"] > 0.1
     assert terms["stage2/box"] == 0
-    assert terms["stage2/class"] == pytest.approx(math.log(2))  # a positive each, and no negatives
+    assert terms["stage2/class"] == pytest.approx(math.log(2))  # all positive, no negatives
 
 
-def test_faces_without_landmarks_teach_no_landmarks() -> None:
-    terms = values([zero_output(1)] * 2, [one_face(has_landmarks=False)])
+def test_faces_without_landmarks_have_no_landmark_loss() -> None:
+    terms = loss_values([zero_output(1)] * 2, [one_face(has_landmarks=False)])
     assert terms["stage1/landmark"] == 0
     assert terms["stage1/box"] > 0
 
 
-def test_iou_branch_does_not_teach_the_boxes() -> None:
+def test_iou_loss_has_no_gradient_for_the_boxes() -> None:
     output = zero_output(1)
     terms = MultiBoxLoss(LossConfig(), MODEL)([output, output], FaceTargets.join([one_face()]), SIZE)
     terms["stage1/iou"].backward()
@@ -430,13 +432,13 @@ def test_iou_branch_does_not_teach_the_boxes() -> None:
 
 
 def test_faces_of_several_images_are_not_mixed_up() -> None:
-    """The same faces in one batch or in two cost the same, weighted by their positives."""
+    """The loss of a batch is the mean of the losses of its images, weighted by their positives."""
     left = FaceTargets(
         torch.tensor([[0.0, 0.0, 0.25, 0.5]]), torch.zeros(1, 5, 2), torch.tensor([False]), torch.tensor([False]), (1,)
     )
     targets = [no_faces(), left, one_face(has_landmarks=False)]
-    together = values([zero_output(3)] * 2, targets)
-    alone = [values([zero_output(1)] * 2, [faces]) for faces in targets[1:]]
+    together = loss_values([zero_output(3)] * 2, targets)
+    alone = [loss_values([zero_output(1)] * 2, [faces]) for faces in targets[1:]]
     counts = [int((match_priors(FaceTargets.join([faces]), PRIORS, StageConfig()) >= 0).sum()) for faces in targets[1:]]
     expected = sum(n * terms["stage1/box"] for n, terms in zip(counts, alone, strict=True)) / sum(counts)
     assert together["stage1/box"] == pytest.approx(expected, rel=1e-5)

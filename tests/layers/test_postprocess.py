@@ -1,3 +1,5 @@
+"""Tests of post-processing: decoding, score fusion, thresholds, suppression and limits."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -16,11 +18,11 @@ from utils.structures import Detections, StageOutput
 SIZE = (40, 64)
 MODEL = usual_config("mobilenet0.25", num_anchor=2, model_version="retina")
 PRIORS = prior_boxes(SIZE, MODEL.levels)
-EVERYTHING = PostprocessConfig(confidence_threshold=0.1, nms_threshold=0.3)
+CONFIG = PostprocessConfig(confidence_threshold=0.1, nms_threshold=0.3)
 
 
 def output_of(faces: dict[int, tuple[float, list[float]]], device: torch.device | None = None) -> StageOutput:
-    """Prior index to (score, xyxy in pixels); all other priors are background."""
+    """Return an output with faces given as prior index: (score, xyxy in pixels); other priors are background."""
     logits = torch.zeros(1, len(PRIORS), 2)
     logits[..., 0] = 20.0
     deltas = torch.zeros(1, len(PRIORS), 4)
@@ -32,37 +34,37 @@ def output_of(faces: dict[int, tuple[float, list[float]]], device: torch.device 
     return StageOutput(logits.to(device), deltas.to(device), points, None, PRIORS.to(device))
 
 
-def test_nothing_above_the_threshold_is_an_ordinary_result(device: torch.device) -> None:
-    (found,) = postprocess(output_of({}, device), SIZE, MODEL, EVERYTHING)
+def test_no_detections_above_the_threshold(device: torch.device) -> None:
+    (found,) = postprocess(output_of({}, device), SIZE, MODEL, CONFIG)
     assert len(found) == 0
     assert found.boxes.shape == (0, 4)
     assert found.landmarks is not None
     assert found.landmarks.shape == (0, 5, 2)
 
 
-def test_boxes_come_out_in_pixels_best_first(device: torch.device) -> None:
+def test_boxes_are_in_pixels_and_sorted_by_score(device: torch.device) -> None:
     output = output_of({3: (0.6, [1, 2, 11, 12]), 20: (0.9, [30, 10, 50, 34])}, device)
-    (found,) = postprocess(output, SIZE, MODEL, EVERYTHING)
+    (found,) = postprocess(output, SIZE, MODEL, CONFIG)
     assert found.boxes.device.type == "cpu"
     torch.testing.assert_close(found.boxes.cpu(), torch.tensor([[30.0, 10, 50, 34], [1, 2, 11, 12]]))
     torch.testing.assert_close(found.scores.cpu(), torch.tensor([0.9, 0.6]))
 
 
 def test_landmarks_of_zero_deltas_lie_at_the_priors_centre() -> None:
-    (found,) = postprocess(output_of({0: (0.9, [0, 0, 16, 16])}), SIZE, MODEL, EVERYTHING)
+    (found,) = postprocess(output_of({0: (0.9, [0, 0, 16, 16])}), SIZE, MODEL, CONFIG)
     assert found.landmarks is not None
     assert found.landmarks.tolist() == [[[4.0, 4.0]] * 5]  # first cell of stride 8
 
 
-def test_the_weaker_of_two_overlapping_boxes_is_suppressed() -> None:
+def test_overlapping_box_of_lower_score_is_suppressed() -> None:
     output = output_of({2: (0.8, [0, 0, 20, 20]), 3: (0.7, [1, 1, 21, 21]), 40: (0.6, [40, 10, 60, 30])})
-    (found,) = postprocess(output, SIZE, MODEL, EVERYTHING)
+    (found,) = postprocess(output, SIZE, MODEL, CONFIG)
     torch.testing.assert_close(found.scores, torch.tensor([0.8, 0.6]))
 
 
 @pytest.mark.parametrize("has_landmarks", [True, False])
 @pytest.mark.parametrize("count", [0, 3])
-def test_values_of_candidates_survive_the_copy_in_one_piece(count: int, has_landmarks: bool) -> None:
+def test_packing_candidates_into_one_tensor_is_lossless(count: int, has_landmarks: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     landmarks = torch.randn(count, 5, 2, generator=generator) if has_landmarks else None
     candidates = Detections(torch.randn(count, 4, generator=generator), torch.rand(count), landmarks)
@@ -75,26 +77,26 @@ def test_values_of_candidates_survive_the_copy_in_one_piece(count: int, has_land
     assert copied_above.equal(is_above)
 
 
-def test_clipping_can_be_turned_off() -> None:
+def test_clipping_can_be_disabled() -> None:
     output = output_of({0: (0.9, [-5, -3, 70, 45])})
-    (clipped,) = postprocess(output, SIZE, MODEL, EVERYTHING)
+    (clipped,) = postprocess(output, SIZE, MODEL, CONFIG)
     assert clipped.boxes.tolist() == [[0, 0, 64, 40]]
-    (raw,) = postprocess(output, SIZE, MODEL, dataclasses.replace(EVERYTHING, clip_boxes=False))
+    (raw,) = postprocess(output, SIZE, MODEL, dataclasses.replace(CONFIG, clip_boxes=False))
     torch.testing.assert_close(raw.boxes, torch.tensor([[-5.0, -3, 70, 45]]))
 
 
-def test_limits_keep_the_best() -> None:
+def test_top_k_limits_keep_the_highest_scores() -> None:
     faces = {index: (0.5 + index / 100, [8.0 * index, 0, 8 * index + 7, 8]) for index in range(6)}
-    (before,) = postprocess(output_of(faces), SIZE, MODEL, dataclasses.replace(EVERYTHING, top_k=2))
-    (after,) = postprocess(output_of(faces), SIZE, MODEL, dataclasses.replace(EVERYTHING, keep_top_k=3))
+    (before,) = postprocess(output_of(faces), SIZE, MODEL, dataclasses.replace(CONFIG, top_k=2))
+    (after,) = postprocess(output_of(faces), SIZE, MODEL, dataclasses.replace(CONFIG, keep_top_k=3))
     torch.testing.assert_close(before.scores, torch.tensor([0.55, 0.54]))
     torch.testing.assert_close(after.scores, torch.tensor([0.55, 0.54, 0.53]))
 
 
-def test_a_box_of_endless_size_is_no_detection() -> None:
+def test_infinite_box_is_dropped() -> None:
     output = output_of({0: (0.9, [0, 0, 16, 16]), 1: (0.8, [30, 0, 46, 16])})
     output.box_deltas[0, 0, 2:] = 1e4
-    (found,) = postprocess(output, SIZE, MODEL, EVERYTHING)
+    (found,) = postprocess(output, SIZE, MODEL, CONFIG)
     torch.testing.assert_close(found.boxes, torch.tensor([[30.0, 0, 46, 16]]))
 
 
@@ -107,20 +109,20 @@ def test_images_of_a_batch_are_independent() -> None:
         None,
         PRIORS,
     )
-    found = postprocess(batch, SIZE, MODEL, EVERYTHING)
+    found = postprocess(batch, SIZE, MODEL, CONFIG)
     assert [len(image) for image in found] == [0, 1]
     assert found[1].landmarks is None
 
 
-def test_boxes_and_landmarks_start_from_the_priors_of_their_stage(device: torch.device) -> None:
-    """The literal computation of every prior, filtered last."""
+def test_decoding_uses_the_priors_of_the_stage(device: torch.device) -> None:
+    """Equal to decoding all priors first and filtering last."""
     random = torch.Generator().manual_seed(0)
     count = len(PRIORS)
     logits, deltas = torch.randn(2, count, 2, generator=random), torch.randn(2, count, 4, generator=random)
     points = torch.randn(2, count, 10, generator=random)
     priors = torch.rand(2, count, 4, generator=random) * 0.4 + 0.1
     output = StageOutput(logits.to(device), deltas.to(device), points.to(device), None, priors.to(device))
-    settings = dataclasses.replace(EVERYTHING, confidence_threshold=0.6, clip_boxes=False)
+    settings = dataclasses.replace(CONFIG, confidence_threshold=0.6, clip_boxes=False)
     scale = torch.tensor([SIZE[1], SIZE[0]])
     for image, found in enumerate(postprocess(output, SIZE, MODEL, settings)):
         centres, sides = priors[image, :, :2], priors[image, :, 2:]
@@ -146,14 +148,14 @@ def test_fused_score_by_hand(exponent: float, expected: float) -> None:
     assert float(fuse_scores(logits, iou_logits, exponent)) == pytest.approx(expected)
 
 
-def test_score_is_the_probability_where_there_is_no_branch() -> None:
+def test_score_without_iou_branch_is_the_probability() -> None:
     assert float(fuse_scores(torch.tensor([[0.36, 0.64]]).log(), None, 0.5)) == pytest.approx(0.64)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.02, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("exponent", [0.0, 0.3, 1.0])
-def test_filter_in_logits_keeps_what_the_scores_keep(threshold: float, exponent: float) -> None:
-    """Scores of all priors, computed one by one, say the same; of two images, the first without a face."""
+def test_filtering_logits_equals_filtering_scores(threshold: float, exponent: float) -> None:
+    """The first of the two images has no face."""
     generator = torch.Generator().manual_seed(0)
     model = dataclasses.replace(MODEL, model_version="tina", score_exponent=exponent)
     logits = torch.randn(2, len(PRIORS), 2, generator=generator) * 4

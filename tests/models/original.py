@@ -1,6 +1,6 @@
-"""The original's network (SNU_FaceDetection), restated literally over a plain dictionary of its tensors.
+"""Reference forward pass of the original model (SNU_FaceDetection) over a plain dictionary of its tensors.
 
-An oracle: it knows nothing of this project's modules, so that agreement with them means something.
+It uses none of this project's modules, so that it can serve as an independent reference for them.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _head(state: State, name: str, features: list[Tensor], values: int) -> Tenso
 
 
 def original_forward(state: State, images: Tensor, cascade: bool) -> dict[str, Tensor]:
-    """What the original takes for detection: of its second stage if `cascade`, else of its first.
+    """Compute the outputs that the original detects with: of its second stage if `cascade`, else of its first.
 
     Args:
         state: its `checkpoint["network"]`.
@@ -93,7 +93,7 @@ def original_forward(state: State, images: Tensor, cascade: bool) -> dict[str, T
 
 
 def noise_state(shapes: dict[str, list[int]], seed: int = 0) -> State:
-    """Random weights under the original's names: scaled so that activations neither vanish nor explode."""
+    """Return random weights with the original names, scaled so that activations neither vanish nor explode."""
     generator = torch.Generator().manual_seed(seed)
     state: State = {}
     for name, shape in shapes.items():

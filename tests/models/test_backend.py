@@ -1,4 +1,4 @@
-"""Every backend finds the same faces, and so does a model with its batch normalisation folded in."""
+"""Tests that all backends, and models with fused batch normalisation, give the same outputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from utils.errors import ConfigError
 from utils.runtime.images import read_image
 from utils.structures import Detections
 
-PICTURES = sorted((ROOT / "data/sample_widerface/images").iterdir())
+SAMPLE_IMAGES = sorted((ROOT / "data/sample_widerface/images").iterdir())
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in ("onnx", "onnxruntime")),
     reason="onnx or onnxruntime is not installed",
@@ -32,7 +32,7 @@ needs_onnx = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def plain() -> FaceDetector:
-    """The shipped detector, computed by the model itself."""
+    """The shipped detector with the PyTorch backend, without fused batch normalisation."""
     detector = FaceDetector.from_experiment()
     detector.backend = TorchBackend(detector.model)
     return detector
@@ -55,7 +55,7 @@ def with_options(plain: FaceDetector, **options: Any) -> FaceDetector:
 def test_every_backend_finds_the_same_faces_in_the_samples(plain: FaceDetector, backend: str) -> None:
     detector = with_options(plain, backend=backend)
     assert detector.backend.name == backend
-    for path in PICTURES:
+    for path in SAMPLE_IMAGES:
         image = read_image(path)
         assert_same_faces(detector.detect(image), plain.detect(image))
 
@@ -69,7 +69,7 @@ CONFIGS = {
         "resnet18", cascade=False, model_version="retina", landmarks=False, num_anchor=2, fpn_channels=16
     ),
     "sum with four levels": usual_config("resnet18", fpn_channels=16, image_pyramid=ImagePyramidConfig(1, 0.3)),
-    "a feature pyramid of its own at twice the size": usual_config(
+    "separate feature pyramid of the upsampled image": usual_config(
         "mobilenet0.25", fpn_channels=16, image_pyramid=ImagePyramidConfig(2, 0.0, 0.3, upsampled_channels=(8, 12))
     ),
     "two resolutions": usual_config(
@@ -79,7 +79,7 @@ CONFIGS = {
         two_resolutions=True,
         levels=(LevelConfig(4, (8, 16), channels=8), *USUAL_LEVELS[2]),
     ),
-    "sum with the image at half its size": usual_config(
+    "sum with half scale": usual_config(
         "mobilenet0.25", fpn_channels=16, image_pyramid=ImagePyramidConfig(half_scale_weight=0.3)
     ),
 }
@@ -88,8 +88,8 @@ CONFIGS = {
 @needs_onnx
 @torch.inference_mode()
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_graph_takes_any_number_and_size_of_images(config: ModelConfig) -> None:
-    """Also one so small that the coarsest level is a single cell, and sizes that no stride divides."""
+def test_onnx_graph_accepts_any_batch_and_image_size(config: ModelConfig) -> None:
+    """Including an image so small that the coarsest level is one cell, and sizes that no stride divides."""
     torch.manual_seed(0)
     model = build_model(config).eval()
     backend, plain = OnnxBackend(raw_graph(model), model.priors), TorchBackend(model)
@@ -105,10 +105,10 @@ def test_graph_takes_any_number_and_size_of_images(config: ModelConfig) -> None:
 @needs_onnx
 @pytest.mark.parametrize("config", [PostprocessConfig(0.02, 0.4), PostprocessConfig(0.1, 0.3, top_k=20, keep_top_k=5)])
 @pytest.mark.parametrize("name", [None, "rematch with four levels", "single without branches"])
-def test_graph_with_suppression_finds_what_the_detector_finds(
+def test_onnx_graph_with_nms_equals_the_detector(
     name: str | None, config: PostprocessConfig, plain: FaceDetector
 ) -> None:
-    """Also nothing, in a picture of a single pixel's height, and with a network that finds faces everywhere."""
+    """Including an image one pixel high, which has no faces, and an untrained model, which finds them everywhere."""
     import onnxruntime
 
     torch.manual_seed(0)
@@ -121,7 +121,7 @@ def test_graph_with_suppression_finds_what_the_detector_finds(
         found = dict(zip(detector_output_names(model.model_config), map(torch.from_numpy, values), strict=True))
         if name is None:
             assert_same_faces(Detections(found["boxes"], found["scores"], found["landmarks"]), expected)
-        else:  # an untrained network's scores lie so close together that rounding changes their order
+        else:  # scores of an untrained model are so close that rounding changes their order
             torch.testing.assert_close(found["scores"][:1], expected.scores[:1], atol=1e-4, rtol=0)
             assert found["boxes"].shape[1:] == (4,)
 
@@ -133,9 +133,7 @@ def test_no_faces_in_a_blank_image_that_is_not_square(plain: FaceDetector) -> No
 
 
 @needs_onnx
-def test_automatic_choice_is_the_fastest_that_is_installed(
-    plain: FaceDetector, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_backend_is_the_fastest_installed_one(plain: FaceDetector, monkeypatch: pytest.MonkeyPatch) -> None:
     assert with_options(plain).backend.name == "onnx"
     monkeypatch.setattr(models.onnx_graph, "_ONNX_PACKAGES", ("no_such_package",))
     assert with_options(plain).backend.name == "torch"
@@ -148,7 +146,7 @@ def test_deformable_models_run_in_pytorch() -> None:
         build_backend(model, ComputeOptions(backend="onnx"))
 
 
-def test_backend_that_cannot_be_had_is_refused(plain: FaceDetector, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_backend_is_refused(plain: FaceDetector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.onnx_graph, "_ONNX_PACKAGES", ("no_such_package",))
     with pytest.raises(ConfigError, match=r"--backend=onnx needs no_such_package; pip install"):
         with_options(plain, backend="onnx")
@@ -160,7 +158,7 @@ def test_backend_that_cannot_be_had_is_refused(plain: FaceDetector, monkeypatch:
         ComputeOptions(backend="tensorrt")
 
 
-def test_what_only_cuda_has_is_refused_elsewhere(plain: FaceDetector) -> None:
+def test_amp_without_cuda_is_refused(plain: FaceDetector) -> None:
     with pytest.raises(ConfigError, match="--amp needs a CUDA device; drop it"):
         with_options(plain, amp=True)
 
@@ -177,7 +175,7 @@ def test_half_precision_finds_the_same_faces_on_cuda(plain: FaceDetector) -> Non
     torch.testing.assert_close(found.scores, expected.scores, atol=5e-3, rtol=0)
 
 
-def test_without_a_compiler_one_line_says_so(
+def test_missing_compiler_is_reported_in_one_line(
     plain: FaceDetector, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_images: torch.Tensor) -> None:
@@ -201,8 +199,8 @@ PYRAMIDS = {
 }
 
 
-def trained_like(backbone: str, cascade: bool = True, refinement: str = "sum") -> RetinaFace:
-    """A model whose batch normalisations all do something."""
+def model_with_random_statistics(backbone: str, cascade: bool = True, refinement: str = "sum") -> RetinaFace:
+    """Return a model with random batch normalisation, as after training."""
     generator = torch.Generator().manual_seed(5)
     config = usual_config(
         backbone, cascade=cascade, refinement=refinement, fpn_channels=32, image_pyramid=PYRAMIDS[backbone]
@@ -222,7 +220,7 @@ def trained_like(backbone: str, cascade: bool = True, refinement: str = "sum") -
 
 
 def images() -> Tensor:
-    """Two, not square, of an odd height."""
+    """Return two images of odd height that are not square."""
     return torch.rand(2, 3, 67, 96, generator=torch.Generator().manual_seed(1)) * 255
 
 
@@ -232,7 +230,7 @@ def images() -> Tensor:
 def test_fused_outputs_equal_those_of_the_model(
     backbone: str, cascade: bool, refinement: str, device: torch.device
 ) -> None:
-    model = trained_like(backbone, cascade, refinement).to(device)
+    model = model_with_random_statistics(backbone, cascade, refinement).to(device)
     fused = fuse_batch_norm(model)
     assert not [name for name, module in fused.named_modules() if "BatchNorm" in type(module).__name__]
     for found, expected in zip(fused(images().to(device)), model(images().to(device)), strict=True):
@@ -240,34 +238,34 @@ def test_fused_outputs_equal_those_of_the_model(
             torch.testing.assert_close(getattr(found, name), value, atol=1e-4, rtol=1e-4)
 
 
-def test_the_model_itself_is_left_as_it_is() -> None:
-    model = trained_like("mobilenet0.25").train()
+def test_fusing_does_not_change_the_model() -> None:
+    model = model_with_random_statistics("mobilenet0.25").train()
     before = copy.deepcopy(model.state_dict())
-    learning = [parameter.requires_grad for parameter in model.parameters()]
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
     fused = fuse_batch_norm(model)
     assert model.training
     assert not fused.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert any(learning)
-    assert [parameter.requires_grad for parameter in model.parameters()] == learning
+    assert any(trainable)
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
     assert not any(parameter.requires_grad for parameter in fused.parameters())
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("backbone", ["mobilenet0.25", "resnet18"])
-def test_nothing_changes_its_memory_layout(backbone: str) -> None:
+def test_memory_format_stays_channels_last(backbone: str) -> None:
     """Every convolution reads and writes channels_last, so the heads' predictions are in the priors' order already."""
-    fused = fuse_batch_norm(trained_like(backbone))
-    laid_out_otherwise: list[torch.Size] = []
+    fused = fuse_batch_norm(model_with_random_statistics(backbone))
+    other_layouts: list[torch.Size] = []
 
     def check(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        laid_out_otherwise.extend(
+        other_layouts.extend(
             tensor.shape for tensor in (*inputs, output) if not tensor.is_contiguous(memory_format=torch.channels_last)
         )
 
     for module in fused.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(check)
-    pictures = torch.zeros(2, 67, 96, 3, dtype=torch.uint8)
-    fused(pictures.permute(0, 3, 1, 2))
-    assert not laid_out_otherwise
+    batch = torch.zeros(2, 67, 96, 3, dtype=torch.uint8)
+    fused(batch.permute(0, 3, 1, 2))
+    assert not other_layouts

@@ -1,4 +1,4 @@
-"""Finding, recognising, refusing and writing checkpoints."""
+"""Tests of finding, loading, converting and saving checkpoints."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SMALL = usual_config("mobilenet0.25", num_anchor=2)
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """A checkpoint of ours in an experiment's folder, with its configuration beside it."""
+    """A checkpoint of this project in the folder of an experiment, with its configuration beside it."""
     config = ExperimentConfig(model=SMALL)
     path = tmp_path / "experiments/mine/ckpt/mobilenet0.25_ckpt-best.pth"
     save_checkpoint(path, config, RetinaFace(SMALL).state_dict(), epoch=3)
@@ -51,7 +51,7 @@ def own(tmp_path: Path) -> Path:
 
 
 def test_biubug6_detections_are_those_of_its_own_program(shared: Path) -> None:
-    """Thirty pictures; as sets, boxes within 0.5 pixels and scores within 0.001."""
+    """Thirty images: the same boxes in any order, within 0.5 pixels, and scores within 0.001."""
     reference = json.loads((shared / "reference/biubug6_mobilenet025_detections.json").read_text())["images"]
     detector = FaceDetector.from_checkpoint(
         shared / "weights/mobilenet0.25_Final.pth",
@@ -73,7 +73,7 @@ def test_biubug6_detections_are_those_of_its_own_program(shared: Path) -> None:
         assert np.abs(found.landmarks.flatten(1).numpy() - expected[partner, 5:]).max() < 0.5, name
 
 
-def test_published_file_is_known_by_its_content_not_its_name(shared: Path, tmp_path: Path) -> None:
+def test_published_checkpoint_is_recognised_by_its_content(shared: Path, tmp_path: Path) -> None:
     copy = tmp_path / "renamed.bin"
     copy.write_bytes((shared / "weights/mobilenet0.25_Final.pth").read_bytes())
     checkpoint = load_checkpoint(copy)
@@ -87,7 +87,7 @@ def test_published_file_is_known_by_its_content_not_its_name(shared: Path, tmp_p
 
 
 def test_other_family_takes_slope_and_anchors_from_flags(shared: Path, tmp_path: Path) -> None:
-    """The tensors of biubug6's two families have the same names and shapes: only the user can tell."""
+    """Both model families of biubug6 have tensors of the same names and shapes, so flags must choose the family."""
     weights = shared / "weights/mobilenet0.25_Final.pth"
     state = torch.load(weights, map_location="cpu", weights_only=True)
     path = tmp_path / "own_training.pth"
@@ -96,17 +96,17 @@ def test_other_family_takes_slope_and_anchors_from_flags(shared: Path, tmp_path:
     assert assumed.note is not None
     assert "--activation_slope=0.1" in assumed.note
     sizes = ((10, 20), (32, 64), (128, 256))
-    told = load_checkpoint(path, ModelOverrides(activation_slope=0.0, anchor_sizes=sizes))
-    assert (told.note, told.model_config.activation_slope, describe_anchors(told.model_config.levels)) == (
+    chosen = load_checkpoint(path, ModelOverrides(activation_slope=0.0, anchor_sizes=sizes))
+    assert (chosen.note, chosen.model_config.activation_slope, describe_anchors(chosen.model_config.levels)) == (
         None,
         0.0,
         "10,20/32,64/128,256",
     )
-    slopes = {m.negative_slope for m in load_model(told).modules() if isinstance(m, torch.nn.LeakyReLU)}
+    slopes = {m.negative_slope for m in load_model(chosen).modules() if isinstance(m, torch.nn.LeakyReLU)}
     assert slopes == {0.0}
 
 
-def test_imagenet_backbone_loads_whole(shared: Path) -> None:
+def test_imagenet_backbone_is_loaded_completely(shared: Path) -> None:
     state, is_imagenet = load_backbone(shared / "weights/mobilenetV1X0.25_pretrain.tar", "mobilenet0.25")
     assert is_imagenet
     assert state.keys() == RetinaFace(SMALL).backbone.state_dict().keys()
@@ -141,13 +141,13 @@ def test_wrappers_and_prefixes_of_other_programs_are_removed(prefix: str, wrappe
 # ------------------------------------------------------------------------------------------------ our own
 
 
-def test_own_checkpoint_returns_what_was_saved(own: Path) -> None:
+def test_loading_a_checkpoint_inverts_saving(own: Path) -> None:
     checkpoint = load_checkpoint(own)
     assert (checkpoint.kind, checkpoint.model_config, checkpoint.training["epoch"]) == ("own", SMALL, 3)
     load_model(checkpoint)
 
 
-def test_configuration_beside_must_agree(own: Path) -> None:
+def test_checkpoint_must_agree_with_the_configuration_beside_it(own: Path) -> None:
     other = usual_config("mobilenet0.25", num_anchor=3)
     save_config(ExperimentConfig(model=other), own.parent.parent / "config.json")
     with pytest.raises(CheckpointError, match=r"not that of .*config\.json"):
@@ -162,7 +162,7 @@ def test_first_stage_of_a_cascade_runs_alone(own: Path) -> None:
     assert len(first.stages) == 1
 
 
-def test_landmarks_can_be_left_out_but_not_invented(own: Path) -> None:
+def test_landmarks_can_be_removed_but_not_added(own: Path) -> None:
     without = load_checkpoint(own, ModelOverrides(landmark_loss=False))
     detector = FaceDetector(load_model(without), ExperimentConfig().inference)
     assert detector.detect(np.zeros((40, 64, 3), np.uint8)).landmarks is None
@@ -182,13 +182,13 @@ def test_landmarks_can_be_left_out_but_not_invented(own: Path) -> None:
     ],
 )
 def test_contradicting_flag_is_refused_with_both_values(own: Path, flag: str, value: Any, saved: str) -> None:
-    with pytest.raises(CheckpointError) as refusal:
+    with pytest.raises(CheckpointError) as exc_info:
         load_checkpoint(own, ModelOverrides(**{flag: value}))
-    assert saved in str(refusal.value)
-    assert f"--{flag}={value}" in str(refusal.value)
+    assert saved in str(exc_info.value)
+    assert f"--{flag}={value}" in str(exc_info.value)
 
 
-def test_fine_levels_can_be_added_where_a_detector_runs(own: Path) -> None:
+def test_fine_levels_can_be_added_for_inference(own: Path) -> None:
     checkpoint = load_checkpoint(own, ModelOverrides(fine_levels=2, coarse_share=0.3))
     pyramid = ImagePyramidConfig(2, native_scale_weight=0.3, half_scale_weight=0.3)
     assert checkpoint.model_config == dataclasses.replace(SMALL, image_pyramid=pyramid)
@@ -197,13 +197,13 @@ def test_fine_levels_can_be_added_where_a_detector_runs(own: Path) -> None:
     state, former = model.state_dict(), usual.state_dict()
     for name, value in former.items():
         assert torch.equal(state.pop(name), value)
-    # What is left are the finest two levels once more, for the image at twice its size.
+    # The other tensors are copies of the finest two levels, for the upsampled image.
     assert {name.split(".")[3] for name in state} == {"0", "1"}
     for name, value in state.items():
         assert torch.equal(value, former[name.removeprefix("upsampled_")])
 
 
-def test_fine_levels_halve_anchors_that_are_not_the_usual_ones(tmp_path: Path) -> None:
+def test_fine_levels_halve_custom_anchors(tmp_path: Path) -> None:
     model = dataclasses.replace(SMALL, levels=(LevelConfig(8, (9, 18)), *USUAL_LEVELS[2][1:]))
     save_checkpoint(tmp_path / "some.pth", ExperimentConfig(model=model), RetinaFace(model).state_dict())
     fine = load_model(load_checkpoint(tmp_path / "some.pth", ModelOverrides(fine_levels=1)))
@@ -233,13 +233,13 @@ def test_two_stages_of_a_single_stage_checkpoint_are_refused(tmp_path: Path) -> 
         load_checkpoint(tmp_path / "a.pth", ModelOverrides(cascade=True))
 
 
-# ------------------------------------------------------------------------------------ the first format of ours
+# ------------------------------------------------------------------------------------ the first checkpoint format
 
 
-def save_former(path: Path, refinement: str = "sum") -> dict[str, Tensor]:
-    """A checkpoint of the format `retinaface-1` with two levels of the image at twice its size; returns its tensors.
+def save_first_format(path: Path, refinement: str = "sum") -> dict[str, Tensor]:
+    """A checkpoint of the format `retinaface-1` with two upsampled levels; returns its tensors.
 
-    There were four levels: 0 and 1 of strides 4 and 8 in the enlarged image, and 2 and 3 of strides 16 and 32.
+    There were four levels: 0 and 1 of strides 4 and 8 in the upsampled image, and 2 and 3 of strides 16 and 32.
     """
     usual = usual_config("mobilenet0.25", num_anchor=2, refinement=refinement)
     state: dict[str, Tensor] = {}
@@ -258,9 +258,9 @@ def save_former(path: Path, refinement: str = "sum") -> dict[str, Tensor]:
     return state
 
 
-def test_levels_of_the_first_format_find_their_place(tmp_path: Path) -> None:
-    """Heads of level 0 served stride 4 of the enlarged image and stride 8 of the image; each has its own now."""
-    former = save_former(tmp_path / "former.pth")
+def test_levels_of_the_first_format_are_converted(tmp_path: Path) -> None:
+    """Heads of level 0 were shared by stride 4 of the upsampled image and stride 8; each has its own now."""
+    former = save_first_format(tmp_path / "former.pth")
     checkpoint = load_checkpoint(tmp_path / "former.pth")
     expected = usual_config("mobilenet0.25", num_anchor=2, image_pyramid=ImagePyramidConfig(2, 0.3))
     assert (checkpoint.model_config, checkpoint.training) == (expected, {"epoch": 3})
@@ -273,7 +273,7 @@ def test_levels_of_the_first_format_find_their_place(tmp_path: Path) -> None:
 
 
 def test_later_stages_of_the_first_format_take_the_landmarks_of_the_first_stage(tmp_path: Path) -> None:
-    save_former(tmp_path / "former.pth", "rematch")
+    save_first_format(tmp_path / "former.pth", "rematch")
     checkpoint = load_checkpoint(tmp_path / "former.pth")
     state = load_model(checkpoint).state_dict()
     for prefix, levels in (("stages", 3), ("upsampled_stages", 2)):
@@ -281,17 +281,17 @@ def test_later_stages_of_the_first_format_take_the_landmarks_of_the_first_stage(
             first, second = (f"{prefix}.{stage}.heads.{level}.landmark_deltas.weight" for stage in (0, 1))
             assert torch.equal(state[first], state[second])
             assert not torch.equal(state[first.replace("landmark", "box")], state[second.replace("landmark", "box")])
-    # Landmarks that the second stage has learnt since then are its own.
+    # A checkpoint of the current format keeps the landmarks of its second stage.
     state["stages.1.heads.0.landmark_deltas.weight"] += 1
     save_checkpoint(tmp_path / "new.pth", ExperimentConfig(model=checkpoint.model_config), state)
     again = load_checkpoint(tmp_path / "new.pth").state
     assert all(torch.equal(again[name], value) for name, value in state.items())
 
 
-# ----------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------- errors
 
 
-def test_unknown_contents_are_named(tmp_path: Path) -> None:
+def test_unknown_content_is_described(tmp_path: Path) -> None:
     cases = {
         "text.pth": b"hello",
         "empty.pth": b"",
@@ -311,7 +311,7 @@ def test_unknown_contents_are_named(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "list.pth")
 
 
-def test_missing_left_over_and_misshapen_tensors_are_named(own: Path) -> None:
+def test_missing_extra_and_misshapen_tensors_are_named(own: Path) -> None:
     whole = RetinaFace(SMALL).state_dict()
     name = "fpn.merge.0.1.bias"
     for state, message in (
@@ -325,7 +325,9 @@ def test_missing_left_over_and_misshapen_tensors_are_named(own: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [Tensor.to_sparse, lambda tensor: tensor.to("meta"), lambda tensor: tensor + 1j])
-def test_weights_that_are_no_dense_numbers_are_refused(tmp_path: Path, change: Callable[[Tensor], Tensor]) -> None:
+def test_weights_that_are_not_dense_real_numbers_are_refused(
+    tmp_path: Path, change: Callable[[Tensor], Tensor]
+) -> None:
     state = RetinaFace(SMALL).state_dict()
     name = "fpn.merge.0.0.weight"
     state[name] = change(state[name])
@@ -350,7 +352,7 @@ def test_weights_that_are_not_finite_are_refused(value: Tensor, tmp_path: Path) 
         load_backbone(tmp_path / "backbone.pth", "mobilenet0.25")
 
 
-def test_unwritable_target_leaves_the_previous_checkpoint(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_keeps_the_previous_checkpoint(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = own.read_bytes()
 
     def full_disk(*_: object) -> None:
@@ -366,14 +368,14 @@ def test_unwritable_target_leaves_the_previous_checkpoint(own: Path, monkeypatch
 # ----------------------------------------------------------------------------------------------- locating
 
 
-def test_name_is_found_with_a_backbone_before_it(own: Path) -> None:
+def test_checkpoint_is_found_with_a_backbone_prefix(own: Path) -> None:
     experiments = own.parent.parent.parent
     assert locate_checkpoint(experiments, "mine", "ckpt-best.pth") == own
     assert locate_checkpoint(experiments, "mine", own.name) == own
     assert locate_checkpoint(experiments, "anything", str(own)) == own
 
 
-def test_name_means_the_experiment_rather_than_the_current_folder(
+def test_experiment_takes_precedence_over_the_current_folder(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experiments = own.parent.parent.parent
@@ -391,7 +393,7 @@ def test_name_means_the_experiment_rather_than_the_current_folder(
         locate_checkpoint(experiments, "mine", "ckpt-best.pth")
 
 
-def test_what_cannot_be_found_is_explained(own: Path) -> None:
+def test_missing_checkpoint_is_explained(own: Path) -> None:
     experiments = own.parent.parent.parent
     with pytest.raises(CheckpointError, match=r"no such experiment; choose --experiment_name from mine"):
         locate_checkpoint(experiments, "yours", "ckpt-best.pth")

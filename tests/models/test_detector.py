@@ -1,4 +1,4 @@
-"""The detector as a whole: large images, and memory over many sizes."""
+"""Tests of the detector: large images, input checks, and memory over many image sizes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from utils.structures import StageOutput
 _STATM = Path("/proc/self/statm")
 
 
-class Watched:
-    """A backend that notes the shapes of what it sees."""
+class RecordingBackend:
+    """A backend that records the shapes of its inputs."""
 
-    name = "watched"
+    name = "recording"
     num_workers = 1
 
     def __init__(self, backend: Backend) -> None:
@@ -41,15 +41,15 @@ class Watched:
         return self.backend(images)
 
 
-def test_large_image_is_seen_smaller_and_its_boxes_are_in_its_own_pixels() -> None:
+def test_large_image_is_reduced_and_boxes_are_in_its_own_pixels() -> None:
     image = read_image(ROOT / "data/sample_widerface/images/astronaut.jpg")[:400]
     detector = FaceDetector.from_experiment()
     quarter = 400 * 512 // 4
     expected = detector.detect(resize_to_limit(image, quarter)).scaled(2, 2)
     limited = FaceDetector(detector.model, detector.config, ComputeOptions("torch", max_pixels=quarter))
-    limited.backend = watched = Watched(limited.backend)
+    limited.backend = recording = RecordingBackend(limited.backend)
     found = limited.detect(image)
-    assert watched.shapes == [(1, 200, 256, 3)]
+    assert recording.shapes == [(1, 200, 256, 3)]
     assert len(found) == len(expected) == 1
     torch.testing.assert_close(found.boxes, expected.boxes, atol=0.05, rtol=0)
     torch.testing.assert_close(found.landmarks, expected.landmarks, atol=0.05, rtol=0)
@@ -60,7 +60,7 @@ def test_large_image_is_seen_smaller_and_its_boxes_are_in_its_own_pixels() -> No
     [np.zeros((40, 64, 3), np.uint8), np.zeros((40, 64), np.uint8), Image.new("RGB", (64, 40)), "a.jpg", Path("a")],
 )
 def test_one_image_in_place_of_several_is_refused(image: Any) -> None:
-    """The rows of an array of three axes would be images of grey."""
+    """The rows of a three-dimensional array would be taken for grey images."""
     detector = FaceDetector.from_experiment("mobilenet0.25_anc2_casT_fpn3")
     for function in (detector.detect_batch, detector.detect_many):
         with pytest.raises(TypeError, match=r"expected several images, .* got one; call detect for one image"):
@@ -68,7 +68,7 @@ def test_one_image_in_place_of_several_is_refused(image: Any) -> None:
     assert len(detector.detect_batch(np.zeros((2, 40, 64, 3), np.uint8))) == 2  # type: ignore[arg-type]
 
 
-def test_limit_that_means_nothing_is_refused() -> None:
+def test_negative_max_pixels_is_refused() -> None:
     with pytest.raises(ConfigError, match="--max_pixels must not be negative"):
         ComputeOptions(max_pixels=-1)
 
@@ -76,7 +76,7 @@ def test_limit_that_means_nothing_is_refused() -> None:
 @pytest.mark.skipif(not _STATM.exists(), reason="memory is read from /proc")
 @pytest.mark.skipif(bool(missing_onnx_packages()), reason="PyTorch keeps kernels for the newest thousand shapes")
 def test_memory_stays_flat_over_images_of_many_sizes() -> None:
-    """Images that were kept would be 30 MB, and the pyramids that they give rise to more."""
+    """Keeping the images would take 30 MB, and their feature pyramids more."""
     detector = FaceDetector.from_experiment(compute=ComputeOptions(backend="onnx"))
     generator = np.random.default_rng(0)
 

@@ -1,4 +1,4 @@
-"""ImageNet weights compute in the detector what they compute in torchvision."""
+"""Tests that ImageNet weights give the same features in the detector as in torchvision."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ INPUTS: dict[str, dict[str, Any]] = {
 
 
 def trained_resnet(name: str) -> torchvision.models.ResNet:
-    """Random weights, and normalisation with statistics as after training."""
+    """Return a ResNet with random weights and random statistics, as after training."""
     torch.manual_seed(0)
-    network: torchvision.models.ResNet = torchvision.models.get_model(name, weights=None)
-    for module in network.modules():
+    resnet: torchvision.models.ResNet = torchvision.models.get_model(name, weights=None)
+    for module in resnet.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None and module.running_var is not None
             nn.init.normal_(module.running_mean, std=0.2)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
             nn.init.uniform_(module.weight, 0.5, 1.0)
             nn.init.normal_(module.bias, std=0.2)
-    return network.eval()
+    return resnet.eval()
 
 
 @torch.no_grad()
-def torchvision_features(network: torchvision.models.ResNet, images: Tensor) -> list[Tensor]:
-    """The features of the four layers, of BGR images from 0 to 255."""
+def torchvision_features(resnet: torchvision.models.ResNet, images: Tensor) -> list[Tensor]:
+    """Return the features of the four layers for BGR images from 0 to 255."""
     feature = (images.flip(1) / 255 - MEAN.view(1, 3, 1, 1)) / STD.view(1, 3, 1, 1)
-    feature = network.maxpool(network.relu(network.bn1(network.conv1(feature))))
+    feature = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(feature))))
     features = []
-    for layer in (network.layer1, network.layer2, network.layer3, network.layer4):
+    for layer in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4):
         feature = layer(feature)
         features.append(feature)
     return features
 
 
-def initialised(config: ModelConfig, network: nn.Module, folder: Path) -> RetinaFace:
-    """A detector whose backbone starts from a file of the network's weights."""
-    torch.save(network.state_dict(), folder / "imagenet.pth")
+def initialised(config: ModelConfig, resnet: nn.Module, folder: Path) -> RetinaFace:
+    """Return a detector whose backbone is initialised from a file with the weights of a ResNet."""
+    torch.save(resnet.state_dict(), folder / "imagenet.pth")
     model = build_model(config)
     initialise_backbone(model, str(folder / "imagenet.pth"))
     model.eval()
@@ -64,11 +64,11 @@ def initialised(config: ModelConfig, network: nn.Module, folder: Path) -> Retina
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
 def test_features_equal_those_of_torchvision(name: str, inputs: dict[str, Any], tmp_path: Path) -> None:
-    """Away from the border, where the padding has another colour. Deep features see the border from everywhere."""
-    network = trained_resnet(name)
-    model = initialised(dataclasses.replace(usual_config(name), **inputs), network, tmp_path)
+    """Except at the border, where the padding has another colour; deep features depend on the border everywhere."""
+    resnet = trained_resnet(name)
+    model = initialised(dataclasses.replace(usual_config(name), **inputs), resnet, tmp_path)
     images = torch.rand(2, 3, 256, 192, generator=torch.Generator().manual_seed(1)) * 255
-    expected = torchvision_features(network, images)
+    expected = torchvision_features(resnet, images)
     with torch.no_grad():
         found = list(model.backbone(model.normalise(images)).values())
     assert [feature.shape for feature in found] == [feature.shape for feature in expected]
@@ -81,37 +81,37 @@ def test_features_equal_those_of_torchvision(name: str, inputs: dict[str, Any], 
 
 
 def test_features_without_the_adaptation_differ(tmp_path: Path) -> None:
-    """What the test above measures: BGR minus the mean is another input than (RGB - mean) / std."""
-    network = trained_resnet("resnet18")
+    """Shows that the test above can fail: BGR minus the mean is another input than (RGB - mean) / std."""
+    resnet = trained_resnet("resnet18")
     model = build_model(usual_config("resnet18")).eval()
-    state = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
+    state = {name: tensor for name, tensor in resnet.state_dict().items() if not name.startswith("fc.")}
     model.backbone.load_state_dict(state)
     images = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1)) * 255
     with torch.no_grad():
         found = model.backbone(model.normalise(images))[4]
-    expected = torchvision_features(network, images)[0]
+    expected = torchvision_features(resnet, images)[0]
     assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) < 0.9
 
 
-def test_deformable_convolutions_start_as_the_convolutions_that_they_replace(tmp_path: Path) -> None:
-    """Their offsets start at zero. The input needs no adaptation, so the features are torchvision's everywhere."""
-    network = trained_resnet("resnet50")
+def test_deformable_convolutions_start_as_plain_convolutions(tmp_path: Path) -> None:
+    """Their offsets start at zero. The input needs no adaptation, so all features equal those of torchvision."""
+    resnet = trained_resnet("resnet50")
     vedadet = {**INPUTS["vedadet"], "pixel_std": tuple((STD * 255).tolist())}
     config = dataclasses.replace(usual_config("resnet50"), deformable_backbone=True, **vedadet)
-    model = initialised(config, network, tmp_path)
+    model = initialised(config, resnet, tmp_path)
     images = torch.rand(1, 3, 96, 64, generator=torch.Generator().manual_seed(1)) * 255
     with torch.no_grad():
         found = model.backbone(model.normalise(images)).values()
-    for own, theirs in zip(found, torchvision_features(network, images), strict=True):
+    for own, theirs in zip(found, torchvision_features(resnet, images), strict=True):
         assert torch.allclose(own, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
 
 
-def test_group_normalisation_takes_the_convolutions_and_no_statistics(tmp_path: Path) -> None:
-    network = trained_resnet("resnet50")
+def test_group_norm_loads_the_convolutions_but_no_statistics(tmp_path: Path) -> None:
+    resnet = trained_resnet("resnet50")
     config = dataclasses.replace(usual_config("resnet50"), norm="group", deformable_backbone=True)
-    model = initialised(config, network, tmp_path)
+    model = initialised(config, resnet, tmp_path)
     own = model.backbone.state_dict()
-    assert torch.equal(own["layer3.0.conv2.conv.weight"], network.state_dict()["layer3.0.conv2.weight"])
-    assert torch.equal(own["layer1.0.conv1.weight"], network.state_dict()["layer1.0.conv1.weight"])
+    assert torch.equal(own["layer3.0.conv2.conv.weight"], resnet.state_dict()["layer3.0.conv2.weight"])
+    assert torch.equal(own["layer1.0.conv1.weight"], resnet.state_dict()["layer1.0.conv1.weight"])
     assert (own["layer1.0.bn1.weight"] == 1).all()
     assert not own["layer3.0.conv2.offsets.weight"].any()

@@ -1,4 +1,4 @@
-"""What the name of an experiment says about its architecture."""
+"""Tests of architectures that are derived from the name of an experiment and from flags."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from utils.errors import ConfigError
         ("anc2_casF_fpn3", "resnet50", "retina", 2, False),
     ],
 )
-def test_a_name_of_the_originals_form_is_an_architecture(
+def test_name_in_the_original_format_sets_the_architecture(
     name: str, backbone: str, version: str, anchors: int, cascade: bool
 ) -> None:
     config = apply_overrides(combine_overrides(ModelOverrides(), name))
@@ -29,7 +29,7 @@ def test_a_name_of_the_originals_form_is_an_architecture(
 
 
 @pytest.mark.parametrize("name", ["", "mine", "resnet_anc2", "resnet_anc4_casT_fpn3", "resnet_anc2_casT_fpn3-again"])
-def test_other_names_say_nothing(name: str) -> None:
+def test_other_names_have_no_effect(name: str) -> None:
     overrides = ModelOverrides(num_anchor=2, model_version="tina")
     assert combine_overrides(overrides, name) == overrides
 
@@ -43,13 +43,13 @@ def test_other_names_say_nothing(name: str) -> None:
         (ModelOverrides(backbone="resnet18"), r"says backbone resnet50, but --backbone=resnet18"),
     ],
 )
-def test_a_flag_that_contradicts_the_name_is_refused(overrides: ModelOverrides, message: str) -> None:
+def test_flag_that_contradicts_the_name_is_refused(overrides: ModelOverrides, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         combine_overrides(overrides, "resnet_anc2_casT_fpn3")
 
 
 def test_levels_that_contradict_the_name_are_refused() -> None:
-    """`fpn3` says three levels, whose anchors have the number that the name says."""
+    """`fpn3` means three levels, each with the number of anchors in the name."""
     four = ModelOverrides(strides=(4, 8, 16, 32), anchor_sizes=((8, 16), (16, 32), (64, 128), (256, 512)))
     with pytest.raises(ConfigError, match="says 3 levels, but --strides has 4"):
         combine_overrides(four, "resnet_anc2_casT_fpn3")
@@ -58,20 +58,20 @@ def test_levels_that_contradict_the_name_are_refused() -> None:
         apply_overrides(combine_overrides(more, "resnet_anc2_casT_fpn3"))
 
 
-def test_flags_that_agree_with_the_name_are_taken() -> None:
+def test_flags_that_agree_with_the_name_are_applied() -> None:
     overrides = ModelOverrides(num_anchor=2, cascade=True, landmark_loss=False, variances=(0.2, 0.3))
     config = apply_overrides(combine_overrides(overrides, "resnet_anc2_casT_fpn3"))
     assert (config.levels, config.landmarks, config.variances) == (USUAL_LEVELS[2], False, (0.2, 0.3))
 
 
-def test_the_architecture_is_described_in_one_line() -> None:
+def test_architecture_is_described_in_one_line() -> None:
     config = apply_overrides(combine_overrides(ModelOverrides(), "tina_iou_anc3_casT_fpn3"))
     assert describe_architecture(config) == (
         "resnet50, 2 stages (sum), IoU branch, 3 anchors per cell, strides 8, 16, 32"
     )
 
 
-def test_a_recipe_of_another_architecture_than_the_name_says_is_refused() -> None:
+def test_recipe_that_contradicts_the_name_is_refused() -> None:
     config = usual_config("resnet50", num_anchor=2, model_version="retina")
     check_name("resnet_anc2_casT_fpn3", config)
     check_name("anything", config)
@@ -89,12 +89,12 @@ def test_a_recipe_of_another_architecture_than_the_name_says_is_refused() -> Non
         (ModelOverrides(model_version="retina", score_exponent=0.9), "--score_exponent needs"),
     ],
 )
-def test_a_flag_without_effect_is_refused(overrides: ModelOverrides, message: str) -> None:
+def test_flag_without_effect_is_refused(overrides: ModelOverrides, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         apply_overrides(overrides)
 
 
-def test_every_stage_has_its_own_matching() -> None:
+def test_every_stage_has_its_own_matching_thresholds() -> None:
     overrides = ModelOverrides(match_iou=(0.7, 0.5), negative_iou=(0.3, 0.4), force_match=False)
     assert apply_overrides(overrides).stages == (
         StageConfig(0.7, negative_iou=0.3, force_match=False),
@@ -115,12 +115,12 @@ def test_every_stage_has_its_own_matching() -> None:
         (ModelOverrides(variances=(0.1, 0.0)), "variances must be positive"),
     ],
 )
-def test_impossible_matching_is_refused(overrides: ModelOverrides, message: str) -> None:
+def test_invalid_matching_thresholds_are_refused(overrides: ModelOverrides, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         apply_overrides(overrides)
 
 
-def test_thresholds_may_be_raised_and_lowered_together() -> None:
+def test_both_thresholds_can_be_raised_or_lowered_together() -> None:
     """Each flag alone would contradict the saved value of the other."""
     base = usual_config("mobilenet0.25", stages=(StageConfig(0.35, negative_iou=0.3), StageConfig(0.5)))
     raised = apply_overrides(ModelOverrides(match_iou=(0.7, 0.7), negative_iou=(0.6, 0.6)), base)

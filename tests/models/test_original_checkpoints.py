@@ -1,4 +1,4 @@
-"""The original's checkpoints: every tensor in its place, and the outputs of a literal restatement of its network."""
+"""Tests that checkpoints of the original project are loaded completely and give its outputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from models.initialise import load_model
 from utils.nms import pixel_nms
 
 
-def _load_oracle() -> ModuleType:
+def _load_reference() -> ModuleType:
     spec = importlib.util.spec_from_file_location("original", Path(__file__).with_name("original.py"))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -33,7 +33,7 @@ def _load_oracle() -> ModuleType:
     return module
 
 
-oracle = _load_oracle()
+reference = _load_reference()
 UNUSED = re.compile(r"fpn\.(output[04]|merge[03])\.")
 
 
@@ -41,18 +41,18 @@ UNUSED = re.compile(r"fpn\.(output[04]|merge[03])\.")
 def checkpoint(
     request: pytest.FixtureRequest, shared: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Tensor]]:
-    """A file as the original writes it, with noise for weights, and its tensors."""
+    """A checkpoint in the original format with random weights, and its tensors."""
     shapes = json.loads((shared / "reference/upstream_state_shapes.json").read_text())[request.param]
-    state = oracle.noise_state(shapes)
+    state = reference.noise_state(shapes)
     path = tmp_path_factory.mktemp(request.param) / "resnet50_ckpt-best.pth"
     torch.save({"epoch_idx": 7, "network": state}, path)
     return path, state
 
 
-def test_the_name_of_an_experiment_builds_the_tensors_of_the_original(
+def test_experiment_name_builds_the_tensors_of_the_original(
     checkpoint: tuple[Path, dict[str, Tensor]],
 ) -> None:
-    """`train.py --experiment_name=<name>` trains the network of that name, without the tensors that it never uses."""
+    """`train.py --experiment_name=<name>` trains the model of that name, without its unused tensors."""
     path, _ = checkpoint
     original = load_checkpoint(path)
     overrides = combine_overrides(ModelOverrides(), path.parent.name.removesuffix("0"))
@@ -75,12 +75,12 @@ def test_architecture_is_recognised_from_the_tensors(checkpoint: tuple[Path, dic
     assert model.score_exponent == 1  # its IoU branch takes no part in the score
 
 
-def test_every_tensor_lands_once_except_those_of_unused_levels(checkpoint: tuple[Path, dict[str, Tensor]]) -> None:
+def test_every_tensor_except_those_of_unused_levels_is_loaded_once(checkpoint: tuple[Path, dict[str, Tensor]]) -> None:
     path, state = checkpoint
-    network = load_model(load_checkpoint(path))
+    model = load_model(load_checkpoint(path))
     used = {name: tensor for name, tensor in state.items() if not UNUSED.match(name)}
-    assert len(network.state_dict()) == len(used)
-    assert fingerprints(network.state_dict()) == fingerprints(used)
+    assert len(model.state_dict()) == len(used)
+    assert fingerprints(model.state_dict()) == fingerprints(used)
 
 
 def fingerprints(state: dict[str, Tensor]) -> list[tuple[tuple[int, ...], float]]:
@@ -88,29 +88,29 @@ def fingerprints(state: dict[str, Tensor]) -> list[tuple[tuple[int, ...], float]
 
 
 @pytest.mark.parametrize("cascade", [True, False])
-def test_outputs_equal_the_restatement(
+def test_outputs_equal_the_reference(
     checkpoint: tuple[Path, dict[str, Tensor]], cascade: bool, device: torch.device
 ) -> None:
     path, state = checkpoint
-    network = load_model(load_checkpoint(path, ModelOverrides(cascade=cascade))).eval().to(device)
+    model = load_model(load_checkpoint(path, ModelOverrides(cascade=cascade))).eval().to(device)
     images = torch.rand(2, 3, 96, 129, generator=torch.Generator().manual_seed(1)) * 255
     mean = torch.tensor([104.0, 117.0, 123.0]).view(1, 3, 1, 1)
     with torch.inference_mode():
-        expected = oracle.original_forward(state, images - mean, cascade)
-        output = network(images.to(device))[-1]
+        expected = reference.original_forward(state, images - mean, cascade)
+        output = model(images.to(device))[-1]
     torch.testing.assert_close(output.box_deltas.cpu(), expected["boxes"], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(output.class_logits.softmax(-1).cpu(), expected["scores"], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(output.landmark_deltas.cpu(), expected["landmarks"], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("cascade", [True, False])
-def test_detections_equal_the_restatement(checkpoint: tuple[Path, dict[str, Tensor]], cascade: bool) -> None:
-    """The whole way: mean, network, priors, decoding with 0.1 and 0.2, threshold 0.5, suppression at 0.3."""
+def test_detections_equal_the_reference(checkpoint: tuple[Path, dict[str, Tensor]], cascade: bool) -> None:
+    """End to end: mean, model, priors, decoding with variances 0.1 and 0.2, score threshold 0.5, NMS at 0.3."""
     path, state = checkpoint
     image = cv2.resize(np.random.default_rng(3).integers(0, 255, (13, 17, 3), np.uint8), (170, 130))
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() - torch.tensor([104.0, 117, 123]).view(1, 3, 1, 1)
     with torch.inference_mode():
-        raw = oracle.original_forward(state, pixels, cascade)
+        raw = reference.original_forward(state, pixels, cascade)
     scores, deltas = raw["scores"][0, :, 1], raw["boxes"][0]
     priors = prior_boxes((130, 170), USUAL_LEVELS[3 if "tina" in path.parent.name else 2])
     centres = priors[:, :2] + deltas[:, :2] * 0.1 * priors[:, 2:]
@@ -130,7 +130,7 @@ def test_detections_equal_the_restatement(checkpoint: tuple[Path, dict[str, Tens
 def test_biubug6_resnet50_is_the_originals_first_stage_under_other_names(
     checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    """Its file is a plain dictionary, here with the prefix of DataParallel."""
+    """Its checkpoint is a plain state dictionary, here with the prefix of DataParallel."""
     original_path, state = checkpoint
     if "tina" in original_path.parent.name:
         pytest.skip("biubug6 has no IoU branch")
@@ -143,5 +143,5 @@ def test_biubug6_resnet50_is_the_originals_first_stage_under_other_names(
     images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(2)) * 255
     with torch.inference_mode():
         (output,) = load_model(loaded).eval()(images)
-        expected = oracle.original_forward(state, images - torch.tensor([104.0, 117, 123]).view(1, 3, 1, 1), False)
+        expected = reference.original_forward(state, images - torch.tensor([104.0, 117, 123]).view(1, 3, 1, 1), False)
     torch.testing.assert_close(output.box_deltas, expected["boxes"], atol=1e-4, rtol=1e-4)

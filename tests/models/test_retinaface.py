@@ -1,4 +1,4 @@
-"""The network in every configuration: shapes, gradients, and nothing unused."""
+"""Tests of the model in all configurations: output shapes, gradients, cascades and initialisation."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ LOSSES = {
 
 
 def two_images_with_faces() -> FaceTargets:
-    """Of 64 x 96 pixels. Among their faces every level of the pyramid finds one of its size."""
+    """Return two images of 64 x 96 pixels with faces of the size of every level."""
     boxes = torch.tensor([[0.1, 0.1, 0.3, 0.4], [0.3, 0.1, 0.9, 0.9], [-1.0, -1.0, 2.0, 2.5]])
     faces = FaceTargets(
         boxes, torch.rand(3, 5, 2), torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool), (3,)
@@ -89,27 +89,27 @@ def describe(config: ModelConfig) -> str:
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 @pytest.mark.parametrize("config", CONFIGURATIONS, ids=describe)
 def test_every_parameter_gets_a_gradient(config: ModelConfig, loss: LossConfig, device: torch.device) -> None:
-    """A parameter that learns but has no gradient stops training in several processes."""
+    """A trainable parameter without a gradient stops distributed training."""
     torch.manual_seed(0)
     model = build_model(config).to(device)
     images = torch.rand(2, 3, 64, 96, device=device) * 255
     terms = MultiBoxLoss(loss, config)(model(images), two_images_with_faces().to(device), (64, 96))
     torch.stack(list(terms.values())).sum().backward()
-    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert not [name for name, parameter in learning.items() if parameter.grad is None or not parameter.grad.any()]
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not [name for name, parameter in trainable.items() if parameter.grad is None or not parameter.grad.any()]
     if config.image_pyramid.upsampled_levels < 2:
-        assert len(learning) == len(list(model.parameters()))
+        assert len(trainable) == len(list(model.parameters()))
 
 
-def test_native_levels_that_are_replaced_learn_scores_at_most() -> None:
-    """Of three native levels two are replaced; with no weight of the native scale nothing of them takes part."""
+def test_replaced_native_levels_train_at_most_their_scores() -> None:
+    """Two of three native levels are replaced; without a weight of the native scale nothing of them is trained."""
     for weight, expected in ((0.3, {"context", "class_logits"}), (0.0, set())):
         config = usual_config("mobilenet0.25", cascade=False, image_pyramid=ImagePyramidConfig(3, weight))
         parts = [
             name.split(".") for name, value in build_model(config).stages.named_parameters() if value.requires_grad
         ]
-        learning = {part[1] if part[1] == "context" else part[3] for part in parts if part[2] in ("0", "1")}
-        assert learning == expected
+        trainable = {part[1] if part[1] == "context" else part[3] for part in parts if part[2] in ("0", "1")}
+        assert trainable == expected
         assert "box_deltas" in {part[3] for part in parts if part[2] == "2"}
 
 
@@ -122,8 +122,8 @@ def test_native_levels_that_are_replaced_learn_scores_at_most() -> None:
     ],
 )
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_outputs_pair_with_the_priors(backbone: str, pyramid: ImagePyramidConfig) -> None:
-    """An odd size: every level rounds up as `feature_sizes` does."""
+def test_outputs_have_one_prediction_per_prior(backbone: str, pyramid: ImagePyramidConfig) -> None:
+    """The image size is odd: every level rounds up, as `feature_sizes` does."""
     config = usual_config(backbone, fpn_channels=16, image_pyramid=pyramid)
     model = build_model(config).eval()
     with torch.inference_mode():
@@ -142,7 +142,7 @@ def test_outputs_pair_with_the_priors(backbone: str, pyramid: ImagePyramidConfig
 
 
 def test_levels_are_joined_in_the_order_of_the_priors() -> None:
-    """Every prediction says where it is: level, row, column and anchor, as four box deltas."""
+    """The four box deltas of a prediction encode its level, row, column and anchor."""
     config = usual_config("mobilenet0.25", num_anchor=2)
     priors = prior_boxes((40, 56), config.levels)
     levels = []
@@ -164,7 +164,7 @@ def test_levels_are_joined_in_the_order_of_the_priors() -> None:
     torch.testing.assert_close(priors[:, 2:], sizes[:, None] / torch.tensor([56, 40]))
 
 
-def test_a_branch_and_its_parameters_come_and_go_together() -> None:
+def test_disabled_branches_have_no_parameters() -> None:
     retina = usual_config("mobilenet0.25", model_version="retina", landmarks=False)
     names = RetinaFace(retina).state_dict().keys()
     assert not [name for name in names if "iou_logits" in name or "landmark_deltas" in name]
@@ -173,7 +173,7 @@ def test_a_branch_and_its_parameters_come_and_go_together() -> None:
     assert {name.split(".")[4] for name in added} == {"iou_logits", "landmark_deltas"}
 
 
-def test_second_stage_corrects_the_boxes_of_the_first() -> None:
+def test_second_stage_adds_to_the_box_deltas_of_the_first() -> None:
     model = RetinaFace(usual_config("mobilenet0.25")).eval()
     for name, parameter in model.stages[1].named_parameters():
         if ".box_deltas." in name:
@@ -184,7 +184,7 @@ def test_second_stage_corrects_the_boxes_of_the_first() -> None:
 
 
 def model_of(refinement: str = "sum", pyramid: ImagePyramidConfig | None = None, **changes: Any) -> RetinaFace:
-    """A cascade, or with cascade=False a single stage."""
+    """Return a cascade or, with cascade=False, a single stage."""
     pyramid = pyramid or ImagePyramidConfig()
     return build_model(usual_config("mobilenet0.25", refinement=refinement, image_pyramid=pyramid, **changes)).eval()
 
@@ -198,7 +198,7 @@ def noise() -> Tensor:
 
 
 @torch.inference_mode()
-def test_rematched_stage_without_corrections_keeps_the_boxes_of_the_first() -> None:
+def test_rematched_stage_with_zero_deltas_keeps_the_boxes_of_the_first() -> None:
     model = model_of("rematch")
     set_parameters(model, lambda name: name.startswith("stages.1.") and ".box_deltas." in name, torch.zeros_like)
     first, second = model(noise())
@@ -215,7 +215,7 @@ def test_rematched_stage_without_corrections_keeps_the_boxes_of_the_first() -> N
     torch.testing.assert_close(found.boxes[order][:, 0], boxes[:, 0].sort().values, atol=1e-3, rtol=0)
 
 
-def test_rematched_stage_does_not_teach_the_first_its_anchors() -> None:
+def test_rematched_stage_has_no_gradient_through_its_anchors() -> None:
     model = model_of("rematch")
     terms = MultiBoxLoss(LossConfig(), model.model_config)(
         model(torch.rand(2, 3, 64, 96) * 255), two_images_with_faces(), (64, 96)
@@ -225,7 +225,7 @@ def test_rematched_stage_does_not_teach_the_first_its_anchors() -> None:
     assert all(parameter.grad is not None for parameter in model.fpn.parameters())
 
 
-def test_anchors_of_a_model_gone_astray_are_finite_and_have_area() -> None:
+def test_anchors_of_a_diverged_model_are_finite_and_have_area() -> None:
     model = model_of("rematch")
     for size_delta in (1e4, -1e4):
         value = torch.tensor(size_delta)
@@ -235,7 +235,7 @@ def test_anchors_of_a_model_gone_astray_are_finite_and_have_area() -> None:
         assert (second.priors[..., 2:] > 1e-4).all()
 
 
-def test_anchors_are_decoded_in_32_bits() -> None:
+def test_anchors_are_decoded_in_float32() -> None:
     model = model_of("rematch")
     with torch.autocast("cpu", torch.bfloat16):
         first, second = model(noise())
@@ -275,7 +275,7 @@ PYRAMIDS = [ImagePyramidConfig(), ImagePyramidConfig(2, 0.3), ImagePyramidConfig
 @torch.inference_mode()
 @pytest.mark.parametrize("pyramid", PYRAMIDS)
 @pytest.mark.parametrize("refinement", ["sum", "rematch"])
-def test_a_cascade_starts_by_finding_what_one_stage_found(refinement: str, pyramid: ImagePyramidConfig) -> None:
+def test_cascade_initialised_from_one_stage_gives_its_detections(refinement: str, pyramid: ImagePyramidConfig) -> None:
     single = model_of("sum", pyramid, cascade=False)
     set_parameters(single, lambda name: "box_deltas" in name, lambda values: values * 0.1)
     model = model_of(refinement, pyramid)
@@ -286,7 +286,7 @@ def test_a_cascade_starts_by_finding_what_one_stage_found(refinement: str, pyram
 @torch.inference_mode()
 @pytest.mark.parametrize("pyramid", PYRAMIDS)
 @pytest.mark.parametrize("refinement", ["sum", "rematch"])
-def test_a_cascade_that_refines_in_another_way_starts_from_the_first_stage(
+def test_cascade_with_another_refinement_is_initialised_from_the_first_stage(
     refinement: str, pyramid: ImagePyramidConfig
 ) -> None:
     old, model = model_of("rematch" if refinement == "sum" else "sum", pyramid), model_of(refinement, pyramid)
@@ -296,46 +296,44 @@ def test_a_cascade_that_refines_in_another_way_starts_from_the_first_stage(
 
 @torch.inference_mode()
 @pytest.mark.parametrize("refinement", ["sum", "rematch"])
-def test_a_cascade_that_refines_in_the_same_way_starts_as_it_is(refinement: str) -> None:
+def test_cascade_with_the_same_refinement_is_copied(refinement: str) -> None:
     old, again = model_of(refinement), model_of(refinement)
     initialise_from_detector(again, checkpoint_of(old))
     for name, value in vars(old(noise())[1]).items():
         torch.testing.assert_close(getattr(again(noise())[1], name), value)
 
 
-# 40 x 56 pixels, three anchors per cell: the levels of the enlarged image have 10 x 14 cells and so on.
-ENLARGED_PRIORS = [rows * columns * 3 for rows, columns in [(10, 14), (5, 7), (3, 4)]]
+# 40 x 56 pixels, three anchors per cell: the levels of the upsampled image have 10 x 14 cells, and so on.
+UPSAMPLED_PRIORS = [rows * columns * 3 for rows, columns in [(10, 14), (5, 7), (3, 4)]]
 NATIVE_PRIORS = [rows * columns * 3 for rows, columns in [(5, 7), (3, 4), (2, 2)]]
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("has_own_fpn", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_fine_levels_start_by_finding_what_the_detector_found_in_the_enlarged_image(
-    count: int, has_own_fpn: bool
-) -> None:
+def test_fine_levels_are_initialised_from_the_detector(count: int, has_own_fpn: bool) -> None:
     usual = model_of(cascade=False)
     pyramid = ImagePyramidConfig(count, upsampled_channels=(64,) * count if has_own_fpn else ())
     fine = model_of("sum", pyramid, cascade=False)
     assert initialise_from_detector(fine, checkpoint_of(usual)) == []
-    assert_shows_both_sizes(fine(noise())[0], usual, count)
+    assert_equals_both_scales(fine(noise())[0], usual, count)
 
 
-def assert_shows_both_sizes(found: StageOutput, usual: RetinaFace, count: int) -> None:
-    """The finest levels are those of the image at twice its size, and the others those of the image itself."""
-    enlarged = usual(F.interpolate(noise(), scale_factor=2, mode="bilinear"))[0]
+def assert_equals_both_scales(found: StageOutput, usual: RetinaFace, count: int) -> None:
+    """Assert that the finest levels equal those of the upsampled image, and the others those of the image."""
+    upsampled = usual(F.interpolate(noise(), scale_factor=2, mode="bilinear"))[0]
     plain = usual(noise())[0]
-    finest, coarsest = sum(ENLARGED_PRIORS[:count]), sum(NATIVE_PRIORS[count - 1 :])
+    finest, coarsest = sum(UPSAMPLED_PRIORS[:count]), sum(NATIVE_PRIORS[count - 1 :])
     for name in ("class_logits", "box_deltas", "landmark_deltas", "iou_logits"):
         value = getattr(found, name)
-        torch.testing.assert_close(value[:, :finest], getattr(enlarged, name)[:, :finest])
+        torch.testing.assert_close(value[:, :finest], getattr(upsampled, name)[:, :finest])
         torch.testing.assert_close(value[:, finest:], getattr(plain, name)[:, -coarsest:])
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
-def test_another_number_of_fine_levels_starts_from_the_levels_that_have_learnt(after: int) -> None:
-    """Of two fine levels, the first replaces the native level of the same weights, whose boxes are not learnt."""
+def test_another_number_of_fine_levels_is_initialised_from_trained_levels(after: int) -> None:
+    """Of two fine levels, the first replaces the native level of the same weights, whose boxes are not trained."""
     usual = model_of(cascade=False)
     source = model_of("sum", ImagePyramidConfig(2), cascade=False)
     initialise_from_detector(source, checkpoint_of(usual))
@@ -343,7 +341,7 @@ def test_another_number_of_fine_levels_starts_from_the_levels_that_have_learnt(a
     target = model_of("sum", ImagePyramidConfig(after), cascade=False)
     assert initialise_from_detector(target, checkpoint_of(source)) == []
     if after:
-        assert_shows_both_sizes(target(noise())[0], usual, after)
+        assert_equals_both_scales(target(noise())[0], usual, after)
     else:
         torch.testing.assert_close(target(noise())[0].box_deltas, usual(noise())[0].box_deltas)
 
@@ -375,7 +373,7 @@ def test_levels_of_the_pyramid(count: int, strides: list[int]) -> None:
 
 
 @torch.inference_mode()
-def test_fine_scores_take_their_share_from_the_picture_at_its_own_size() -> None:
+def test_fine_scores_are_fused_with_the_native_scale() -> None:
     """Fine levels have anchors of 4, 8, 16 pixels (stride 4) and 16, 32, 64 (stride 8)."""
     single = model_of(cascade=False)
     alone, fused = (model_of("sum", ImagePyramidConfig(2, weight), cascade=False) for weight in (0.0, 0.25))
@@ -387,11 +385,11 @@ def test_fine_scores_take_their_share_from_the_picture_at_its_own_size() -> None
     fine = before.class_logits.split([fine_cells * 3, coarse_cells * 3, 12 * 3 + 4 * 3], dim=1)
     mixed = after.class_logits.split([fine_cells * 3, coarse_cells * 3, 12 * 3 + 4 * 3], dim=1)
     assert torch.equal(fine[2], mixed[2])
-    # The level of stride 8 has the same cells there, and the anchors of 16 and 32 are the second and third of them.
-    there = plain.class_logits[:, : coarse_cells * 3].unflatten(1, (-1, 3))[:, :, 1:]
-    expected = 0.75 * fine[1].unflatten(1, (-1, 3))[:, :, :2] + 0.25 * there
+    # The native level of stride 8 has the same cells, and the anchors of 16 and 32 are its second and third.
+    native = plain.class_logits[:, : coarse_cells * 3].unflatten(1, (-1, 3))[:, :, 1:]
+    expected = 0.75 * fine[1].unflatten(1, (-1, 3))[:, :, :2] + 0.25 * native
     torch.testing.assert_close(mixed[1].unflatten(1, (-1, 3))[:, :, :2], expected)
-    # Of stride 4, the anchor of 8 takes it from that of 8 there, interpolated between the cells.
+    # The anchor of 8 at stride 4 is fused with the native anchor of 8, interpolated between the cells.
     of_8 = plain.class_logits[:, : coarse_cells * 3].unflatten(1, (5, 7, 3))[:, :, :, 0].permute(0, 3, 1, 2)
     around = F.interpolate(of_8, size=(10, 14), mode="bilinear").permute(0, 2, 3, 1).flatten(1, 2)
     expected = 0.75 * fine[0].unflatten(1, (-1, 3))[:, :, 1] + 0.25 * around
@@ -400,8 +398,8 @@ def test_fine_scores_take_their_share_from_the_picture_at_its_own_size() -> None
 
 
 @torch.inference_mode()
-def test_scores_take_their_share_from_the_picture_at_half_its_size() -> None:
-    """There the levels have anchors of 16, 32, 64 pixels of the picture (stride 16), of 64, 128, 256, and so on."""
+def test_scores_are_fused_with_the_half_scale() -> None:
+    """Levels of the half scale have anchors of 16, 32, 64 pixels of the image (stride 16), 64, 128, 256, etc."""
     plain, fused = (model_of("sum", ImagePyramidConfig(half_scale_weight=weight)) for weight in (0.0, 0.25))
     fused.load_state_dict(plain.state_dict())
     halved = F.interpolate(noise(), size=(20, 28), mode="bilinear")
@@ -410,12 +408,12 @@ def test_scores_take_their_share_from_the_picture_at_half_its_size() -> None:
         cells = [5 * 7 * 3, 3 * 4 * 3, 2 * 2 * 3]
         own, mixed = (output.class_logits.split(cells, dim=1) for output in (before, after))
         first, second, _ = coarse.class_logits.split([3 * 4 * 3, 2 * 2 * 3, 3], dim=1)
-        # The anchor of 32 is the third of stride 8 and the second of stride 16 in the picture at half its size.
+        # The anchor of 32 is the third of stride 8 and, at half scale, the second of stride 16.
         of_32 = first.unflatten(1, (3, 4, 3))[:, :, :, 1].permute(0, 3, 1, 2)
         around = F.interpolate(of_32, size=(5, 7), mode="bilinear").permute(0, 2, 3, 1).flatten(1, 2)
         expected = 0.75 * own[0].unflatten(1, (-1, 3))[:, :, 2] + 0.25 * around
         torch.testing.assert_close(mixed[0].unflatten(1, (-1, 3))[:, :, 2], expected)
-        # That of 256 is the second of stride 32, and there the third of the second level, of as many cells.
+        # The anchor of 256 is the second of stride 32 and, at half scale, the third of the second level (same cells).
         of_256 = second.unflatten(1, (-1, 3))[:, :, 2]
         expected = 0.75 * own[2].unflatten(1, (-1, 3))[:, :, 1] + 0.25 * of_256
         torch.testing.assert_close(mixed[2].unflatten(1, (-1, 3))[:, :, 1], expected)
@@ -423,7 +421,7 @@ def test_scores_take_their_share_from_the_picture_at_half_its_size() -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("pyramid", PYRAMIDS)
-def test_other_anchors_start_by_finding_the_same_boxes(pyramid: ImagePyramidConfig) -> None:
+def test_another_number_of_anchors_starts_with_the_same_boxes(pyramid: ImagePyramidConfig) -> None:
     two, three = (model_of("sum", pyramid, num_anchor=anchors, cascade=False) for anchors in (2, 3))
     set_parameters(two, lambda name: "box_deltas" in name, lambda values: values * 0.1)
     assert initialise_from_detector(three, checkpoint_of(two)) == []
@@ -436,15 +434,15 @@ def test_other_anchors_start_by_finding_the_same_boxes(pyramid: ImagePyramidConf
     old_points = decode_landmarks(old.landmark_deltas, old.priors, variances).unflatten(1, (-1, 2))
     new_points = decode_landmarks(new.landmark_deltas, new.priors, variances).unflatten(1, (-1, 3))
     old_scores, new_scores = old.class_logits.unflatten(1, (-1, 2)), new.class_logits.unflatten(1, (-1, 3))
-    for anchor, source in enumerate((0, 0, 1)):  # of 8, 16 and 32 pixels; the first two say what that of 16 said
+    for anchor, source in enumerate((0, 0, 1)):  # 8, 16 and 32 pixels; the first two start from 16
         torch.testing.assert_close(new_boxes[:, :, anchor], old_boxes[:, :, source])
         torch.testing.assert_close(new_points[:, :, anchor], old_points[:, :, source])
-        if pyramid == ImagePyramidConfig():  # at other scales, scores are averaged with those of other anchors
+        if pyramid == ImagePyramidConfig():  # other scales average scores of different anchors
             torch.testing.assert_close(new_scores[:, :, anchor], old_scores[:, :, source])
 
 
 def assert_starts_from(single: StageOutput, model: RetinaFace) -> None:
-    """The scores, boxes and landmarks of the last stage are those of `single`."""
+    """Assert that the scores, boxes and landmarks of the last stage equal those of `single`."""
     variances = model.model_config.variances
     last = model(noise())[-1]
     torch.testing.assert_close(last.class_logits, single.class_logits)
@@ -468,7 +466,7 @@ def test_mean_is_subtracted_by_the_model() -> None:
         torch.testing.assert_close(model(images)[0].class_logits, centred(images - mean)[0].class_logits)
 
 
-def test_untrained_network_expects_few_faces() -> None:
+def test_focal_initialisation_predicts_few_faces() -> None:
     torch.manual_seed(0)
     model = RetinaFace(usual_config("mobilenet0.25"))
     for name, parameter in model.named_parameters():

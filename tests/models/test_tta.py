@@ -1,4 +1,4 @@
-"""Sizes, mirrors and votes of the measurement protocols."""
+"""Tests of test-time augmentation: image sizes, mirroring and box voting of the test protocols."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_size_of_each_protocol(
     assert resized_size(size_hw, protocol, factor) == expected
 
 
-class RedSpot:
-    """Stands for a detector: one face around the red pixels of what it is shown, with its left eye at their left."""
+class RedSquareDetector:
+    """A stub detector that finds one face around the red pixels of an image, with its left eye at their left."""
 
     def __init__(self, clip_boxes: bool = True) -> None:
         self.config = PostprocessConfig(confidence_threshold=0.02, nms_threshold=0.4, clip_boxes=clip_boxes)
@@ -58,23 +58,23 @@ class RedSpot:
         return Detections(box, torch.tensor([0.9]), torch.tensor([points]))
 
 
-def picture() -> np.ndarray:
-    """60 x 100 white pixels with a red square from (10, 20) to (30, 40)."""
+def red_square_image() -> np.ndarray:
+    """Return 60 x 100 white pixels with a red square from (10, 20) to (30, 40)."""
     image = np.full((60, 100, 3), 255, np.uint8)
     image[20:40, 10:30] = (0, 0, 255)
     return image
 
 
-def found_by(protocol: ProtocolConfig, detector: RedSpot) -> Detections:
-    (found,) = TestTimeAugmentation(cast(FaceDetector, detector), protocol).detect_batch([picture()])
+def found_by(protocol: ProtocolConfig, detector: RedSquareDetector) -> Detections:
+    (found,) = TestTimeAugmentation(cast(FaceDetector, detector), protocol).detect_batch([red_square_image()])
     return found
 
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("multi_scale", [False, True])
 @pytest.mark.parametrize("protocol", ["original", "vga", "1600x2150"])
-def test_boxes_and_landmarks_are_those_of_the_image(protocol: str, flip: bool, multi_scale: bool) -> None:
-    found = found_by(ProtocolConfig(protocol, flip=flip, multi_scale=multi_scale), RedSpot())
+def test_boxes_and_landmarks_are_in_pixels_of_the_image(protocol: str, flip: bool, multi_scale: bool) -> None:
+    found = found_by(ProtocolConfig(protocol, flip=flip, multi_scale=multi_scale), RedSquareDetector())
     assert found.boxes[0].tolist() == pytest.approx([10, 20, 30, 40], abs=0.7)
     assert found.scores.tolist() == pytest.approx([0.9])
     assert found.landmarks is not None
@@ -83,7 +83,7 @@ def test_boxes_and_landmarks_are_those_of_the_image(protocol: str, flip: bool, m
 
 
 def test_vga_pads_to_a_square_with_the_mean_colour() -> None:
-    detector = RedSpot()
+    detector = RedSquareDetector()
     found_by(ProtocolConfig("vga"), detector)
     (shown,) = detector.shown
     assert shown.shape == (640, 640, 3)
@@ -91,12 +91,12 @@ def test_vga_pads_to_a_square_with_the_mean_colour() -> None:
     assert (shown[:384, 300:] == 255).all()
 
 
-def test_number_of_passes() -> None:
-    detector = RedSpot()
+def test_flip_and_multi_scale_make_ten_passes() -> None:
+    detector = RedSquareDetector()
     found_by(ProtocolConfig(flip=True, multi_scale=True), detector)
     widths = [image.shape[1] for image in detector.shown]
     assert widths == [62, 62, 100, 100, 138, 138, 175, 175, 212, 212]
-    assert np.array_equal(detector.shown[3], picture()[:, ::-1])
+    assert np.array_equal(detector.shown[3], red_square_image()[:, ::-1])
 
 
 @pytest.mark.parametrize(
@@ -116,16 +116,20 @@ def test_size_of_the_largest_pass(protocol: ProtocolConfig, size: tuple[int, int
 
 
 @pytest.mark.parametrize("protocol", [ProtocolConfig("vga", flip=True), ProtocolConfig("800x1200", multi_scale=True)])
-def test_images_of_several_sizes_have_the_same_detections_together(protocol: ProtocolConfig) -> None:
+def test_batching_images_of_several_sizes_does_not_change_the_detections(protocol: ProtocolConfig) -> None:
     """With 800x1200 both have 1200x800 pixels, but differ by a row at another scale."""
-    detector = TestTimeAugmentation(cast(FaceDetector, RedSpot()), protocol)
-    images = [picture()[:, :67], picture()[:99, :66]] if protocol.protocol == "vga" else [picture(), picture()[:, :99]]
+    detector = TestTimeAugmentation(cast(FaceDetector, RedSquareDetector()), protocol)
+    images = (
+        [red_square_image()[:, :67], red_square_image()[:99, :66]]
+        if protocol.protocol == "vga"
+        else [red_square_image(), red_square_image()[:, :99]]
+    )
     for found, image in zip(detector.detect_batch(images), images, strict=True):
         assert torch.equal(found.boxes, detector.detect_batch([image])[0].boxes)
         assert len(found) == 1
 
 
-def test_original_size_in_one_pass_is_the_detector_itself() -> None:
+def test_single_pass_at_the_original_size_equals_the_detector() -> None:
     torch.manual_seed(0)
     model = usual_config("mobilenet0.25", num_anchor=2)
     thresholds = dataclasses.replace(ExperimentConfig().evaluation, confidence_threshold=0.5)
@@ -147,10 +151,10 @@ def test_real_detector_finds_the_same_face_in_every_protocol() -> None:
         assert found.landmarks[0, 0, 0] < found.landmarks[0, 1, 0]  # left eye left of right eye, mirrored or not
 
 
-def test_images_without_faces_pass_through_the_vote() -> None:
+def test_box_voting_without_faces() -> None:
     torch.manual_seed(0)
     detector = FaceDetector(RetinaFace(usual_config("mobilenet0.25")), PostprocessConfig(confidence_threshold=1.0))
-    (found,) = TestTimeAugmentation(detector, ProtocolConfig(flip=True)).detect_batch([picture()])
+    (found,) = TestTimeAugmentation(detector, ProtocolConfig(flip=True)).detect_batch([red_square_image()])
     assert len(found) == 0
     assert found.landmarks is not None
     assert found.landmarks.shape == (0, 5, 2)

@@ -19,7 +19,7 @@ from engine.stream import detect_images
 from models.checkpoint import load_checkpoint
 from models.foreign_checkpoint import CheckpointError
 from models.initialise import load_model
-from tests.engine.whole import FindsTheWhole
+from tests.engine.helpers import WholeImageDetector
 from utils.errors import ConfigError, UserError
 from utils.runtime.files import atomic_write, disk_errors
 from utils.runtime.sources import InputImage
@@ -29,7 +29,7 @@ WEIGHTS = ROOT / "experiments/mobilenet0.25_anc2_casT_fpn3/ckpt/mobilenet0.25_ck
 IMAGE = np.zeros((40, 64, 3), np.uint8)
 
 
-class Failing(FindsTheWhole):
+class Failing(WholeImageDetector):
     """Raises an error for every batch."""
 
     def __init__(self, error: Exception) -> None:

@@ -1,4 +1,4 @@
-"""A detector that needs no model, and the configuration and labels of images to overfit."""
+"""A stub detector, and the configuration and landmarks for overfitting images."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from config import DataConfig
 from engine.stream import BatchDetector
 from utils.structures import Detections
 
-PICTURE = np.zeros((40, 64, 3), np.uint8)
+BLACK_IMAGE = np.zeros((40, 64, 3), np.uint8)
 
 
-class FindsTheWhole:
-    """One face in every image, as large as the image."""
+class WholeImageDetector:
+    """Returns one face as large as the image for every image."""
 
     num_workers = 1
 
@@ -36,8 +36,8 @@ class FindsTheWhole:
         return [Detections(box, torch.ones(1), None)] * len(images)
 
 
-# Crops that are the whole image, without augmentation.
-WHOLE = DataConfig(
+# Every crop is the whole image, without augmentation.
+WITHOUT_AUGMENTATION = DataConfig(
     im_size=128,
     crop_scales=(1.0,),
     mosaic_probability=0,
@@ -48,8 +48,8 @@ WHOLE = DataConfig(
 )
 
 
-def usual_landmarks(box: np.ndarray) -> np.ndarray:
-    """Five landmarks at their usual places in a box."""
+def typical_landmarks(box: np.ndarray) -> np.ndarray:
+    """Return five landmarks at typical places in a box."""
     places = np.array([[0.3, 0.4], [0.7, 0.4], [0.5, 0.6], [0.35, 0.8], [0.65, 0.8]])
     points: np.ndarray = (box[:2] + places * (box[2:] - box[:2])).astype(np.float32)
     return points

@@ -1,4 +1,4 @@
-"""FaceDetector as programmers call it, and the file that they export."""
+"""Tests of the Python API: input types of FaceDetector, batches, pickling and exported files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def image() -> np.ndarray:
     return read_image(ASTRONAUT)
 
 
-FORMS: dict[str, Callable[[np.ndarray], Any]] = {
+INPUTS: dict[str, Callable[[np.ndarray], Any]] = {
     "float 0..1": lambda image: image / np.float32(255),
     "float 0..255": lambda image: image.astype(np.float64),
     "uint16": lambda image: image.astype(np.uint16) * 257,
@@ -54,7 +54,7 @@ FORMS: dict[str, Callable[[np.ndarray], Any]] = {
     "read-only": lambda image: np.frombuffer(image.tobytes(), np.uint8).reshape(image.shape),
     "mirrored twice": lambda image: np.ascontiguousarray(image[:, ::-1])[:, ::-1],
 }
-GREYS: dict[str, Callable[[np.ndarray], Any]] = {
+GREY_INPUTS: dict[str, Callable[[np.ndarray], Any]] = {
     "grey": lambda image: cv2.cvtColor(image, cv2.COLOR_BGR2GRAY),
     "grey with a channel": lambda image: cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)[..., None],
     "PIL grey": lambda image: Image.fromarray(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)),
@@ -63,22 +63,22 @@ GREYS: dict[str, Callable[[np.ndarray], Any]] = {
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("form", FORMS)
-def test_images_of_any_form_are_the_same_image(image: np.ndarray, form: str) -> None:
-    assert np.array_equal(as_bgr_uint8(FORMS[form](image)), image)
+@pytest.mark.parametrize("input_type", INPUTS)
+def test_all_input_types_give_the_same_image(image: np.ndarray, input_type: str) -> None:
+    assert np.array_equal(as_bgr_uint8(INPUTS[input_type](image)), image)
 
 
-@pytest.mark.parametrize("form", GREYS)
-def test_grey_has_three_equal_channels(image: np.ndarray, form: str) -> None:
-    found = as_bgr_uint8(GREYS[form](image))
+@pytest.mark.parametrize("input_type", GREY_INPUTS)
+def test_grey_has_three_equal_channels(image: np.ndarray, input_type: str) -> None:
+    found = as_bgr_uint8(GREY_INPUTS[input_type](image))
     grey = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
     assert np.array_equal(found, np.stack([grey] * 3, axis=2))
 
 
-def test_faces_do_not_depend_on_the_form(detector: FaceDetector, image: np.ndarray) -> None:
+def test_faces_do_not_depend_on_the_input_type(detector: FaceDetector, image: np.ndarray) -> None:
     expected = detector.detect(image)
     assert len(expected) == 1
-    for value in (FORMS["float 0..1"](image), FORMS["PIL"](image), ASTRONAUT):
+    for value in (INPUTS["float 0..1"](image), INPUTS["PIL"](image), ASTRONAUT):
         assert torch.equal(detector.detect(value).boxes, expected.boxes)
 
 
@@ -102,14 +102,14 @@ def test_faces_do_not_depend_on_the_form(detector: FaceDetector, image: np.ndarr
         Path(__file__),
     ],
 )
-def test_what_is_no_image_is_refused_in_one_line(detector: FaceDetector, value: Any) -> None:
-    with pytest.raises((TypeError, ValueError)) as refusal:
+def test_invalid_input_is_refused_in_one_line(detector: FaceDetector, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError)) as exc_info:
         detector.detect(value)
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(exc_info.value)
     assert (
-        "expected an image" in str(refusal.value)
-        or "nowhere.jpg: " in str(refusal.value)
-        or ".py: " in str(refusal.value)
+        "expected an image" in str(exc_info.value)
+        or "nowhere.jpg: " in str(exc_info.value)
+        or ".py: " in str(exc_info.value)
     )
 
 
@@ -121,16 +121,16 @@ def test_truncated_pil_image_is_refused(detector: FaceDetector) -> None:
         detector.detect(image)
 
 
-def test_batches(detector: FaceDetector, image: np.ndarray) -> None:
+def test_detect_batch(detector: FaceDetector, image: np.ndarray) -> None:
     assert detector.detect_batch([]) == []
     with pytest.raises(
         ValueError, match="expected images of the same size, got 512x512, 512x100; call detect for each"
     ):
         detector.detect_batch([image, image[:100]])
-    assert [len(found) for found in detector.detect_batch([image, FORMS["PIL"](image)])] == [1, 1]
+    assert [len(found) for found in detector.detect_batch([image, INPUTS["PIL"](image)])] == [1, 1]
 
 
-def test_results_may_be_written_to(detector: FaceDetector, image: np.ndarray) -> None:
+def test_detections_can_be_modified(detector: FaceDetector, image: np.ndarray) -> None:
     found = detector.detect(image)
     assert not found.boxes.is_inference()
     found.boxes[0, 0] = 5
@@ -139,7 +139,7 @@ def test_results_may_be_written_to(detector: FaceDetector, image: np.ndarray) ->
     found.landmarks.requires_grad_().sum().backward()
 
 
-def test_limit_of_pixels_is_an_option() -> None:
+def test_max_pixels_is_an_option() -> None:
     assert FaceDetector.from_experiment(EXPERIMENT, max_pixels=1000).max_pixels == 1000
     assert FaceDetector.from_experiment(EXPERIMENT, max_pixels=0, keep_top_k=3).config.keep_top_k == 3
     assert FaceDetector.from_experiment(EXPERIMENT).max_pixels == ComputeOptions.max_pixels
@@ -164,7 +164,7 @@ def test_onnx_detector_can_be_sent_to_a_spawned_worker(image: np.ndarray) -> Non
 @needs_onnx
 @pytest.mark.parametrize("factor", [0.3, 1.0, 4.0])
 def test_exported_file_reduces_large_images(image: np.ndarray, factor: float) -> None:
-    """A close-up of 30 times the limit and more; the smallest image is below the limit and is not changed."""
+    """The largest image has more than 30 times as many pixels as the limit, and the smallest is not reduced."""
     import onnxruntime
 
     detector = FaceDetector.from_experiment(EXPERIMENT, max_pixels=60_000)
@@ -188,14 +188,14 @@ def test_export_needs_no_sample_image(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "a.onnx").write_bytes(detector_graph(model, config, 100_000))
     compute = ComputeOptions("torch", max_pixels=100_000)
     assert export.largest_detection_difference(model, tmp_path / "a.onnx", config, compute) < 0.05
-    # Without the reduction, the file is noticed.
+    # A file without the reduction is detected.
     (tmp_path / "b.onnx").write_bytes(detector_graph(model, config))
     monkeypatch.setattr(export, "_CHECKED_IMAGE", ASTRONAUT)
     compute = ComputeOptions("torch", max_pixels=2_000)
     assert export.largest_detection_difference(model, tmp_path / "b.onnx", config, compute) > 1
 
 
-def test_yunet_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "yunet.onnx").write_text("no network")
+def test_unreadable_yunet_model_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "yunet.onnx").write_text("not a model")
     with pytest.raises(UserError, match=r"--yunet .*yunet\.onnx: OpenCV cannot read it"):
         yunet_run(tmp_path / "yunet.onnx", [], tmp_path)

@@ -1,4 +1,4 @@
-"""One bad thing does not end a run with a traceback."""
+"""Tests that errors of memory, devices, streams, disks and checkpoints do not end in a traceback."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WEIGHTS = ROOT / "experiments/mobilenet0.25_anc2_casT_fpn3/ckpt/mobilenet0.25_ck
 IMAGE = np.zeros((40, 64, 3), np.uint8)
 
 
-class Failing(WholeImageDetector):
+class FailingDetector(WholeImageDetector):
     """Raises an error for every batch."""
 
     def __init__(self, error: Exception) -> None:
@@ -50,7 +50,7 @@ class Failing(WholeImageDetector):
     ],
 )
 def test_image_that_exceeds_the_memory_is_skipped(error: Exception) -> None:
-    ((image, found),) = detect_images(Failing(error), [InputImage("a.jpg", IMAGE)], True)
+    ((image, found),) = detect_images(FailingDetector(error), [InputImage("a.jpg", IMAGE)], True)
     assert image.problem == "64x40 pixels are too many for the memory"
     assert len(found) == 0
 
@@ -63,20 +63,22 @@ def test_image_that_exceeds_the_memory_is_skipped(error: Exception) -> None:
         "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
     ],
 )
-def test_other_errors_of_cuda_end_the_run_in_one_line(text: str) -> None:
-    with pytest.raises(UserError) as ended:
-        list(detect_images(Failing(RuntimeError(text)), [InputImage("a.jpg", IMAGE)] * 2, True))
-    assert str(ended.value) == f"a.jpg: {text.splitlines()[0]}"
+def test_other_cuda_errors_end_the_run_in_one_line(text: str) -> None:
+    with pytest.raises(UserError) as exc_info:
+        list(detect_images(FailingDetector(RuntimeError(text)), [InputImage("a.jpg", IMAGE)] * 2, True))
+    assert str(exc_info.value) == f"a.jpg: {text.splitlines()[0]}"
 
 
-def test_own_bugs_are_not_hidden() -> None:
+def test_other_errors_are_raised() -> None:
     with pytest.raises(RuntimeError, match="shapes in memory differ"):
-        list(detect_images(Failing(RuntimeError("shapes in memory differ")), [InputImage("a.jpg", IMAGE)], True))
+        list(
+            detect_images(FailingDetector(RuntimeError("shapes in memory differ")), [InputImage("a.jpg", IMAGE)], True)
+        )
 
 
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
-def test_closed_streams_do_no_harm(tmp_path: Path, closed: str) -> None:
-    """What is written to standard error must not end in a file of the results."""
+def test_closed_standard_streams_are_harmless(tmp_path: Path, closed: str) -> None:
+    """What is written to standard error must not end up in a file of the results."""
     script = (
         "import sys, os\n"
         "from utils.runtime.cli import run, show_progress\n"
@@ -93,7 +95,7 @@ def test_closed_streams_do_no_harm(tmp_path: Path, closed: str) -> None:
     assert (tmp_path / "results.txt").read_text() == "results"
 
 
-def test_no_temporary_file_is_named_in_an_error(tmp_path: Path) -> None:
+def test_errors_do_not_name_temporary_files(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     with (
         pytest.raises(UserError, match=r"/target: cannot be written \(Is a directory\)"),
@@ -148,13 +150,13 @@ def test_mutated_checkpoints_are_refused_in_one_line_or_load(tmp_path: Path) -> 
         [1, 2],
     ],
 )
-def test_content_of_the_wrong_kind_is_refused(tmp_path: Path, content: object) -> None:
+def test_content_of_the_wrong_type_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"a\.pth: "):
         load_model(load_checkpoint(tmp_path / "a.pth"))
 
 
-def test_pickled_model_is_named_with_the_way_to_convert_it(tmp_path: Path) -> None:
+def test_error_for_a_pickled_model_says_how_to_convert_it(tmp_path: Path) -> None:
     torch.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path / "whole.pth")
     with pytest.raises(CheckpointError, match=r"holds a pickled torch\.nn.*Sequential.*convert it: torch\.save"):
         load_checkpoint(tmp_path / "whole.pth")
@@ -167,7 +169,7 @@ def test_pickled_model_is_named_with_the_way_to_convert_it(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("wrapper", ["model_state_dict", "state_dict", "network", "net"])
-def test_weights_of_others_load_in_any_wrapper_and_without_counters(tmp_path: Path, shared: Path, wrapper: str) -> None:
+def test_foreign_weights_load_in_any_wrapper_and_without_counters(tmp_path: Path, shared: Path, wrapper: str) -> None:
     state = torch.load(shared / "weights/mobilenet0.25_Final.pth", map_location="cpu", weights_only=True)
     kept = {f"module.{name}": value for name, value in state.items() if not name.endswith("num_batches_tracked")}
     torch.save({wrapper: kept, "epoch": 3}, tmp_path / "a.pth")

@@ -1,4 +1,4 @@
-"""Which experiment a command writes into: published detectors are kept, whatever is asked for without their name."""
+"""Tests of the folder that training writes to: published detectors are kept, and own runs are resumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PUBLISHED = "mobilenet0.25_anc2_casT_fpn3"
 
 @pytest.fixture
 def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of experiments that holds a published detector, without a state to continue from."""
+    """A folder of experiments with a published detector, which has no training state to resume."""
     monkeypatch.setattr(train, "EXPERIMENTS", tmp_path)
     shutil.copytree(ROOT / "experiments" / PUBLISHED, tmp_path / PUBLISHED)
     return tmp_path
@@ -37,7 +37,7 @@ def weights(experiments: Path, name: str = PUBLISHED, which: str = "best") -> Pa
 
 
 def begin(experiments: Path, name: str, config: ExperimentConfig | None = None) -> ExperimentConfig:
-    """Leave what a run of the published architecture leaves behind."""
+    """Write the files of a started run of the published architecture."""
     config = config or ExperimentConfig(model=load_checkpoint(weights(experiments)).model_config)
     shutil.copytree(experiments / PUBLISHED / "ckpt", experiments / name / "ckpt", dirs_exist_ok=True)
     save_config(config, experiments / name / "config.json")
@@ -46,7 +46,7 @@ def begin(experiments: Path, name: str, config: ExperimentConfig | None = None) 
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_published_detector_is_never_written_into(experiments: Path, named: bool) -> None:
+def test_published_detector_is_never_overwritten(experiments: Path, named: bool) -> None:
     flags = [f"--pretrained_detector={weights(experiments)}", *([f"--experiment_name={PUBLISHED}"] if named else [])]
     training = resolved(*flags)
     assert training.experiment.folder == experiments / f"{PUBLISHED}_2"
@@ -77,13 +77,13 @@ def test_name_cannot_lead_out_of_the_experiments(name: str) -> None:
 
 @pytest.mark.parametrize("flag", ["--backbone=resnet18", "--num_anchor=3", "--cascade=False"])
 @pytest.mark.parametrize("resume", [True, False])
-def test_other_architecture_does_not_lock_out_the_checkpoints(experiments: Path, flag: str, resume: bool) -> None:
+def test_another_architecture_is_refused_for_an_existing_experiment(experiments: Path, flag: str, resume: bool) -> None:
     begin(experiments, "mine")
     with pytest.raises(ConfigError, match="mine: was trained with another architecture"):
         resolved("--experiment_name=mine", "--backbone=mobilenet0.25", "--num_anchor=2", flag, f"--resume={resume}")
 
 
-def test_configuration_that_is_missing_is_taken_from_the_state_to_continue_from(experiments: Path) -> None:
+def test_missing_configuration_is_taken_from_the_checkpoint_to_resume(experiments: Path) -> None:
     saved = begin(experiments, "mine")
     (experiments / "mine/config.json").unlink()
     training = resolved("--experiment_name=mine")
@@ -94,13 +94,13 @@ def test_configuration_that_is_missing_is_taken_from_the_state_to_continue_from(
             resolved("--experiment_name=mine", "--backbone=resnet18", flag)
 
 
-def test_pretrained_detector_is_looked_at_where_training_continues(experiments: Path) -> None:
+def test_pretrained_detector_is_checked_when_training_resumes(experiments: Path) -> None:
     begin(experiments, "mine")
     with pytest.raises(Exception, match=r"nowhere\.pth: cannot be read"):
         resolved("--experiment_name=mine", "--pretrained_detector=nowhere.pth")
 
 
-def test_pretrained_detector_is_used_where_nothing_was_saved_yet(experiments: Path) -> None:
+def test_pretrained_detector_is_used_if_nothing_was_saved_yet(experiments: Path) -> None:
     begin(experiments, "mine")
     shutil.rmtree(experiments / "mine/ckpt")
     training = resolved("--experiment_name=mine", f"--pretrained_detector={weights(experiments)}")
@@ -109,7 +109,7 @@ def test_pretrained_detector_is_used_where_nothing_was_saved_yet(experiments: Pa
 
 
 @pytest.mark.parametrize(
-    ("flags", "epoch", "said"),
+    ("flags", "epoch", "expected"),
     [
         ([], 2, []),
         (["--dataset=widerface"], 2, []),
@@ -120,32 +120,34 @@ def test_pretrained_detector_is_used_where_nothing_was_saved_yet(experiments: Pa
     ],
 )
 def test_flags_without_effect_are_named(
-    experiments: Path, flags: list[str], epoch: int, said: list[str] | None
+    experiments: Path, flags: list[str], epoch: int, expected: list[str] | None
 ) -> None:
     saved = begin(experiments, "mine")
     training = resolved("--experiment_name=mine", "--epochs=9", *flags)
     last = Checkpoint(
         Path("last.pth"), saved.model, {}, "own", saved, {"epoch": epoch, "optimizer": {}, "new_parameters": []}
     )
-    if said is None:
+    if expected is None:
         with pytest.raises(ConfigError, match="--dataset was widerface/, not other, and all 9 epochs are done"):
             describe_continuation(training, last)
         return
     lines = describe_continuation(training, last)
-    assert len(lines) == len(said)
-    assert all(line.startswith(start) for line, start in zip(lines, said, strict=True))
+    assert len(lines) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True))
 
 
-@pytest.mark.parametrize(("kind", "of"), [("original", {}), ("own", {"epoch": 3, "val_ap": 0.5})])
-def test_weights_alone_are_no_state_to_continue_from(experiments: Path, kind: str, of: dict[str, float]) -> None:
+@pytest.mark.parametrize(("kind", "state"), [("original", {}), ("own", {"epoch": 3, "val_ap": 0.5})])
+def test_weights_without_a_training_state_cannot_be_resumed(
+    experiments: Path, kind: str, state: dict[str, float]
+) -> None:
     saved = begin(experiments, "mine")
     with pytest.raises(ConfigError, match="holds no state to continue from; give it as --pretrained_detector"):
         describe_continuation(
-            resolved("--experiment_name=mine"), Checkpoint(Path("l"), saved.model, {}, kind, saved, of)
+            resolved("--experiment_name=mine"), Checkpoint(Path("l"), saved.model, {}, kind, saved, state)
         )
 
 
-def test_folder_with_weights_of_any_program_is_kept(tmp_path: Path) -> None:
+def test_folder_with_weights_of_any_backbone_is_kept(tmp_path: Path) -> None:
     config = ExperimentConfig(model=usual_config("mobilenet0.25"))
     save_checkpoint(tmp_path / "a/ckpt/resnet50_ckpt-best.pth", config, RetinaFace(config.model).state_dict())
     assert Experiment(tmp_path / "a").for_training.folder.name == "a_2"

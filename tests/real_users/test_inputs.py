@@ -1,4 +1,4 @@
-"""Photographs, videos and lists as people have them."""
+"""Tests of unusual inputs: paths, lists, rotated videos, deep images and damaged files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WIDTH, HEIGHT = 64, 48
 
 
 def scene() -> np.ndarray:
-    """(48, 64, 3) BGR, bright in the top left corner."""
+    """Return (48, 64, 3) BGR, bright in the top left corner."""
     image = np.full((HEIGHT, WIDTH, 3), 40, np.uint8)
     image[:16, :16] = 220
     return image
@@ -39,14 +39,16 @@ def names(name: str, data: Path) -> list[str]:
     return list(open_source(name, data, set(), 0).names)
 
 
-# ------------------------------------------------------------------------------------------------- places
+# -------------------------------------------------------------------------------------------------- paths
 
 
 @pytest.mark.parametrize(
     ("name", "opened"),
     [(".", "here.png"), ("./", "here.png"), ("./set", "mine.png"), ("..", "here.png"), ("set", "mine.png")],
 )
-def test_relative_paths_are_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, opened: str) -> None:
+def test_relative_paths_refer_to_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, opened: str
+) -> None:
     for file in ("data/data.png", "data/set/data.png", "work/here.png", "work/set/mine.png"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(tmp_path / file), scene())
@@ -75,15 +77,17 @@ def test_empty_name_is_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["20240102", "./gone", "/gone/there"])
-def test_what_is_missing_is_named_once(tmp_path: Path, name: str) -> None:
-    with pytest.raises(SourceError, match="not exist") as refusal:
+def test_missing_path_is_named_once(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SourceError, match="not exist") as exc_info:
         open_source(name, tmp_path, set(), 0)
-    looked_at = [str(path) for path in candidate_paths(name, tmp_path)]
-    assert len(set(looked_at)) == len(looked_at)
-    assert str(refusal.value).endswith(": " + " and ".join(looked_at) + f" do{'es' * (len(looked_at) == 1)} not exist")
+    candidates = [str(path) for path in candidate_paths(name, tmp_path)]
+    assert len(set(candidates)) == len(candidates)
+    assert str(exc_info.value).endswith(
+        ": " + " and ".join(candidates) + f" do{'es' * (len(candidates) == 1)} not exist"
+    )
 
 
-def test_what_is_left_out_of_a_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skipped_files_of_a_folder_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("lost+found", "results"):
         (tmp_path / folder).mkdir()
     cv2.imwrite(str(tmp_path / "a.png"), scene())
@@ -139,8 +143,8 @@ def test_only_line_breaks_separate_the_names_of_a_list(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- videos
 
 
-def sideways(path: Path, degrees: int) -> Path:
-    """A video with a display rotation, as telephones write it: the matrix in the track's header is replaced."""
+def rotated_video(path: Path, degrees: int) -> Path:
+    """Write a video with a display rotation, as phones do, by replacing the matrix in the header of its track."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (WIDTH, HEIGHT))
     if not writer.isOpened():
         pytest.skip("this OpenCV writes no mp4v")
@@ -158,8 +162,8 @@ def sideways(path: Path, degrees: int) -> Path:
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
-def test_video_of_a_telephone_comes_upright(tmp_path: Path, degrees: int) -> None:
-    frames = [image.pixels for image in VideoFrames(sideways(tmp_path / "a.mp4", degrees), "a", 0)]
+def test_rotated_video_is_read_upright(tmp_path: Path, degrees: int) -> None:
+    frames = [image.pixels for image in VideoFrames(rotated_video(tmp_path / "a.mp4", degrees), "a", 0)]
     expected = np.rot90(scene(), {90: -1, 180: 2, 270: 1}[degrees])
     assert len(frames) == 2
     for frame in frames:
@@ -169,7 +173,7 @@ def test_video_of_a_telephone_comes_upright(tmp_path: Path, degrees: int) -> Non
 
 
 def test_mts_is_a_video(tmp_path: Path) -> None:
-    sideways(tmp_path / "a.mp4", 180).rename(tmp_path / "a.MTS")
+    rotated_video(tmp_path / "a.mp4", 180).rename(tmp_path / "a.MTS")
     assert isinstance(open_source(str(tmp_path / "a.MTS"), tmp_path, set(), 0), VideoFrames)
 
 
@@ -198,7 +202,7 @@ def test_any_range_becomes_8_bits(values: np.ndarray) -> None:
 @pytest.mark.parametrize(
     "kind", ["j2k16", "int32", "float1", "float255", "float_colour", "uint16", "uint16_colour", "png12", "pgm16"]
 )
-def test_deep_images_look_like_shallow_ones(tmp_path: Path, kind: str) -> None:
+def test_deep_images_are_read_like_8_bit_images(tmp_path: Path, kind: str) -> None:
     image, path = grey(), tmp_path / ("a.jp2" if kind == "j2k16" else "a.tif")
     deep = image.astype(np.uint16) * 257
     if kind == "j2k16":
@@ -222,7 +226,7 @@ def test_deep_images_look_like_shallow_ones(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_only_the_first_frame_is_looked_at_and_that_is_said(tmp_path: Path, kind: str) -> None:
+def test_only_the_first_frame_is_read_with_a_note(tmp_path: Path, kind: str) -> None:
     first, second = (Image.fromarray(np.full((HEIGHT, WIDTH, 3), level, np.uint8)) for level in (50, 200))
     first.save(tmp_path / "a.img", kind, save_all=True, append_images=[second])
     first.save(tmp_path / "one.img", kind)
@@ -250,8 +254,8 @@ def test_jpeg_without_its_end_marker_is_read_and_half_of_it_is_not(tmp_path: Pat
             read_image(path)
 
 
-def test_bytes_behind_the_end_of_a_large_jpeg_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow's limit of pixels, made small here, is not that of this program."""
+def test_trailing_bytes_of_a_large_jpeg_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pixel limit of Pillow, lowered here, does not apply."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     path = tmp_path / "a.jpg"
     path.write_bytes(ASTRONAUT.read_bytes() + b"more")
@@ -271,10 +275,10 @@ def test_heic_is_read_upright(tmp_path: Path) -> None:
     pillow_heif = pytest.importorskip("pillow_heif")
     pixels = cv2.resize(read_image(ASTRONAUT), (256, 192))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    exif[0x0112] = 6  # to be rotated by 90 degrees clockwise
     pillow_heif.register_heif_opener()
-    turned = cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE)
-    Image.fromarray(turned[:, :, ::-1]).save(tmp_path / "a.heic", exif=exif.tobytes(), quality=95)
+    rotated = cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE)
+    Image.fromarray(rotated[:, :, ::-1]).save(tmp_path / "a.heic", exif=exif.tobytes(), quality=95)
     image = read_image(tmp_path / "a.heic")
     assert image.shape == pixels.shape
     assert np.abs(image.astype(int) - pixels).mean() < 4

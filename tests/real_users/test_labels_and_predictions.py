@@ -1,4 +1,4 @@
-"""Labels and predictions in other forms and places than they should be, and where test.py leaves its results."""
+"""Tests of labels and predictions in unexpected formats or places, and of where test.py writes its results."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def evaluate(cwd: Path, *flags: str) -> CompletedProcess[str]:
 
 
 def experiment_files() -> dict[Path, int]:
-    """When each file of the experiments was changed, but for those that other tests make meanwhile."""
+    """Return the modification times of all files of experiments, except those that other tests write."""
     folders = [path for path in (ROOT / "experiments").iterdir() if not path.name.startswith("pytest_")]
     return {path: path.stat().st_mtime_ns for folder in folders for path in (folder, *folder.rglob("*"))}
 
@@ -85,8 +85,8 @@ def test_normalised_landmarks_are_refused(tmp_path: Path) -> None:
         read_split([tmp_path], "train")
 
 
-def test_faces_outside_of_their_image_are_pointed_out(tmp_path: Path) -> None:
-    """The image is 100 x 80; of the second face a quarter is inside, and the last is to be ignored."""
+def test_faces_outside_of_their_image_are_reported(tmp_path: Path) -> None:
+    """The image is 100 x 80; a quarter of the second face is inside, and the last face is ignored."""
     boxes = [[90, 10, 20, 20], [90, 70, 20, 20], [200, 10, 9, 9], [200, 10, 9, 9, 1]]
     (images,) = read_split([make_dataset(tmp_path, ["a.png", "b.png"], boxes)], "train")
     found = describe_faces_outside(images)
@@ -100,7 +100,7 @@ def test_faces_outside_of_their_image_are_pointed_out(tmp_path: Path) -> None:
     assert describe_faces_outside(images[:1]) is None
 
 
-def test_labels_without_a_face_that_counts_are_pointed_out(tmp_path: Path) -> None:
+def test_labels_without_a_face_that_counts_are_reported(tmp_path: Path) -> None:
     make_dataset(tmp_path, ["a.png"], [[*BOXES[0], 1]])
     with pytest.raises(DatasetError, match=r"--dataset .*: nothing to learn; faces: 0 used, .* 1 marked to be ignored"):
         open_data(DataConfig(dataset=str(tmp_path)), [tmp_path])
@@ -159,7 +159,7 @@ def centres_of(boxes: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("change", "form"),
+    ("change", "box_format"),
     [
         (lambda box: box, None),
         (corners_of, "its boxes look like corners"),
@@ -169,12 +169,12 @@ def centres_of(boxes: np.ndarray) -> np.ndarray:
         (lambda box: box[:0], None),
     ],
 )
-def test_other_forms_of_predictions_are_suspected(tmp_path: Path, change: object, form: str | None) -> None:
+def test_other_box_formats_are_suspected(tmp_path: Path, change: object, box_format: str | None) -> None:
     faces = opened(make_dataset(tmp_path, ["a.png"]))
     rows = change(np.array(BOXES))  # type: ignore[operator]
     predictions = {"a": np.hstack([rows, np.full((len(rows), 1), 0.9)])}
     found = suspected_form(predictions, faces)
-    assert found == form if form is None else found and found.startswith(form)
+    assert found == box_format if box_format is None else found and found.startswith(box_format)
 
 
 def with_scores(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
@@ -183,7 +183,7 @@ def with_scores(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndar
 
 
 def small_faces(scale: float = 1.0) -> tuple[EvaluationSet, dict[str, np.ndarray]]:
-    """Ground truth of 30 images of up to 1000 pixels, and predictions: faces with noise, and twice as many others."""
+    """Return ground truth of 30 images, and predictions: the faces with noise, and twice as many false boxes."""
     generator = np.random.default_rng(0)
     truths, predictions = [], {}
     for name in map(str, range(30)):
@@ -196,7 +196,7 @@ def small_faces(scale: float = 1.0) -> tuple[EvaluationSet, dict[str, np.ndarray
 
 
 @pytest.mark.parametrize(
-    ("change", "form"),
+    ("change", "box_format"),
     [
         (with_scores(corners_of), "corners x1 y1 x2 y2"),
         (with_scores(lambda box: corners_of(box)[:, [1, 0, 3, 2]]), "corners x1 y1 x2 y2 with y before x"),
@@ -210,16 +210,16 @@ def small_faces(scale: float = 1.0) -> tuple[EvaluationSet, dict[str, np.ndarray
         (lambda rows: np.hstack([rows[:, 4:], corners_of(rows[:, :4])]), "corners x1 y1 x2 y2 after a class or score"),
     ],
 )
-def test_every_other_form_is_named(change: Callable[[np.ndarray], np.ndarray], form: str) -> None:
+def test_every_other_box_format_is_named(change: Callable[[np.ndarray], np.ndarray], box_format: str) -> None:
     faces, predictions = small_faces()
     assert suspected_form(predictions, faces) is None
     assert suspected_form({name: change(rows) for name, rows in predictions.items()}, faces) == (
-        f"its boxes look like {form}"
+        f"its boxes look like {box_format}"
     )
 
 
 def test_corners_are_suspected_where_half_of_them_match_as_they_are() -> None:
-    """Corners of faces in the corner of the image are nearly their sizes."""
+    """Faces in the corner of the image have corners that nearly equal their sizes."""
     faces, _ = small_faces()
     truths = [
         replace(t, boxes=t.boxes * np.where(np.arange(8)[:, None] < 4, [0.005, 0.005, 1, 1], 1)) for t in faces.truths
@@ -231,7 +231,7 @@ def test_corners_are_suspected_where_half_of_them_match_as_they_are() -> None:
 
 
 def test_corners_of_a_weak_detector_and_classes_are_suspected() -> None:
-    """Their AP is about 0 in any form."""
+    """Their AP is about 0 in any format."""
     faces, predictions = small_faces()
     corners = {name: np.hstack([corners_of(rows[8:, :4]), rows[8:, 4:]]) for name, rows in predictions.items()}
     assert suspected_form(corners, faces) == "its boxes look like corners"
@@ -327,7 +327,7 @@ def test_report_replaces_no_file_of_the_user(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("with_detector", [False, True])
 def test_two_runs_do_not_write_to_one_folder(tmp_path: Path, with_detector: bool) -> None:
-    """The second would remove the predictions of the first."""
+    """The second run would remove the predictions of the first."""
     pytest.importorskip("fcntl")
     dataset, out = make_dataset(tmp_path / "set", ["a.png"]), tmp_path / "out"
     predictions = make_predictions(out / "predictions", ["a"])
@@ -341,7 +341,7 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path: Path, with_detector: bool
 
 
 def test_report_of_an_earlier_version_is_replaced(tmp_path: Path) -> None:
-    """Such as that of a shipped experiment, beside which no list of what was written lies."""
+    """Like the report of a shipped experiment, which has no list of written files."""
     dataset = make_dataset(tmp_path / "set", ["a.png"])
     predictions = make_predictions(tmp_path / "predicted", ["a"])
     flags = [f"--pred_dir={predictions}", f"--dataset={dataset}", f"--output_dir={tmp_path}/out"]
@@ -351,8 +351,8 @@ def test_report_of_an_earlier_version_is_replaced(tmp_path: Path) -> None:
     assert [result.returncode for result in results] == [0, 0], results
 
 
-def test_detector_without_a_name_leaves_the_experiments_alone(tmp_path: Path) -> None:
-    """A folder of which no image can be read says so, rather than that there are no predictions."""
+def test_default_detector_does_not_write_to_the_experiments(tmp_path: Path) -> None:
+    """If no image can be read, the error says so instead of reporting missing predictions."""
     before = experiment_files()
     dataset = make_dataset(tmp_path / "set", ["a.png"])
     result = evaluate(tmp_path, f"--dataset={dataset}")

@@ -1,4 +1,4 @@
-"""Results that lie in one folder: a run removes what the same source and experiment left, and nothing else."""
+"""Tests of several runs that write to one folder, and of names of result files."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def infer(*flags: str, cwd: Path = ROOT) -> CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("source", "experiment"), [("other", "exp"), ("photos", "other"), ("other", "other")])
-def test_images_of_other_runs_stay(tmp_path: Path, source: str, experiment: str) -> None:
+def test_images_of_other_runs_are_kept(tmp_path: Path, source: str, experiment: str) -> None:
     write(tmp_path, ["a.jpg", "b.jpg"])
     write(tmp_path, ["c.jpg"], source, experiment)
     assert drawn(tmp_path) == {"a.jpg", "b.jpg", "c.jpg"}
@@ -66,7 +66,7 @@ def test_images_of_other_runs_stay(tmp_path: Path, source: str, experiment: str)
     assert drawn(tmp_path) == {"a.jpg", "b.jpg", "c.jpg"}
 
 
-def test_own_images_of_before_are_replaced(tmp_path: Path) -> None:
+def test_images_of_an_earlier_run_are_replaced(tmp_path: Path) -> None:
     write(tmp_path, ["a.jpg", "b.jpg"])
     assert write(tmp_path, ["a.jpg"]).start.note == "replacing the results of an earlier run"
     assert drawn(tmp_path) == {"a.jpg"}
@@ -76,14 +76,14 @@ def test_own_images_of_before_are_replaced(tmp_path: Path) -> None:
     )
 
 
-def test_two_videos_in_one_folder_leave_two(tmp_path: Path) -> None:
+def test_two_videos_have_two_drawings(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write(tmp_path, [f"{name}_000001.jpg", f"{name}_000002.jpg"], name, frames_per_second=10.0)
     assert drawn(tmp_path) == {"one.mp4", "two.mp4"}
 
 
 @pytest.mark.parametrize("kind", ["result_images", "anonymized"])
-def test_two_videos_of_one_stem_leave_two(tmp_path: Path, kind: str) -> None:
+def test_two_videos_of_one_stem_have_two_drawings(tmp_path: Path, kind: str) -> None:
     options = replace(PLAIN, anonymize="solid") if kind == "anonymized" else DRAWINGS
     for name in ("a.mp4", "a.avi"):
         with ResultWriter(
@@ -146,7 +146,7 @@ def test_video_below_a_path_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         ResultWriter(folder, "exp", {}, options=DRAWINGS, frames_per_second=25.0)
 
 
-def test_end_of_line_in_a_name_breaks_no_file(tmp_path: Path) -> None:
+def test_line_break_in_a_name_is_escaped(tmp_path: Path) -> None:
     writer = write(tmp_path, ["a\nb.jpg", "c.jpg"])
     lines = (tmp_path / "exp_inference_results.txt").read_text().splitlines()
     assert lines[::2] == ["a\\nb.jpg", "c.jpg"]
@@ -172,8 +172,8 @@ def test_input_among_the_results_is_refused(tmp_path: Path, kind: str) -> None:
     assert not (tmp_path / "out/results.json").exists()
 
 
-def test_what_is_said_about_files_is_in_the_summary(tmp_path: Path) -> None:
-    """A folder of photographs as the working folder, with an animation, a RAW file and a nested experiment name."""
+def test_notes_about_files_are_in_the_summary(tmp_path: Path) -> None:
+    """The working folder is the input, with an animation and a RAW file; the experiment name is nested."""
     photos = tmp_path / "photos"
     photos.mkdir()
     from PIL import Image

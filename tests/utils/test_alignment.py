@@ -1,4 +1,4 @@
-"""Crops of faces."""
+"""Tests of plain and aligned face crops."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ EYES_112 = [[38.2946, 51.6963], [73.5318, 51.5014]]
 
 
 def moved(points: np.ndarray, degrees: float, scale: float, shift: tuple[float, float]) -> np.ndarray:
-    """Points turned, scaled and moved."""
+    """Rotate, scale and shift points."""
     angle = math.radians(degrees)
     matrix = scale * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     return points @ matrix.T + shift
 
 
-def test_template_is_arcfaces() -> None:
+def test_template_equals_that_of_arcface() -> None:
     np.testing.assert_allclose(_TEMPLATE[:2], EYES_112)
 
 
 @pytest.mark.parametrize(("degrees", "scale", "shift"), [(0, 1, (0, 0)), (30, 2.5, (40, -7)), (180, 0.1, (5, 5))])
-def test_transform_of_a_moved_template_undoes_the_movement(
+def test_similarity_transform_inverts_a_known_transform(
     degrees: float, scale: float, shift: tuple[float, float]
 ) -> None:
     points = moved(_TEMPLATE, degrees, scale, shift)
@@ -34,8 +34,8 @@ def test_transform_of_a_moved_template_undoes_the_movement(
     np.testing.assert_allclose(points @ matrix[:, :2].T + matrix[:, 2], _TEMPLATE, atol=1e-9)
 
 
-def test_transform_is_the_best_of_all_similarities() -> None:
-    """Of other factors and shifts near it, none has a smaller squared distance, and none mirrors."""
+def test_similarity_transform_is_the_least_squares_solution() -> None:
+    """No similarity near it has a smaller squared distance, and it never mirrors."""
     generator = np.random.default_rng(0)
     points = _TEMPLATE + generator.normal(0, 4, (5, 2))
     best = similarity_transform(points, _TEMPLATE)
@@ -49,7 +49,7 @@ def test_transform_is_the_best_of_all_similarities() -> None:
 
 
 @pytest.mark.parametrize("side", [112, 56])
-def test_landmarks_come_to_lie_on_the_template(side: int) -> None:
+def test_aligned_crop_places_landmarks_on_the_template(side: int) -> None:
     """Dots at the landmarks of a tilted face in an image that is not square."""
     image = np.zeros((300, 500, 3), np.uint8)
     landmarks = moved(_TEMPLATE, 25, 1.8, (150, 40))
@@ -62,7 +62,7 @@ def test_landmarks_come_to_lie_on_the_template(side: int) -> None:
     assert crop[-1, -1].max() == 0
 
 
-def test_equal_landmarks_are_no_error() -> None:
+def test_identical_landmarks_are_accepted() -> None:
     assert aligned_crop(np.zeros((9, 9, 3), np.uint8), np.full((5, 2), 3.0)).shape == (112, 112, 3)
 
 

@@ -1,3 +1,5 @@
+"""Tests of encoding, decoding and IoU of boxes."""
+
 from __future__ import annotations
 
 import pytest

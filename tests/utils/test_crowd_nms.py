@@ -1,4 +1,4 @@
-"""`crowd_nms` keeps exactly what `torchvision.ops.nms` keeps."""
+"""Tests that `crowd_nms` keeps the same boxes as `torchvision.ops.nms`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from utils.nms import _CROWD, pixel_nms
 
 
 def crowd(count: int, seed: int, spread: float = 400, side: float = 12, variety: float = 0.6) -> torch.Tensor:
-    """(N, 4) boxes at random places, with sides around `side` whose logarithm has the given standard deviation."""
+    """Return (N, 4) random boxes with sides around `side`; `variety` is the standard deviation of their logarithms."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.rand(count, 2, generator=generator) * spread
     common = torch.randn(count, 1, generator=generator) * variety
@@ -57,7 +57,7 @@ def test_equals_torchvision_with_boxes_of_a_hundred_thousand_pixels(threshold: f
 
 
 @pytest.mark.parametrize("threshold", [0.4, 0.65, 0.8])
-def test_few_boxes_far_away_do_not_enlarge_the_grid(threshold: float) -> None:
+def test_outliers_do_not_enlarge_the_grid(threshold: float) -> None:
     boxes = crowd(5000, seed=13)
     boxes[:20] += 1e20
     boxes[20:40] -= 1e20
@@ -72,7 +72,7 @@ def test_few_boxes(count: int) -> None:
     assert crowd_nms(boxes, scores, 0.3).equal(nms(boxes, scores, 0.3))
 
 
-def test_pixel_nms_uses_it_for_crowds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixel_nms_uses_crowd_nms_for_crowds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.nms.crowd_nms", lambda boxes, scores, iou_threshold: torch.tensor([len(boxes)]))
     assert len(pixel_nms(crowd(_CROWD, seed=9), torch.rand(_CROWD), 0.4)) > 1
     assert pixel_nms(crowd(_CROWD + 1, seed=9), torch.rand(_CROWD + 1), 0.4).tolist() == [_CROWD + 1]

@@ -1,3 +1,5 @@
+"""Tests of pixel NMS and box voting."""
+
 from __future__ import annotations
 
 import pytest
@@ -8,25 +10,25 @@ from utils.nms import pixel_nms, vote_boxes
 
 def reference_nms(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> list[int]:
     """Greedy suppression with areas that count pixels, one box at a time."""
-    left = scores.argsort(descending=True).tolist()
+    remaining = scores.argsort(descending=True).tolist()
     areas = [(x2 - x1 + 1) * (y2 - y1 + 1) for x1, y1, x2, y2 in boxes.tolist()]
     corners = boxes.tolist()
     kept = []
-    while left:
-        best, *rest = left
+    while remaining:
+        best, *rest = remaining
         kept.append(best)
-        left = []
+        remaining = []
         for other in rest:
             width = max(0.0, min(corners[best][2], corners[other][2]) - max(corners[best][0], corners[other][0]) + 1)
             height = max(0.0, min(corners[best][3], corners[other][3]) - max(corners[best][1], corners[other][1]) + 1)
             overlap = width * height
             if overlap / (areas[best] + areas[other] - overlap) <= threshold:
-                left.append(other)
+                remaining.append(other)
     return kept
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.4])
-def test_keeps_what_the_reference_loop_keeps(threshold: float, device: torch.device) -> None:
+def test_pixel_nms_equals_the_reference_loop(threshold: float, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(300, 2, generator=generator) * 60
     boxes = torch.cat([corners, corners + torch.rand(300, 2, generator=generator) * 20], dim=1)
@@ -35,7 +37,7 @@ def test_keeps_what_the_reference_loop_keeps(threshold: float, device: torch.dev
     assert kept.tolist() == reference_nms(boxes, scores, threshold)
 
 
-def test_the_added_pixel_decides_between_small_boxes() -> None:
+def test_pixel_convention_matters_for_small_boxes() -> None:
     """Boxes of 3 and 2 pixels width: their IoU is 1/2 as continuous boxes, but 2/3 if pixels are counted."""
     boxes = torch.tensor([[0.0, 0, 2, 0], [0, 0, 1, 0]])
     assert pixel_nms(boxes, torch.tensor([0.9, 0.8]), 0.6).tolist() == [0]
@@ -62,7 +64,7 @@ def test_box_votes_once_for_the_best_that_suppresses_it() -> None:
     assert voted[1].tolist() == [10, 0, 20, 10]
 
 
-def test_many_voters_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_voting_in_chunks_gives_the_same_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(200, 2, generator=generator) * 60
     boxes = torch.cat([corners, corners + torch.rand(200, 2, generator=generator) * 20], dim=1)

@@ -1,4 +1,4 @@
-"""Faces in another image: moved, resized, mirrored, clipped; and the targets that are made of them."""
+"""Tests of the types for detections, labelled faces and training targets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_scaled_by_two_factors() -> None:
     assert found.landmarks[0, 0].tolist() == [30, 15]
 
 
-def test_mirrored_faces_exchange_left_and_right() -> None:
+def test_mirroring_detections_swaps_left_and_right_landmarks() -> None:
     found = ONE.mirrored(100)
     assert found.boxes.tolist() == [[60, 20, 90, 60]]
     assert found.landmarks is not None
@@ -53,10 +53,10 @@ LABELLED = Faces(
     np.array([True, False]),
     np.array([False, True]),
 )
-NOBODY = LABELLED.select(np.arange(0))
+NO_FACES = LABELLED.select(np.arange(0))
 
 
-def test_moved_faces_count_from_another_origin() -> None:
+def test_moved_faces_are_relative_to_another_origin() -> None:
     """The origin of the other image lies 5 pixels to the left of this one's, and 2 below it."""
     found = LABELLED.moved((5, -2))
     assert found.boxes.tolist() == [[15, 18, 45, 58], [5, -2, 10, 8]]
@@ -72,7 +72,7 @@ def test_scaled_labels_are_resized_with_the_image() -> None:
     assert found.boxes.dtype == found.landmarks.dtype == np.float32
 
 
-def test_mirrored_labels_exchange_left_and_right() -> None:
+def test_mirroring_labels_swaps_left_and_right_landmarks() -> None:
     found = LABELLED.mirrored(100)
     assert found.boxes.tolist() == [[60, 20, 90, 60], [95, 0, 100, 10]]
     assert found.landmarks[0].tolist() == [[65, 31], [85, 30], [75, 40], [68, 51], [82, 50]]
@@ -83,20 +83,20 @@ def test_mirrored_labels_exchange_left_and_right() -> None:
 
 
 def test_no_labels() -> None:
-    for found in (NOBODY.moved((1, 2)), NOBODY.scaled(2), NOBODY.mirrored(10), join_faces([NOBODY, NOBODY])):
+    for found in (NO_FACES.moved((1, 2)), NO_FACES.scaled(2), NO_FACES.mirrored(10), join_faces([NO_FACES, NO_FACES])):
         assert len(found) == 0
         assert (found.boxes.shape, found.landmarks.shape, found.has_landmarks.shape) == ((0, 4), (0, 5, 2), (0,))
 
 
 def test_joined_labels_keep_their_order() -> None:
-    found = join_faces([LABELLED.select(np.array([1])), NOBODY, LABELLED.select(np.array([True, False]))])
+    found = join_faces([LABELLED.select(np.array([1])), NO_FACES, LABELLED.select(np.array([True, False]))])
     assert found.boxes.tolist() == [[0, 0, 5, 10], [10, 20, 40, 60]]
     assert found.has_landmarks.tolist() == [False, True]
     assert found.ignored.tolist() == [True, False]
 
 
 def test_targets_are_fractions_of_width_and_height() -> None:
-    """Of an image of 80 x 40: x is divided by 80, y by 40; unknown landmarks become zeros."""
+    """In an image of 80 x 40, x is divided by 80 and y by 40; unknown landmarks become zeros."""
     faces = Faces(LABELLED.boxes, LABELLED.landmarks + 1, LABELLED.has_landmarks, LABELLED.ignored)
     targets = FaceTargets.from_faces(faces, (40, 80))
     assert targets.boxes.tolist() == [[0.125, 0.5, 0.5, 1.5], [0, 0, 0.0625, 0.25]]
@@ -108,15 +108,15 @@ def test_targets_are_fractions_of_width_and_height() -> None:
     assert targets.boxes.dtype == targets.landmarks.dtype == torch.float32
 
 
-def test_joined_targets_know_how_many_faces_each_image_has() -> None:
-    both, nobody = FaceTargets.from_faces(LABELLED, (100, 100)), FaceTargets.from_faces(NOBODY, (100, 100))
-    joined = FaceTargets.join([nobody, FaceTargets.join([both, nobody]), both])
+def test_joined_targets_count_the_faces_of_each_image() -> None:
+    both, none = FaceTargets.from_faces(LABELLED, (100, 100)), FaceTargets.from_faces(NO_FACES, (100, 100))
+    joined = FaceTargets.join([none, FaceTargets.join([both, none]), both])
     assert joined.counts == (0, 2, 0, 2)
     assert len(joined) == 4
     assert torch.equal(joined.boxes, torch.cat([both.boxes, both.boxes]))
     assert joined.has_landmarks.tolist() == [True, False, True, False]
     assert joined.ignored.tolist() == [False, True, False, True]
-    assert FaceTargets.join([nobody]).boxes.shape == (0, 4)
+    assert FaceTargets.join([none]).boxes.shape == (0, 4)
 
 
 def test_targets_move_to_a_device(device: torch.device) -> None:

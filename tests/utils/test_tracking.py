@@ -1,4 +1,4 @@
-"""Faces keep their ids over the frames of a video."""
+"""Tests of face tracking: ids over the frames of a video."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def frame(*faces: list[float]) -> np.ndarray:
     return np.array(faces, np.float32).reshape(-1, 4)
 
 
-def test_ids_count_from_one_and_stay() -> None:
+def test_ids_start_at_one_and_persist() -> None:
     tracker = FaceTracker(25)
     assert tracker.update(frame()) == []
     assert tracker.update(frame(face(0, 0), face(100, 0))) == [1, 2]
@@ -23,14 +23,14 @@ def test_ids_count_from_one_and_stay() -> None:
 
 
 def test_faces_that_cross_keep_their_ids() -> None:
-    """One to the right and one to the left, past each other: where they meet, both overlap either by the half."""
+    """One moves right and one left; where they meet, each detection overlaps both tracks by a half."""
     tracker = FaceTracker(25)
     for step in range(60):
         ids = tracker.update(frame(face(4 * step, 0), face(240 - 4 * step, 6)))
         assert ids == [1, 2], step
 
 
-def test_face_that_is_hidden_is_found_where_it_moves_on() -> None:
+def test_hidden_face_keeps_its_id_when_it_reappears() -> None:
     """It moves by 4 pixels a frame, so after 8 frames it does not overlap where it was last seen."""
     tracker = FaceTracker(25)
     for step in range(20):
@@ -40,7 +40,7 @@ def test_face_that_is_hidden_is_found_where_it_moves_on() -> None:
     assert tracker.update(frame(face(4 * 28, 0))) == [1]
 
 
-def test_face_that_stays_away_is_forgotten() -> None:
+def test_lost_face_is_forgotten_after_the_patience() -> None:
     tracker = FaceTracker(10, patience_seconds=0.5)
     assert tracker.update(frame(face(0, 0))) == [1]
     for _ in range(5):
@@ -51,7 +51,7 @@ def test_face_that_stays_away_is_forgotten() -> None:
     assert tracker.update(frame(face(0, 0))) == [2]
 
 
-def test_noise_makes_no_new_faces() -> None:
+def test_noise_creates_no_new_ids() -> None:
     generator = np.random.default_rng(0)
     tracker = FaceTracker(25)
     for step in range(100):

@@ -1,4 +1,4 @@
-"""Images kept in memory and on disk: always what the file holds, and read from it once."""
+"""Tests of the image caches in memory and on disk."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_pixels_are_those_of_the_file(tmp_path: Path, kind: str, size_hw: tuple[
 
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])
-def test_second_read_leaves_the_file_alone(tmp_path: Path, kind: str) -> None:
+def test_second_read_does_not_open_the_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.png"
     image = write_noise(path)
     files = reader(path, kind)
@@ -62,7 +62,7 @@ def test_file_on_disk_is_an_array_that_numpy_reads(tmp_path: Path) -> None:
     assert np.load(cached).tolist() == image.tolist()
 
 
-def test_file_that_changed_is_read_anew_from_run_to_run(tmp_path: Path) -> None:
+def test_changed_file_is_read_again_in_the_next_run(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     write_noise(path)
     reader(path, "disk")(path)
@@ -81,7 +81,7 @@ def test_file_that_changed_is_read_anew_from_run_to_run(tmp_path: Path) -> None:
         lambda data: data.replace(b"{", b"("),  # the header, which NumPy parses as Python
     ],
 )
-def test_damaged_file_on_disk_is_made_anew(tmp_path: Path, damage: object) -> None:
+def test_damaged_cache_file_is_written_again(tmp_path: Path, damage: object) -> None:
     path = tmp_path / "a.png"
     image = write_noise(path)
     files = reader(path, "disk")
@@ -93,7 +93,7 @@ def test_damaged_file_on_disk_is_made_anew(tmp_path: Path, damage: object) -> No
     assert [file.read_bytes() for file in cache_folder().iterdir()] == [whole]
 
 
-def test_full_disk_only_makes_reading_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_read_despite_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -112,7 +112,7 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reason_why_an_image_is_unreadable_is_kept(tmp_path: Path, kind: str) -> None:
+def test_reason_of_an_unreadable_image_is_kept(tmp_path: Path, kind: str) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(UnreadableImageError, match="empty file"):
         reader(tmp_path / "a.png", kind)(tmp_path / "a.png")
@@ -120,12 +120,12 @@ def test_reason_why_an_image_is_unreadable_is_kept(tmp_path: Path, kind: str) ->
         reader(tmp_path / "b.png", kind)(tmp_path / "b.png")
 
 
-def test_memory_that_images_take_is_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_memory_use_is_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_noise(tmp_path / "a.png")
     reader(tmp_path / "a.png", "ram")
     assert caplog.messages == ["--cache=ram: 1 images take 0.0 GB of memory"]
 
 
-def test_folder_is_below_the_home_without_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_folder_is_in_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "retinaface_images"

@@ -1,4 +1,4 @@
-"""What is drawn of training crops, and where."""
+"""Tests of contact sheets of training crops."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from utils.drawing import arrange_tiles
 from utils.structures import FaceTargets
 
 GREEN = [60, 220, 60]
-NOBODY = FaceTargets(
+NO_FACES = FaceTargets(
     torch.zeros(0, 4), torch.zeros(0, 5, 2), torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool), (0,)
 )
 
 
 def face(has_landmarks: bool) -> FaceTargets:
-    """A face in the middle, from 1/4 to 3/4, with all landmarks at its centre."""
+    """Return a face in the middle, from 1/4 to 3/4, with all landmarks at its centre."""
     return FaceTargets(
         torch.tensor([[0.25, 0.25, 0.75, 0.75]]),
         torch.full((1, 5, 2), 0.5),
@@ -37,8 +37,8 @@ def batch_of(*faces: FaceTargets, side: int = 40) -> Batch:
 
 
 def test_each_tile_has_its_own_faces() -> None:
-    """Three tiles of 40 pixels in two columns: nobody, a face with landmarks, and one without below."""
-    sheet = arrange_tiles(draw_crops(batch_of(NOBODY, face(True), face(False))), columns=2)
+    """Three tiles of 40 pixels in two columns: no face, a face with landmarks, and one without below."""
+    sheet = arrange_tiles(draw_crops(batch_of(NO_FACES, face(True), face(False))), columns=2)
     assert sheet.shape == (80, 80, 3)
     assert sheet.dtype == np.uint8
     assert not sheet[:40, :40].any()
@@ -51,19 +51,19 @@ def test_each_tile_has_its_own_faces() -> None:
 
 @pytest.mark.parametrize(("side", "tile"), [(640, 320), (320, 320), (33, 33)])
 def test_tiles_have_320_pixels_at_most(side: int, tile: int) -> None:
-    crops = draw_crops(batch_of(face(True), NOBODY, side=side))
+    crops = draw_crops(batch_of(face(True), NO_FACES, side=side))
     assert [crop.shape for crop in crops] == [(tile, tile, 3)] * 2
     assert arrange_tiles(crops, columns=2).shape == (tile, 2 * tile, 3)
 
 
-def test_batch_is_left_as_it_was() -> None:
+def test_drawing_does_not_change_the_batch() -> None:
     batch = batch_of(face(True))
     draw_crops(batch)
     assert not batch.images.any()
 
 
 @pytest.mark.parametrize(("count", "size_hw"), [(1, (40, 40)), (3, (80, 80)), (5, (80, 120)), (99, (80, 120))])
-def test_as_many_crops_are_written_as_asked_for(tmp_path: Path, count: int, size_hw: tuple[int, int]) -> None:
-    batches = [batch_of(face(True), NOBODY), batch_of(NOBODY, face(True)), batch_of(face(False), NOBODY)]
+def test_requested_number_of_crops_is_written(tmp_path: Path, count: int, size_hw: tuple[int, int]) -> None:
+    batches = [batch_of(face(True), NO_FACES), batch_of(NO_FACES, face(True)), batch_of(face(False), NO_FACES)]
     write_contact_sheet(tmp_path / "log" / "batch.png", batches, count)
     assert cv2.imread(str(tmp_path / "log" / "batch.png")).shape == (*size_hw, 3)

@@ -1,4 +1,4 @@
-"""From WIDER FACE as it is downloaded to a dataset, as a user makes it."""
+"""Tests of converting the WIDER FACE download and other label files to datasets."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def download(tmp_path: Path) -> Path:
     return folder
 
 
-def convert(*words: object) -> None:
-    main([str(word) for word in words])
+def convert(*argv: object) -> None:
+    main([str(argument) for argument in argv])
 
 
-def test_download_becomes_a_dataset_as_a_user_makes_it(download: Path, tmp_path: Path) -> None:
+def test_download_is_converted_to_a_dataset(download: Path, tmp_path: Path) -> None:
     to = tmp_path / "data/widerface"
     command = [sys.executable, "-m", "utils.datasets.convert_labels", str(download), f"--to={to}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -84,7 +84,9 @@ def test_download_becomes_a_dataset_as_a_user_makes_it(download: Path, tmp_path:
     assert "exists already; add --overwrite" in again.stderr
 
 
-def test_link_holds_wherever_it_is_read_from(download: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_do_not_depend_on_the_working_folder(
+    download: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     convert("download", "--to", "made/here")
     assert (tmp_path / "made/here/train/images").is_symlink()
@@ -99,7 +101,7 @@ def test_copies_are_independent_of_the_download(download: Path, tmp_path: Path) 
     assert (images / "0--Parade/one.jpg").read_bytes() == b"0--Parade/one.jpg"
 
 
-def test_missing_parts_are_skipped_with_a_line(
+def test_missing_parts_are_skipped_with_a_message(
     download: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (download / "WIDER_val").rename(tmp_path / "away")
@@ -118,7 +120,7 @@ def test_missing_parts_are_skipped_with_a_line(
     assert sorted(path.name for path in to.glob("*/*")) == ["images", "label.txt"]
 
 
-def test_folder_without_any_part_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
+def test_folder_without_any_part_is_refused_with_the_expected_paths(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         convert(tmp_path, "--to", tmp_path / "to")
     for name in (
@@ -140,7 +142,7 @@ def test_overwriting_replaces_labels_and_links(download: Path, tmp_path: Path) -
     convert(download, "--to", to, "--overwrite")
     assert (to / "val/images").resolve() == download / "WIDER_val/images"
     assert (to / "val/label.txt").read_text() == "# 2--Demonstration/wide.jpg\n5 6 7 8\n"
-    convert(download, "--to", to, "--overwrite", "--copy")  # takes the links' places, leaves what they led to
+    convert(download, "--to", to, "--overwrite", "--copy")  # replaces the links, keeps their targets
     assert not (to / "val/images").is_symlink()
     assert (download / "WIDER_val/images/2--Demonstration/wide.jpg").is_file()
 
@@ -171,7 +173,7 @@ def test_landmarks_come_from_the_face_of_the_same_image(download: Path, tmp_path
     assert LANDMARKS not in (tmp_path / "to/val/label.txt").read_text()
 
 
-def test_landmarks_of_a_neighbour_do_not_stand_in_for_unknown_ones(download: Path, tmp_path: Path) -> None:
+def test_landmarks_of_a_neighbouring_face_are_not_used(download: Path, tmp_path: Path) -> None:
     # The neighbour overlaps the face at 26/34, but the face's own match is the box without landmarks.
     labels = f"# 0--Parade/one.jpg\n14 20 30 40 {LANDMARKS}\n10 20 30 40\n# 0--Parade/two.jpg\n0 0 10 10 {LANDMARKS}\n"
     (tmp_path / "landmarks.txt").write_text(labels)
@@ -183,7 +185,7 @@ def test_landmarks_of_a_neighbour_do_not_stand_in_for_unknown_ones(download: Pat
     )
 
 
-def test_landmarks_that_nobody_gets_are_refused(download: Path, tmp_path: Path) -> None:
+def test_landmarks_that_match_no_face_are_refused(download: Path, tmp_path: Path) -> None:
     (tmp_path / "landmarks.txt").write_text(f"# one.jpg\n10 20 30 40 {LANDMARKS}\n")
     flags = ("--to", tmp_path / "to", "--landmarks", tmp_path / "landmarks.txt")
     with pytest.raises(UserError, match=r"landmarks\.txt: has no landmarks for any face of .*train_bbx_gt\.txt"):
@@ -194,7 +196,7 @@ def test_landmarks_that_nobody_gets_are_refused(download: Path, tmp_path: Path) 
         convert(download, *flags, "--overwrite")
 
 
-def test_matches_are_one_to_one_and_the_best_first() -> None:
+def test_matching_is_one_to_one_and_prefers_the_highest_iou() -> None:
     boxes = np.array([[0, 0, 10, 10], [2, 0, 12, 10], [50, 50, 60, 60]], np.float32)
     # IoU of the first with the boxes: 9/11, 9/11; of the second: 7/13, 1; of the third: none; of the last: 1/3 at most.
     others = np.array([[1, 0, 11, 10], [2, 0, 12, 10], [30, 30, 40, 40], [50, 55, 60, 65]], np.float32)
@@ -218,7 +220,7 @@ def test_no_faces_have_no_matches(count: int, other_count: int) -> None:
         (f"# a.jpg\n5.25 6 7 8{' -1' * 16} 2\n", "# a.jpg\n5.25 6 7 8\n"),
     ],
 )
-def test_single_file_is_written_in_retinaface_form(
+def test_single_file_is_written_in_retinaface_format(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, expected: str
 ) -> None:
     (tmp_path / "labels.txt").write_text(text)
@@ -235,7 +237,7 @@ def test_single_file_is_written_in_retinaface_form(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["absent"], "absent: no such file or folder"),
         (["labels.txt"], "labels.txt is a file: --to must name the file to write"),
@@ -249,13 +251,11 @@ def test_single_file_is_written_in_retinaface_form(
         (["labels.txt", "--to=out.txt", "--landmarks="], "an empty name was given"),
     ],
 )
-def test_users_mistakes_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
-) -> None:
+def test_user_errors_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str) -> None:
     monkeypatch.chdir(tmp_path)
     Path("labels.txt").write_text("# a.jpg\n1\n")
     with pytest.raises(UserError, match=message):
-        main(words)
+        main(argv)
     assert [path.name for path in tmp_path.iterdir()] == ["labels.txt"]
 
 

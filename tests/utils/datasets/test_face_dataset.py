@@ -1,4 +1,4 @@
-"""From folders with label.txt to the batches that the network sees."""
+"""Tests of the training dataset: items, batches, mosaics, caches and damaged images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PLAIN = DataConfig(
 
 
 def make_split(folder: Path, faces_of: dict[str, str], size_hw: tuple[int, int] = (64, 64)) -> None:
-    """`train` or `val` with grey images and the given label lines."""
+    """Write a split with grey images and the given label lines."""
     for name in faces_of:
         write_image(folder / "images" / name, np.full((*size_hw, 3), 100, np.uint8))
     lines = [f"# {name}\n{faces}\n" for name, faces in faces_of.items()]
@@ -42,7 +42,7 @@ def open_dataset(folder: Path, config: DataConfig = PLAIN, fill: tuple[int, int,
     return FaceDataset(list(chain.from_iterable(read_split([folder], "train"))), config, fill)
 
 
-def test_item_is_the_image_and_its_faces_as_parts_of_it(tmp_path: Path) -> None:
+def test_item_has_the_image_and_its_normalised_faces(tmp_path: Path) -> None:
     make_split(tmp_path / "train", {"a.png": "16 0 32 16 " + "32 8 0 " * 5})
     item = open_dataset(tmp_path)[0, 0]
     assert item.images.shape == (1, 3, 64, 64)
@@ -54,7 +54,7 @@ def test_item_is_the_image_and_its_faces_as_parts_of_it(tmp_path: Path) -> None:
     assert item.replaced == ()
 
 
-def test_batch_of_images_without_faces_with_one_and_not_square(tmp_path: Path) -> None:
+def test_batch_of_images_that_are_not_square_with_no_and_one_face(tmp_path: Path) -> None:
     make_split(tmp_path / "train", {"a.png": "", "b.png": "10 10 20 20"}, size_hw=(48, 96))
     dataset = open_dataset(tmp_path)
     assert len(dataset) == 2
@@ -83,7 +83,7 @@ def test_fill_surrounds_an_image_that_is_smaller_than_the_crop(tmp_path: Path) -
 
 @pytest.mark.parametrize(("order", "fill"), [("bgr", [10, 20, 30]), ("rgb", [30, 20, 10])])
 def test_the_fill_is_the_mean_of_the_model_in_bgr(order: str, fill: list[int], tmp_path: Path) -> None:
-    """`pixel_mean` has the order in which the model sees colours; images are BGR."""
+    """`pixel_mean` is in the channel order of the model; images are BGR."""
     make_split(tmp_path / "train", {"a.png": ""}, size_hw=(32, 32))
     (images,) = read_split([tmp_path], "train")
     model = ModelConfig(channel_order=order, pixel_mean=(10.0, 20.0, 30.0))
@@ -94,7 +94,7 @@ def test_the_fill_is_the_mean_of_the_model_in_bgr(order: str, fill: list[int], t
 
 
 def write_noise(folder: Path, count: int, size_hw: tuple[int, int] = (50, 70)) -> None:
-    """`train` with images of noise, each with a face at (20, 20) of 10 x 10 pixels."""
+    """Write random training images, each with a face of 10 x 10 pixels at (20, 20)."""
     rng = np.random.default_rng(0)
     for number in range(count):
         write_image(folder / "train" / "images" / f"{number}.png", rng.integers(0, 256, (*size_hw, 3), np.uint8))
@@ -108,7 +108,7 @@ def assert_equal(item: Batch, other: Batch) -> None:
     assert torch.equal(item.targets.landmarks, other.targets.landmarks)
 
 
-EVERYTHING = DataConfig(
+ALL_AUGMENTATIONS = DataConfig(
     im_size=32,
     mosaic_probability=0.5,
     rotation_degrees=30,
@@ -118,9 +118,9 @@ EVERYTHING = DataConfig(
 )
 
 
-def test_key_alone_decides_the_item(tmp_path: Path) -> None:
+def test_item_depends_only_on_its_key(tmp_path: Path) -> None:
     write_noise(tmp_path, 3)
-    dataset = open_dataset(tmp_path, EVERYTHING)
+    dataset = open_dataset(tmp_path, ALL_AUGMENTATIONS)
     first = dataset[1, 5]
     torch.manual_seed(9)
     np.random.seed(9)
@@ -130,9 +130,9 @@ def test_key_alone_decides_the_item(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("start", [0, 4])
-def test_workers_and_resumption_change_no_batch(tmp_path: Path, start: int) -> None:
+def test_batches_do_not_depend_on_workers_or_resuming(tmp_path: Path, start: int) -> None:
     write_noise(tmp_path, 8)
-    dataset = open_dataset(tmp_path, EVERYTHING)
+    dataset = open_dataset(tmp_path, ALL_AUGMENTATIONS)
 
     def batches(workers: int, start: int) -> list[Batch]:
         sampler = EpochSampler(8, 2, seed=0)
@@ -145,7 +145,7 @@ def test_workers_and_resumption_change_no_batch(tmp_path: Path, start: int) -> N
         assert batch.indices == expected.indices
 
 
-def test_mosaic_names_its_four_images(tmp_path: Path) -> None:
+def test_mosaic_reports_its_four_images(tmp_path: Path) -> None:
     make_split(tmp_path / "train", {"a.png": "", "b.png": "0 0 64 64"})
     item = open_dataset(tmp_path, replace(PLAIN, mosaic_probability=1))[1, 0]
     assert item.indices[0] == 1
@@ -155,7 +155,7 @@ def test_mosaic_names_its_four_images(tmp_path: Path) -> None:
     assert len(collate([item, item]).indices) == 8
 
 
-def test_damaged_image_is_named_and_the_next_takes_its_place(tmp_path: Path) -> None:
+def test_damaged_image_is_reported_and_replaced_by_the_next(tmp_path: Path) -> None:
     make_split(tmp_path / "train", {"a.png": "0 0 32 32", "b.png": "", "c.png": "0 0 16 16"})
     damaged = tmp_path / "train" / "images" / "c.png"
     damage(damaged)
@@ -167,10 +167,10 @@ def test_damaged_image_is_named_and_the_next_takes_its_place(tmp_path: Path) -> 
     assert name == str(damaged)
     assert reason
     assert len(dataset[1, 0].targets) == 0
-    assert collate([item, dataset[1, 0], item]).replaced == item.replaced  # once a batch
+    assert collate([item, dataset[1, 0], item]).replaced == item.replaced  # once per batch
 
 
-def test_images_that_are_all_damaged_are_an_error(tmp_path: Path) -> None:
+def test_dataset_of_damaged_images_is_an_error(tmp_path: Path) -> None:
     make_split(tmp_path / "train", {"a.png": "1 2 3 4", "b.png": ""})
     for name in ("a.png", "b.png"):
         damage(tmp_path / "train" / "images" / name)
@@ -185,7 +185,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("kind", ["ram", "disk"])
-def test_cache_changes_no_item(tmp_path: Path, kind: str) -> None:
+def test_cache_does_not_change_the_items(tmp_path: Path, kind: str) -> None:
     write_noise(tmp_path, 2)
     plain, cached = (open_dataset(tmp_path, DataConfig(im_size=32, cache=each)) for each in ("none", kind))
     for key in ((0, 1), (1, 2), (0, 1)):
@@ -197,7 +197,7 @@ def test_cache_changes_no_item(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     "method", [each for each in ("fork", "spawn") if each in multiprocessing.get_all_start_methods()]
 )
-def test_cache_serves_worker_processes(tmp_path: Path, kind: str, method: str) -> None:
+def test_cache_works_in_worker_processes(tmp_path: Path, kind: str, method: str) -> None:
     write_noise(tmp_path, 2)
     dataset = open_dataset(tmp_path, replace(PLAIN, im_size=32, cache=kind))
     loader = DataLoader(

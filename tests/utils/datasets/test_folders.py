@@ -1,4 +1,4 @@
-"""Finding datasets and their parts."""
+"""Tests of finding datasets and reading their splits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from utils.runtime.images import write_image
 
 
 def make_split(folder: Path, faces_of: dict[str, str], size_hw: tuple[int, int] = (64, 64)) -> None:
-    """`train` or `val` with grey images and the given label lines."""
+    """Write a split with grey images and the given label lines."""
     for name in faces_of:
         write_image(folder / "images" / name, np.full((*size_hw, 3), 100, np.uint8))
     lines = [f"# {name}\n{faces}\n" for name, faces in faces_of.items()]
@@ -47,7 +47,7 @@ def test_split_is_read_from_every_folder_that_has_it(tmp_path: Path) -> None:
     assert image.path == tmp_path / "b" / "val" / "images" / "4.png"
 
 
-def test_absent_split_and_absent_images_are_named(tmp_path: Path) -> None:
+def test_missing_split_and_missing_images_are_named(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"no val/label\.txt in .*; see data/README\.md"):
         read_split([tmp_path], "val")
     make_split(tmp_path / "val", {"a.png": "", "b.png": "", "c.png": ""})

@@ -1,4 +1,4 @@
-"""Annotations for other tools: what we write is read by them, and read back by us as what it was."""
+"""Tests of the annotation formats of other tools: writing, reading back, and compatibility with those tools."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMES = ("a.jpg", MARKUP, "none.png")
 
 
 def annotated(with_scores: bool = False) -> list[AnnotatedImage]:
-    """Three images of 64 x 48: one face with landmarks and one without; one of each again; none."""
+    """Return three images of 64 x 48: two with one face with landmarks and one without, and one without faces."""
     rows = [FaceRow([10.1, 10, 20, 30.7], POINTS), FaceRow([30, 5.25, 63.9, 47])]
     images = []
     for name in NAMES:
@@ -55,35 +55,35 @@ def assert_same(found: Faces, expected: Faces) -> None:
 
 
 @pytest.mark.parametrize("with_scores", [False, True])
-@pytest.mark.parametrize("form", FORMATS)
-def test_what_is_written_is_read_back(form: str, with_scores: bool, photos: Path, tmp_path: Path) -> None:
-    target = tmp_path / FORMATS[form].file
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_reading_inverts_writing(format_name: str, with_scores: bool, photos: Path, tmp_path: Path) -> None:
+    target = tmp_path / FORMATS[format_name].file
     images = annotated(with_scores)
-    FORMATS[form].write(target, images, photos)
-    FORMATS[form].write(target, images, photos)  # again, which replaces it
-    found = {image.path.as_posix(): image.faces for image in FORMATS[form].read(target, photos)}
+    FORMATS[format_name].write(target, images, photos)
+    FORMATS[format_name].write(target, images, photos)  # the second time it is replaced
+    found = {image.path.as_posix(): image.faces for image in FORMATS[format_name].read(target, photos)}
     assert found.keys() == set(NAMES)
     for image in images:
         assert_same(found[image.name], image.faces)
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_no_image_is_an_ordinary_file(form: str, tmp_path: Path) -> None:
-    FORMATS[form].write(tmp_path / FORMATS[form].file, [], None)
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_no_images_give_a_valid_file(format_name: str, tmp_path: Path) -> None:
+    FORMATS[format_name].write(tmp_path / FORMATS[format_name].file, [], None)
 
 
-@pytest.mark.parametrize("form", ["coco", "csv", "cvat", "labelme"])
-def test_ignored_faces_stay_ignored(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format_name", ["coco", "csv", "cvat", "labelme"])
+def test_ignored_faces_stay_ignored(format_name: str, tmp_path: Path) -> None:
     faces = labelled_image(Path("a.jpg"), [FaceRow([1, 2, 3, 4], None, True), FaceRow([5, 6, 7, 8])]).faces
-    FORMATS[form].write(tmp_path / "out", [AnnotatedImage("a.jpg", 64, 48, faces)], None)
-    (found,) = FORMATS[form].read(tmp_path / "out", None)
+    FORMATS[format_name].write(tmp_path / "out", [AnnotatedImage("a.jpg", 64, 48, faces)], None)
+    (found,) = FORMATS[format_name].read(tmp_path / "out", None)
     assert found.faces.ignored.tolist() == [True, False]
 
 
-# ------------------------------------------------------------------------------------------- others' readers
+# ------------------------------------------------------------------------------------- readers of other tools
 
 
-def test_pycocotools_loads_and_measures(tmp_path: Path) -> None:
+def test_pycocotools_loads_and_evaluates(tmp_path: Path) -> None:
     """Our detections have a box AP and a keypoint AP of 1 against themselves."""
     pycocotools = pytest.importorskip("pycocotools.coco")
     evaluation = pytest.importorskip("pycocotools.cocoeval")
@@ -100,8 +100,8 @@ def test_pycocotools_loads_and_measures(tmp_path: Path) -> None:
         assert measured.stats[0] == pytest.approx(1.0), kind
 
 
-def test_yolo_is_as_ultralytics_checks_it(photos: Path, tmp_path: Path) -> None:
-    """Its checks: an image for every label, 5 + 5 * 3 columns, all of them in [0, 1], class 0, no line twice."""
+def test_yolo_passes_the_checks_of_ultralytics(photos: Path, tmp_path: Path) -> None:
+    """Its checks: an image for every label, 5 + 5 * 3 columns, all of them in [0, 1], class 0, no duplicates."""
     FORMATS["yolo"].write(tmp_path / "yolo", annotated(), photos)
     data = dict(line.split(": ", 1) for line in (tmp_path / "yolo/data.yaml").read_text().splitlines() if ": " in line)
     assert data["kpt_shape"] == "[5, 3]"
@@ -128,7 +128,7 @@ def test_yolo_clips_faces_at_the_border(tmp_path: Path) -> None:
     assert line.startswith("0 0.25 0.25 0.5 0.5 0.1875 ")
 
 
-def test_cvat_has_what_its_importer_asks_for(tmp_path: Path) -> None:
+def test_cvat_has_the_fields_that_its_importer_needs(tmp_path: Path) -> None:
     """Names of images, numbers in attributes, and groups that tie the points to the boxes."""
     FORMATS["cvat"].write(tmp_path / "cvat", annotated(with_scores=True), None)
     root = ElementTree.parse(tmp_path / "cvat/annotations.xml").getroot()
@@ -145,7 +145,7 @@ def test_cvat_has_what_its_importer_asks_for(tmp_path: Path) -> None:
     assert {attribute.attrib["name"] for attribute in root.iter("attribute")} == known["face"]
 
 
-def test_csv_has_a_row_for_a_face_and_for_an_image_without(tmp_path: Path) -> None:
+def test_csv_has_a_row_per_face_and_per_image_without_faces(tmp_path: Path) -> None:
     FORMATS["csv"].write(tmp_path / "faces.csv", annotated(with_scores=True), None)
     with (tmp_path / "faces.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -164,7 +164,7 @@ def test_labelme_refers_to_the_images(photos: Path, tmp_path: Path) -> None:
         assert (content["imageWidth"], content["imageHeight"], content["imageData"]) == (64, 48, None)
 
 
-# -------------------------------------------------------------------------------------- what people bring back
+# ----------------------------------------------------------------------------------- files edited with other tools
 
 
 def test_corrected_cvat_points_without_group_belong_to_the_box_around_them(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_labelme_corners_may_be_in_any_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "file", "content", "message"),
+    ("format_name", "file", "content", "message"),
     [
         ("coco", "x.json", "{", "not annotations in COCO's form"),
         ("coco", "x.json", '{"images": [], "annotations": [{"category_id": 3}]}', "not annotations in COCO's form"),
@@ -208,16 +208,16 @@ def test_labelme_corners_may_be_in_any_order(tmp_path: Path) -> None:
     ],
 )
 def test_malformed_files_are_refused(
-    form: str, file: str, content: str, message: str, photos: Path, tmp_path: Path
+    format_name: str, file: str, content: str, message: str, photos: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / file
     path.parent.mkdir(exist_ok=True)
     path.write_text(content)
     with pytest.raises(DatasetError, match=message):
-        FORMATS[form].read(tmp_path if form == "yolo" else path, photos)
+        FORMATS[format_name].read(tmp_path if format_name == "yolo" else path, photos)
 
 
-def test_file_of_other_labels_is_refused(tmp_path: Path) -> None:
+def test_file_without_the_class_face_is_refused(tmp_path: Path) -> None:
     categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
     annotations = [{"category_id": number, "image_id": 0, "bbox": [0, 0, 1, 1]} for number in (1, 2)]
     content = {"categories": categories, "images": [{"id": 0, "file_name": "a.jpg"}], "annotations": annotations}
@@ -233,9 +233,9 @@ def test_images_that_would_share_a_file_are_refused() -> None:
         check_names(["coco", "yolo"], ["a.jpg", "a.png"])
 
 
-@pytest.mark.parametrize("form", ["labelme", "yolo"])
+@pytest.mark.parametrize("format_name", ["labelme", "yolo"])
 @pytest.mark.parametrize("name", ["../other/b.jpg", "sub/../../other/b.jpg", "{root}/other/b.jpg"])
-def test_no_annotation_is_written_outside_its_folder(form: str, name: str, photos: Path, tmp_path: Path) -> None:
+def test_no_annotation_is_written_outside_its_folder(format_name: str, name: str, photos: Path, tmp_path: Path) -> None:
     name = name.format(root=tmp_path)
     (tmp_path / "other").mkdir()
     Image.new("RGB", (64, 48)).save(tmp_path / "other/b.jpg")
@@ -244,13 +244,13 @@ def test_no_annotation_is_written_outside_its_folder(form: str, name: str, photo
     label = tmp_path / "label.txt"
     label.write_text(f"# a.jpg\n10 10 10 20\n# {name}\n10 10 10 20\n")
     with pytest.raises(UserError, match=r"other/b\.jpg: is outside the folder of the images"):
-        main([str(label), f"--to={form}", f"--output={tmp_path}/deep/out/x", f"--images={photos}"])
+        main([str(label), f"--to={format_name}", f"--output={tmp_path}/deep/out/x", f"--images={photos}"])
     assert {path.name for path in (tmp_path / "other").iterdir()} == {"b.jpg", "b.json", "b.txt"}
     assert (tmp_path / "other/b.json").read_text() == (tmp_path / "other/b.txt").read_text() == "mine"
     assert not list(tmp_path.glob("deep/**/b.*"))
 
 
-def test_image_that_a_detour_names_is_inside_the_folder() -> None:
+def test_path_with_parent_folders_may_stay_inside_the_folder() -> None:
     check_names(["yolo"], ["a.jpg", "x/../b.jpg"])
     with pytest.raises(UserError, match=r"several images are named a\.\*"):
         check_names(["yolo"], ["a.jpg", "x/../a.jpg"])
@@ -269,17 +269,17 @@ def test_size_is_that_of_the_upright_image(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ the command
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_labels_go_to_every_form_and_back(form: str, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_labels_can_be_converted_to_every_format_and_back(format_name: str, photos: Path, tmp_path: Path) -> None:
     label = tmp_path / "label.txt"
     label.write_text(
         "# a.jpg\n10 10 10 20 12 14 0 18 14 0 15 18 0 12 22 0 18 22 0\n30 5 33 42\n# none.png\n# sub/b.jpg\n0 0 7 8\n"
     )
     Image.new("RGB", (64, 48)).save(photos / "sub/b.jpg")
-    there = tmp_path / "there" / FORMATS[form].file
+    there = tmp_path / "there" / FORMATS[format_name].file
     there.parent.mkdir()
-    main([str(label), f"--to={form}", f"--output={there}"])
-    main([str(there), f"--from={form}", f"--to={tmp_path / 'back.txt'}", f"--images={photos}"])
+    main([str(label), f"--to={format_name}", f"--output={there}"])
+    main([str(there), f"--from={format_name}", f"--to={tmp_path / 'back.txt'}", f"--images={photos}"])
     found, expected = ({i.path: i.faces for i in read_labels(p, Path())} for p in (tmp_path / "back.txt", label))
     assert found.keys() == expected.keys()
     for path, faces in expected.items():
@@ -291,7 +291,7 @@ def test_any_character_may_be_in_a_name(character: str, tmp_path: Path) -> None:
     faces = labelled_image(Path("a"), [FaceRow([1, 2, 3, 4])]).faces
     for name, format in FORMATS.items():
         format.write(tmp_path / format.file, [AnnotatedImage(f"a{character}b.jpg", 64, 48, faces)], None)
-        if name != "yolo":  # which needs the image to read its size
+        if name != "yolo":  # needs the image to read its size
             (image,) = format.read(tmp_path / format.file, None)
             assert len(image.faces) == 1
     listed = (tmp_path / "yolo/train.txt").read_text(encoding="utf-8", errors="surrogateescape")
@@ -306,7 +306,7 @@ def test_normalised_table_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "label.txt").exists()
 
 
-def test_command_says_what_it_did(photos: Path, tmp_path: Path) -> None:
+def test_command_prints_a_summary(photos: Path, tmp_path: Path) -> None:
     FORMATS["cvat"].write(tmp_path / "cvat", annotated(), None)
     flags = ["--from=cvat", f"--to={tmp_path / 'label.txt'}"]
     result = run_script(convert_labels, tmp_path / "cvat/annotations.xml", *flags)
@@ -323,13 +323,13 @@ def test_command_says_what_it_did(photos: Path, tmp_path: Path) -> None:
         (["--to=coco", "--output=x"], "give --images"),
     ],
 )
-def test_command_refuses_what_it_cannot_do(flags: list[str], message: str, tmp_path: Path) -> None:
+def test_command_refuses_invalid_flags(flags: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "label.txt").write_text("# a.jpg\n1 2 3 4\n")
     with pytest.raises(UserError, match=message):
         main([str(tmp_path / "label.txt"), *flags])
 
 
-def test_faces_to_be_ignored_are_counted_apart(tmp_path: Path) -> None:
+def test_ignored_faces_are_counted_separately(tmp_path: Path) -> None:
     (tmp_path / "faces.csv").write_text("image,x1,y1,x2,y2,ignored\na.jpg,1,2,3,4,0\na.jpg,5,6,9,9,1\n")
     found = convert_annotations(
         tmp_path / "faces.csv", tmp_path / "label.txt", source_format="csv", target_format=None, images=None

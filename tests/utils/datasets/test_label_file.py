@@ -1,4 +1,4 @@
-"""The forms of labels: what is read and written, and which line a mistake is in."""
+"""Tests of the text label formats: parsing, error messages, and writing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read(tmp_path: Path, text: str) -> list[LabelledImage]:
 
 
 def same(images: list[LabelledImage], others: list[LabelledImage]) -> bool:
-    """Whether both are the same images with the same faces, to the last bit."""
+    """Return whether both are the same images with bitwise equal faces."""
     return [image.path for image in images] == [other.path for other in others] and all(
         np.array_equal(getattr(image.faces, name), getattr(other.faces, name))
         for image, other in zip(images, others, strict=True)
@@ -107,7 +107,7 @@ def test_line_ends_byte_order_mark_and_blanks_do_not_matter(tmp_path: Path, text
         ("\n\n", "label.txt: names no image"),
     ],
 )
-def test_mistake_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+def test_parse_error_names_the_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         read(tmp_path, text)
 
@@ -123,7 +123,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------- SNU_FaceDetection's difficulty
 
 
-def test_score_and_difficulty_are_read_past(tmp_path: Path) -> None:
+def test_score_and_difficulty_are_ignored(tmp_path: Path) -> None:
     plain = read(tmp_path, f"# a.jpg\n{FACE}\n")
     assert same(plain, read(tmp_path, f"# a.jpg\n{FACE} 0.87\n"))
     assert same(plain, read(tmp_path, f"# a.jpg\n{FACE} 0.87 2\n"))
@@ -150,7 +150,7 @@ def test_labelv2_means_the_same_as_retinaface(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("header", "corner"), [("# a.jpg 1024 1385", "40 60"), ("# a.jpg", "30 40")])
-def test_faces_may_be_labelled_to_be_ignored(tmp_path: Path, header: str, corner: str) -> None:
+def test_faces_may_be_labelled_as_ignored(tmp_path: Path, header: str, corner: str) -> None:
     (image,) = read(tmp_path, f"{header}\n10 20 {corner} 0\n11 21 {corner} 1\n10 20 {corner}\n")
     right, bottom = (40, 60) if header.endswith("1385") else (41, 61)
     assert image.faces.boxes.tolist() == [[10, 20, 40, 60], [11, 21, right, bottom], [10, 20, 40, 60]]
@@ -180,7 +180,7 @@ def test_spaces_and_digits_in_a_path_do_not_make_it_labelv2(tmp_path: Path, name
         ("# a.jpg 9 9\nb.jpg\n", "label.txt:2: expected numbers, got 'b.jpg'"),
     ],
 )
-def test_mistake_in_labelv2_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+def test_parse_error_in_labelv2_names_the_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         read(tmp_path, text)
 
@@ -238,7 +238,7 @@ def test_wider_line_ends_byte_order_mark_and_blanks_do_not_matter(tmp_path: Path
         ("a.jpg\n0\n# b.jpg\n1 2 3 4\n", "label.txt:3: expected numbers, got '# b.jpg'"),
     ],
 )
-def test_mistake_in_wider_labels_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+def test_parse_error_in_wider_labels_names_the_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         read(tmp_path, text)
 
@@ -267,7 +267,7 @@ def test_reading_inverts_writing(tmp_path: Path) -> None:
     corners = random.normal(0, 300, (500, 2)).astype(np.float32)
     boxes = np.concatenate([corners, corners + random.exponential(30, (500, 2)).astype(np.float32)], axis=1)
     known, ignored = random.random(500) < 0.5, random.random(500) < 0.2
-    known &= ~ignored  # of those that are ignored, only the boxes are written
+    known &= ~ignored  # only the boxes of ignored faces are written
     landmarks = np.where(known[:, None, None], random.exponential(300, (500, 5, 2)), 0).astype(np.float32)
     faces = Faces(boxes, landmarks, known, ignored)
     images = [

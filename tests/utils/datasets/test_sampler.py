@@ -1,4 +1,4 @@
-"""The order of an epoch: what it depends on, and how processes share it."""
+"""Tests of the sampler: the order of an epoch, resuming, sharding and weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def keys_of(sampler: EpochSampler, epoch: int = 0, start: int = 0) -> list[Sampl
     return keys
 
 
-def test_epoch_shows_every_image_once_with_a_seed_of_its_own() -> None:
+def test_epoch_has_every_image_once_with_its_own_seed() -> None:
     keys = keys_of(EpochSampler(12, 4, seed=0))
     assert sorted(index for index, _ in keys) == list(range(12))
     assert len({seed for _, seed in keys}) == 12
 
 
-def test_seed_and_epoch_decide_the_sequence() -> None:
+def test_seed_and_epoch_determine_the_order() -> None:
     sampler = EpochSampler(12, 4, seed=1)
     first = keys_of(sampler, epoch=3)
     keys_of(sampler, epoch=4)
@@ -34,14 +34,14 @@ def test_seed_and_epoch_decide_the_sequence() -> None:
 
 
 @pytest.mark.parametrize(("start", "skipped"), [(0, 0), (4, 4), (8, 8), (7, 4), (12, 12), (50, 12)])
-def test_start_skips_the_steps_that_were_done(start: int, skipped: int) -> None:
+def test_start_skips_finished_steps(start: int, skipped: int) -> None:
     sampler = EpochSampler(14, 4, seed=0)
     assert keys_of(sampler, 5, start) == keys_of(sampler, 5)[skipped:]
 
 
 @pytest.mark.parametrize("start", [0, 6])
 def test_processes_share_the_batches_of_one_process(start: int) -> None:
-    """17 images: one process has two batches of six, three processes have the same six as twos."""
+    """17 images: one process has two batches of six, three processes have the same batches as three times two."""
     alone = keys_of(EpochSampler(17, 6, seed=0), 2, start)
     shares = [keys_of(EpochSampler(17, 2, seed=0, rank=rank, world_size=3), 2, start) for rank in range(3)]
     assert len(alone) == 12 - start
@@ -63,7 +63,7 @@ def test_small_set_gives_one_batch(images: int, batch_size: int, world_size: int
     assert len({key for share in shares for key in share}) == expected * world_size
 
 
-def test_weights_say_how_often_an_image_is_drawn() -> None:
+def test_weights_set_how_often_an_image_is_drawn() -> None:
     sampler = EpochSampler(400, 8, seed=0, weights=[3.0] * 200 + [1.0] * 200)
     keys = keys_of(sampler)
     assert len(keys) == 400

@@ -1,4 +1,4 @@
-"""What happens to the faces when their image is cut, scaled, mirrored and coloured."""
+"""Tests of the augmentations: crops, rotation, scaling, mirroring, mosaics, colour, blur and compression."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LANDMARKS = [[12, 14], [18, 14], [15, 18], [13, 22], [17, 22]]  # left eye, righ
 
 
 def sample_of(boxes: list[list[float]], height: int = 40, width: int = 60) -> Sample:
-    """Every pixel has its own colour (x, y, 0); every face has the same landmarks."""
+    """Return a sample in which the pixel at (x, y) has the colour (x, y, 0) and all faces have the same landmarks."""
     image = np.zeros((height, width, 3), np.uint8)
     image[:, :, 0] = np.arange(width)
     image[:, :, 1] = np.arange(height)[:, None]
@@ -100,11 +100,11 @@ def test_crop_that_misses_the_image_is_all_fill(corner: tuple[int, int]) -> None
     assert len(cut.faces) == 0
 
 
-def test_mirror_exchanges_left_and_right() -> None:
-    turned = mirror(ONE_FACE)
-    assert turned.faces.boxes.tolist() == [[40, 10, 50, 26]]
-    assert turned.faces.landmarks.tolist() == [[[42, 14], [48, 14], [45, 18], [43, 22], [47, 22]]]
-    assert turned.image[0, 0].tolist() == [59, 0, 0]
+def test_mirror_swaps_left_and_right() -> None:
+    mirrored = mirror(ONE_FACE)
+    assert mirrored.faces.boxes.tolist() == [[40, 10, 50, 26]]
+    assert mirrored.faces.landmarks.tolist() == [[[42, 14], [48, 14], [45, 18], [43, 22], [47, 22]]]
+    assert mirrored.image[0, 0].tolist() == [59, 0, 0]
     assert ONE_FACE.faces.boxes.tolist() == [[10, 10, 20, 26]]
 
 
@@ -116,7 +116,7 @@ def test_mirror_inverts_itself(sample: Sample) -> None:
         assert np.array_equal(getattr(twice.faces, name), getattr(sample.faces, name)), name
 
 
-def test_resize_scales_everything_and_drops_what_gets_thinner_than_a_pixel() -> None:
+def test_resize_scales_faces_and_drops_those_thinner_than_a_pixel() -> None:
     square = sample_of([[4, 8, 16, 32], [0, 0, 4, 40], [0, 0, 3.9, 40], [0, 0, 40, 3]], height=40, width=40)
     small = resize_square(square, 10)
     assert small.image.shape == (10, 10, 3)
@@ -125,7 +125,7 @@ def test_resize_scales_everything_and_drops_what_gets_thinner_than_a_pixel() -> 
     assert small.faces.boxes.dtype == small.faces.landmarks.dtype == np.float32
 
 
-def test_inputs_are_left_as_they_were() -> None:
+def test_augmentation_does_not_change_its_input() -> None:
     before = copy.deepcopy(ONE_FACE)
     augment(ONE_FACE, 32, DataConfig(flip_probability=1, colour_probability=1), (0, 0, 0), rng(0))
     assert np.array_equal(before.image, ONE_FACE.image)
@@ -137,8 +137,8 @@ def rng(seed: int) -> np.random.Generator:
 
 
 @pytest.mark.parametrize("max_scale", [1.0, 2.5])
-def test_augmented_boxes_lie_around_their_faces(max_scale: float) -> None:
-    """A red face on black is still what its box holds, whatever was done to it."""
+def test_augmented_boxes_contain_their_faces(max_scale: float) -> None:
+    """After any augmentation, the box of a red face on black still contains it."""
     image = np.zeros((60, 90, 3), np.uint8)
     image[20:44, 30:50] = (0, 0, 255)
     red = replace(sample_of([[30, 20, 50, 44]]), image=image)
@@ -209,7 +209,7 @@ def test_mosaic_puts_four_samples_side_by_side() -> None:
 
 
 @pytest.mark.parametrize(("probability", "grey"), [(1.0, True), (0.0, False)])
-def test_crops_lose_their_colour_when_asked(probability: float, grey: bool) -> None:
+def test_crops_become_grey_with_their_probability(probability: float, grey: bool) -> None:
     sample = augment(ONE_FACE, 32, DataConfig(grey_probability=probability), (0, 0, 0), rng(0))
     blue, green, red = np.moveaxis(sample.image, 2, 0)
     assert (np.array_equal(blue, green) and np.array_equal(green, red)) is grey
@@ -217,49 +217,51 @@ def test_crops_lose_their_colour_when_asked(probability: float, grey: bool) -> N
 
 @pytest.mark.parametrize("fill", [(0, 0, 0), (1, 2, 3)])
 @pytest.mark.parametrize("region", [(5, 8, 20, 30), (-2, -3, 70, 51), (0, 0, 60, 40)])
-def test_crop_that_is_not_turned_is_a_plain_crop(region: tuple[int, int, int, int], fill: tuple[int, int, int]) -> None:
-    turned, plain = crop_rotated(ONE_FACE, region, 0, fill), crop(ONE_FACE, region, fill)
-    assert np.array_equal(turned.image, plain.image)
-    assert np.array_equal(turned.faces.boxes, plain.faces.boxes)
-    assert np.array_equal(turned.faces.landmarks, plain.faces.landmarks)
+def test_crop_rotated_by_zero_degrees_is_a_plain_crop(
+    region: tuple[int, int, int, int], fill: tuple[int, int, int]
+) -> None:
+    rotated, plain = crop_rotated(ONE_FACE, region, 0, fill), crop(ONE_FACE, region, fill)
+    assert np.array_equal(rotated.image, plain.image)
+    assert np.array_equal(rotated.faces.boxes, plain.faces.boxes)
+    assert np.array_equal(rotated.faces.landmarks, plain.faces.landmarks)
 
 
-def test_quarter_turn_moves_boxes_and_landmarks_with_the_pixels() -> None:
-    """About (20, 20), counter-clockwise: what was 5 to the left is 5 below, and the box of 10 x 16 lies down."""
-    turned = crop_rotated(ONE_FACE, (0, 0, 40, 40), 90)
-    assert np.array_equal(turned.image, np.rot90(ONE_FACE.image[:, :40]))
-    assert turned.faces.boxes[0].tolist() == pytest.approx([10, 20, 26, 30], abs=1e-4)  # from 10, 10, 20, 26
-    assert turned.faces.landmarks[0].tolist() == [pytest.approx([y, 40 - x], abs=1e-4) for x, y in LANDMARKS]
+def test_rotation_by_90_degrees_moves_boxes_and_landmarks_with_the_pixels() -> None:
+    """Counter-clockwise about (20, 20): 5 to the left becomes 5 below, and the box of 10 x 16 becomes 16 x 10."""
+    rotated = crop_rotated(ONE_FACE, (0, 0, 40, 40), 90)
+    assert np.array_equal(rotated.image, np.rot90(ONE_FACE.image[:, :40]))
+    assert rotated.faces.boxes[0].tolist() == pytest.approx([10, 20, 26, 30], abs=1e-4)  # from 10, 10, 20, 26
+    assert rotated.faces.landmarks[0].tolist() == [pytest.approx([y, 40 - x], abs=1e-4) for x, y in LANDMARKS]
 
 
-def test_quarter_turn_of_a_region_that_is_not_square() -> None:
-    """30 x 20 about (20, 20) sees the columns from 10 to 30 and the rows from 5 to 35."""
-    turned = crop_rotated(ONE_FACE, (5, 10, 30, 20), 90)
-    assert np.array_equal(turned.image, np.rot90(ONE_FACE.image[5:35, 10:30]))
-    assert turned.faces.boxes[0].tolist() == pytest.approx([5, 10, 21, 20], abs=1e-4)
+def test_rotation_by_90_degrees_of_a_region_that_is_not_square() -> None:
+    """The region of 30 x 20 about (20, 20) shows columns 10 to 30 and rows 5 to 35."""
+    rotated = crop_rotated(ONE_FACE, (5, 10, 30, 20), 90)
+    assert np.array_equal(rotated.image, np.rot90(ONE_FACE.image[5:35, 10:30]))
+    assert rotated.faces.boxes[0].tolist() == pytest.approx([5, 10, 21, 20], abs=1e-4)
 
 
 @pytest.mark.parametrize("degrees", [17, 45, 90, -133, 180])
-def test_round_box_keeps_its_size_whatever_the_angle(degrees: float) -> None:
-    """A square box holds a circle: its bounds do not grow, and its centre turns exactly."""
-    turned = crop_rotated(sample_of([[24, 14, 36, 26]]), (10, 0, 40, 40), degrees)
-    assert turned.faces.boxes[0].tolist() == pytest.approx([14, 14, 26, 26], abs=1e-4)
+def test_square_box_keeps_its_size_at_any_angle(degrees: float) -> None:
+    """A square box contains a circle: its bounds do not grow, and its centre is rotated exactly."""
+    rotated = crop_rotated(sample_of([[24, 14, 36, 26]]), (10, 0, 40, 40), degrees)
+    assert rotated.faces.boxes[0].tolist() == pytest.approx([14, 14, 26, 26], abs=1e-4)
 
 
 def test_box_of_an_oval_face_is_that_of_the_ellipse() -> None:
-    """Half sides 3 and 4, turned by 45 degrees: both become the root of (9 + 16) / 2."""
-    turned = crop_rotated(sample_of([[27, 16, 33, 24]]), (10, 0, 40, 40), 45)
-    assert (turned.faces.boxes[0, 2:] - 20).tolist() == pytest.approx([12.5**0.5] * 2, abs=1e-4)
+    """Half sides of 3 and 4, rotated by 45 degrees, both become the root of (9 + 16) / 2."""
+    rotated = crop_rotated(sample_of([[27, 16, 33, 24]]), (10, 0, 40, 40), 45)
+    assert (rotated.faces.boxes[0, 2:] - 20).tolist() == pytest.approx([12.5**0.5] * 2, abs=1e-4)
 
 
-def test_faces_that_turn_out_of_the_region_are_dropped_and_others_clipped() -> None:
-    """About (20, 20) of 40 x 40 by 45 degrees: (1, 1) leaves it, (20, 1) goes to (6.6, 6.6)."""
-    turned = crop_rotated(sample_of([[0, 0, 2, 2], [10, -9, 30, 11]]), (0, 0, 40, 40), 45)
-    assert turned.faces.boxes.tolist() == [pytest.approx([0, 0, 16.56, 16.56], abs=0.01)]
-    assert len(turned.faces.landmarks) == len(turned.faces.has_landmarks) == 1
+def test_faces_rotated_out_of_the_region_are_dropped_and_others_clipped() -> None:
+    """By 45 degrees about (20, 20) in 40 x 40 pixels: (1, 1) leaves the region, (20, 1) moves to (6.6, 6.6)."""
+    rotated = crop_rotated(sample_of([[0, 0, 2, 2], [10, -9, 30, 11]]), (0, 0, 40, 40), 45)
+    assert rotated.faces.boxes.tolist() == [pytest.approx([0, 0, 16.56, 16.56], abs=0.01)]
+    assert len(rotated.faces.landmarks) == len(rotated.faces.has_landmarks) == 1
 
 
-def test_what_turns_in_from_outside_the_region_is_the_image_and_from_beyond_that_the_fill() -> None:
+def test_rotated_crop_shows_the_image_around_the_region_and_fill_beyond_the_image() -> None:
     white = replace(NO_FACE, image=np.full((40, 60, 3), 255, np.uint8))
     assert (crop_rotated(white, (20, 10, 20, 20), 45, (1, 2, 3)).image == 255).all()
     # Corners lie 28 pixels from the centre: two of them above and below it, where the image has 20, two at its sides,
@@ -269,7 +271,7 @@ def test_what_turns_in_from_outside_the_region_is_the_image_and_from_beyond_that
     assert len(crop_rotated(NO_FACE, (10, 0, 40, 40), 45).faces) == 0
 
 
-def test_motion_spreads_a_point_along_its_line() -> None:
+def test_motion_blur_spreads_a_point_along_a_line() -> None:
     point = np.zeros((7, 9, 3), np.uint8)
     point[3, 4] = 255
     across, down = blur_by_motion(point, 1, 0), blur_by_motion(point, 2, 90)
@@ -278,7 +280,7 @@ def test_motion_spreads_a_point_along_its_line() -> None:
     assert across.sum(dtype=int) == down.sum(dtype=int) == point.sum(dtype=int)
 
 
-def test_blur_makes_noise_smoother_and_leaves_a_flat_image() -> None:
+def test_blur_smooths_noise_and_keeps_a_flat_image() -> None:
     noise = rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     flat = np.full((1, 5, 3), 77, np.uint8)
     for seed in range(20):
@@ -293,7 +295,7 @@ def test_compression_loses_more_at_lower_quality() -> None:
 
 
 @pytest.mark.parametrize("name", ["rotation_degrees", "blur_probability", "jpeg_probability"])
-def test_pixels_change_only_by_what_is_on(name: str) -> None:
+def test_each_augmentation_changes_the_pixels(name: str) -> None:
     noise = replace(ONE_FACE, image=rng(0).integers(0, 256, (40, 60, 3), np.uint8))
     still = DataConfig(flip_probability=0, colour_probability=0, grey_probability=0)
     before = augment(noise, 40, still, (0, 0, 0), rng(0))

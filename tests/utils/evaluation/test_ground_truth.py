@@ -1,4 +1,4 @@
-"""Which faces count, and in which images they are."""
+"""Tests of opening evaluation and validation sets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from utils.errors import UserError
 from utils.evaluation.ground_truth import open_evaluation_set, open_validation_set
 
 
-def make(folder: Path, labels: str, *names: str) -> Path:
+def make_dataset(folder: Path, labels: str, *names: str) -> Path:
     for name in names:
         (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "images" / name).touch()
@@ -20,8 +20,8 @@ def make(folder: Path, labels: str, *names: str) -> Path:
     return folder
 
 
-def test_labelled_faces_all_count(tmp_path: Path) -> None:
-    make(tmp_path / "val", "# a/1.jpg\n10 20 30 40\n# 2.png\n", "a/1.jpg", "2.png")
+def test_all_labelled_faces_count(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "val", "# a/1.jpg\n10 20 30 40\n# 2.png\n", "a/1.jpg", "2.png")
     faces = open_evaluation_set(tmp_path, None, need_images=True)
     assert not faces.official
     assert faces.names == ["a/1", "2"]
@@ -31,18 +31,18 @@ def test_labelled_faces_all_count(tmp_path: Path) -> None:
 
 
 def test_false_boxes_in_own_images_without_faces_count(tmp_path: Path) -> None:
-    make(tmp_path, "# 1.jpg\n10 20 30 40\n# 2.jpg\n", "1.jpg", "2.jpg")
+    make_dataset(tmp_path, "# 1.jpg\n10 20 30 40\n# 2.jpg\n", "1.jpg", "2.jpg")
     faces = open_evaluation_set(tmp_path, None, need_images=True)
     rows = {"1": np.array([[10, 20, 30, 40, 0.5]]), "2": np.array([[0, 0, 9, 9, 0.9]])}
     assert faces.evaluate(rows).average_precisions == {"all": pytest.approx(0.5)}
 
 
 def test_images_that_differ_by_their_suffix_keep_it(tmp_path: Path) -> None:
-    make(tmp_path, "# 1.jpg\n# 1.png\n# 2.jpg\n")
+    make_dataset(tmp_path, "# 1.jpg\n# 1.png\n# 2.jpg\n")
     assert open_evaluation_set(tmp_path, None, need_images=False).names == ["1.jpg", "1.png", "2"]
 
 
-def test_official_faces_go_first(tmp_path: Path, shared: Path) -> None:
+def test_official_ground_truth_takes_precedence(tmp_path: Path, shared: Path) -> None:
     folder = shared / "data/widerface"
     faces = open_evaluation_set(folder, None, need_images=True)
     assert faces.official
@@ -60,19 +60,19 @@ def test_official_faces_go_first(tmp_path: Path, shared: Path) -> None:
         open_evaluation_set(tmp_path, folder / "gt_full", need_images=True)
 
 
-def test_absent_ground_truth_is_refused(tmp_path: Path) -> None:
+def test_missing_ground_truth_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"no val/gt with the official \.mat files and no val/label\.txt; give --gt_dir"
     ):
         open_evaluation_set(tmp_path, None, need_images=True)
-    make(tmp_path, "# 1.jpg\n")
+    make_dataset(tmp_path, "# 1.jpg\n")
     with pytest.raises(UserError, match=r"label\.txt: names 1 images that do not exist"):
         open_evaluation_set(tmp_path, None, need_images=True)
 
 
-def test_first_dataset_with_a_val_of_its_own_validates(tmp_path: Path) -> None:
-    undivided = make(tmp_path / "a", "# 1.jpg\n", "1.jpg")
-    make(tmp_path / "b/val", "# 2.jpg\n", "2.jpg")
+def test_first_dataset_with_a_val_folder_is_used_for_validation(tmp_path: Path) -> None:
+    undivided = make_dataset(tmp_path / "a", "# 1.jpg\n", "1.jpg")
+    make_dataset(tmp_path / "b/val", "# 2.jpg\n", "2.jpg")
     assert open_validation_set([undivided]) is None
     found = open_validation_set([undivided, tmp_path / "b"])
     assert found is not None

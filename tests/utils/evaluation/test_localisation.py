@@ -1,4 +1,4 @@
-"""AP at several IoUs equals that of pycocotools, and landmark errors equal those by hand."""
+"""Tests of AP at several IoUs, compared with pycocotools, and of landmark errors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Predictions = dict[str, np.ndarray]
 
 
 def truth(name: str, boxes: list[list[float]], counts: list[bool] | None = None) -> GroundTruth:
-    """An image whose faces, given as x, y, width, height, count or are ignored."""
+    """Return an image with faces given as x, y, width, height, which count or are ignored."""
     counted = np.ones(len(boxes), bool) if counts is None else np.array(counts, bool)
     return GroundTruth(name, np.array(boxes, np.float64).reshape(-1, 4), {"all": counted})
 
 
-def made_up_detections(seed: int) -> tuple[Predictions, list[GroundTruth]]:
-    """Images with 0 to 150 faces, a part of them ignored or missed, detections of all qualities and equal scores."""
+def random_detections(seed: int) -> tuple[Predictions, list[GroundTruth]]:
+    """Return images of 0 to 150 faces, some ignored or missed, with noisy detections, some of equal scores."""
     rng = np.random.default_rng(seed)
     truths, predictions = [], {}
     for number, count in enumerate((0, 1, 7, 150, 0, 30)):
@@ -36,7 +36,7 @@ def made_up_detections(seed: int) -> tuple[Predictions, list[GroundTruth]]:
         others = np.concatenate([rng.uniform(0, 500, (10, 2)), rng.uniform(4, 90, (10, 2))], axis=1)
         rows = np.concatenate([found, found[: len(found) // 4] + 1, others])
         predictions[f"{number}"] = np.column_stack([rows, rng.random(len(rows)).round(2)])
-    del predictions["4"]  # absent is empty
+    del predictions["4"]  # a missing image has no detections
     return predictions, truths
 
 
@@ -68,20 +68,20 @@ def ap_of_pycocotools(predictions: Predictions, truths: list[GroundTruth]) -> Lo
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_equal_to_pycocotools(seed: int) -> None:
-    predictions, truths = made_up_detections(seed)
+def test_ap_equals_that_of_pycocotools(seed: int) -> None:
+    predictions, truths = random_detections(seed)
     expected, found = ap_of_pycocotools(predictions, truths), localisation_ap(predictions, truths)
     assert (found.ap, found.ap50, found.ap75) == pytest.approx((expected.ap, expected.ap50, expected.ap75), abs=1e-12)
     assert 0.1 < found.ap < found.ap50
 
 
-def test_one_face_by_hand() -> None:
-    """A detection of 10 x 10 in a face of 10 x 13 has an IoU of 0.77, which reaches six of the ten IoUs."""
+def test_ap_of_one_face_by_hand() -> None:
+    """A detection of 10 x 10 in a face of 10 x 13 has an IoU of 0.77, which exceeds six of the ten thresholds."""
     found = localisation_ap({"a": np.array([[0, 0, 10, 10, 0.9]])}, [truth("a", [[0, 0, 10, 13]])])
     assert (found.ap, found.ap50, found.ap75) == pytest.approx((0.6, 1.0, 1.0))
 
 
-def test_detections_of_ignored_faces_cost_nothing() -> None:
+def test_detections_of_ignored_faces_do_not_lower_the_ap() -> None:
     both = [truth("a", [[0, 0, 10, 10], [50, 50, 20, 20]], [True, False])]
     rows = np.array([[50, 50, 20, 20, 0.9], [0, 0, 10, 10, 0.8]])
     assert localisation_ap({"a": rows}, both).ap == pytest.approx(1.0)
@@ -99,7 +99,7 @@ def test_the_faces_of_the_largest_subset_count() -> None:
     ("predictions", "faces"),
     [({}, [[0, 0, 10, 10]]), ({"a": np.zeros((0, 5))}, [[0, 0, 10, 10]]), ({"a": np.array([[0, 0, 1, 1, 0.5]])}, [])],
 )
-def test_without_faces_or_detections_it_is_zero(predictions: Predictions, faces: list[list[float]]) -> None:
+def test_ap_without_faces_or_detections_is_zero(predictions: Predictions, faces: list[list[float]]) -> None:
     assert localisation_ap(predictions, [truth("a", faces)]) == LocalisationAP(0.0, 0.0, 0.0)
 
 
@@ -120,10 +120,10 @@ def detected(boxes: list[list[float]], landmarks: np.ndarray) -> Detections:
     return Detections(torch.tensor(boxes).reshape(-1, 4), scores, torch.from_numpy(landmarks).float())
 
 
-def test_landmark_error_is_the_mean_distance_by_the_root_of_the_area() -> None:
+def test_landmark_error_is_the_mean_distance_divided_by_the_root_of_the_area() -> None:
     """The face of 10 x 40 has a root of 20; the most confident of its two detections is off by (3, 4), so by 5."""
     points = np.arange(20, dtype=np.float64).reshape(2, 5, 2)
-    faces = labelled([[0, 0, 10, 40], [100, 100, 110, 110]], points)  # nobody finds the second one
+    faces = labelled([[0, 0, 10, 40], [100, 100, 110, 110]], points)  # the second is not detected
     boxes = [[200.0, 200, 210, 210], [0.0, 0, 10, 39], [0.0, 0, 10, 40]]
     found = detected(boxes, np.stack([points[1], points[0] + (3, 4), points[0] + 9]))
     assert landmark_errors(found, faces).tolist() == [0.25]

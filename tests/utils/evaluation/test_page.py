@@ -1,4 +1,4 @@
-"""The page of an evaluation."""
+"""Tests of the HTML page of an evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from utils.evaluation.wider_eval import GroundTruth, evaluate
 TRUTH = GroundTruth(
     "e/a", np.array([[10.0, 10, 20, 20], [50, 10, 20, 20], [10, 50, 20, 20]]), {"all": np.array([True, True, False])}
 )
-# A hit, the same face again, a false alarm, one of a face that does not count, and one too weak to be shown.
+# A hit, a second detection of the face, a false positive, an ignored face, and a score too low to be shown.
 ROWS = np.array(
     [[10.0, 10, 20, 20, 0.9], [11, 10, 20, 20, 0.8], [80, 80, 9, 9, 0.7], [10, 50, 20, 20, 0.6], [5, 80, 9, 9, 0.05]]
 )
@@ -43,7 +43,7 @@ def test_every_prediction_and_face_has_its_kind() -> None:
     assert found[0]["box"] == [10, 10, 30, 30]
 
 
-def test_nothing_predicted_misses_all() -> None:
+def test_without_predictions_all_faces_are_missed() -> None:
     (matches,) = evaluate({}, [TRUTH]).matches
     found = list(image_faces(TRUTH, matches, np.zeros((0, 5)), "all"))
     assert [face["kind"] for face in found] == ["missed", "missed", "ignored"]
@@ -51,7 +51,7 @@ def test_nothing_predicted_misses_all() -> None:
 
 @pytest.fixture
 def measured(tmp_path: Path) -> tuple[Measurement, dict[str, np.ndarray]]:
-    """Three images, of which one is gone and one has no faces; scores reach from -1 to 3."""
+    """Three images, of which one is missing and one has no faces; scores range from -1 to 3."""
     images = tmp_path / "mine/images"
     images.mkdir(parents=True)
     (tmp_path / "mine/label.txt").write_text("# a.jpg\n10 10 20 20\n50 10 20 20\n# gone.jpg\n1 1 9 9\n# <b>.jpg\n")
@@ -76,7 +76,7 @@ def test_page_has_the_figures_and_all_images(
     entries = json.loads(data[1])
     assert [entry["name"] for entry in entries] == ["a", "gone", "<b>"]
     assert entries[0]["source"] == "./mine/images/a.jpg"
-    # Scores are scaled to [0, 1]; the lowest is below what is shown.
+    # Scores are scaled to [0, 1]; the lowest is too low to be shown.
     assert [(face["kind"], face.get("score")) for face in entries[0]["faces"]] == [
         ("hit", 1.0),
         ("missed", None),

@@ -1,4 +1,4 @@
-"""The text format of predictions: what is written, what is read, and which line a mistake is in."""
+"""Tests of the text format of predictions: writing, parsing and error messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read(folder: Path, content: bytes) -> np.ndarray:
     return read_predictions(folder, [NAME])[NAME]
 
 
-def test_file_is_as_the_official_tool_reads_it(tmp_path: Path) -> None:
+def test_written_file_has_the_official_format(tmp_path: Path) -> None:
     write_predictions(tmp_path, NAME, ROWS)
     assert (tmp_path / f"{NAME}.txt").read_text().splitlines() == [
         "0_Parade_1",
@@ -34,7 +34,7 @@ def test_file_is_as_the_official_tool_reads_it(tmp_path: Path) -> None:
 
 
 def test_integer_boxes_have_integer_corners(tmp_path: Path) -> None:
-    """From 1.9 to 4.1 is from 1 to 4: biubug6 cuts both corners and subtracts them."""
+    """1.9 to 4.1 becomes 1 to 4: biubug6 truncates both corners and subtracts them."""
     write_predictions(tmp_path, NAME, np.array([[1.9, -0.5, 2.2, 3.4, 0.5]]), integer_boxes=True)
     assert (tmp_path / f"{NAME}.txt").read_text().splitlines()[2:] == ["1 0 3 2 0.5"]
 
@@ -52,7 +52,7 @@ def test_empty_files_are_images_without_boxes(tmp_path: Path, content: bytes) ->
     assert read(tmp_path, content).shape == (0, 5)
 
 
-def test_missing_file_is_absent(tmp_path: Path) -> None:
+def test_missing_files_are_left_out(tmp_path: Path) -> None:
     write_predictions(tmp_path, NAME, ROWS)
     assert list(read_predictions(tmp_path, ["0--Parade/other", NAME, "absent/other"])) == [NAME]
 
@@ -68,7 +68,7 @@ def test_missing_file_is_absent(tmp_path: Path) -> None:
     ],
     ids=["plain", "windows", "blanks", "more columns", "latin"],
 )
-def test_forms_that_detectors_write(tmp_path: Path, content: bytes) -> None:
+def test_variants_of_the_format_are_read(tmp_path: Path, content: bytes) -> None:
     assert read(tmp_path, content).tolist() == [[1, 2, 3, 4, 0.5], [5, 6, 7, 8, 0.25]]
 
 
@@ -86,7 +86,7 @@ def test_forms_that_detectors_write(tmp_path: Path, content: bytes) -> None:
         (b"\xff\xd8\xff\n\x00\x01\n\x02", r"txt:2: expected the number of boxes"),
     ],
 )
-def test_mistake_is_named_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
+def test_parse_error_names_the_line(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(tmp_path, content)
 

@@ -1,4 +1,4 @@
-"""What a measurement says, and the page of its mistakes."""
+"""Tests of the evaluation report and of the gallery of errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from utils.runtime.images import write_image
 FACES = np.array([[0, 0, 10, 10], [50, 0, 20, 20], [100, 0, 40, 40], [200, 0, 200, 200]], float)
 COUNTED = np.array([True, False, True, True])
 PREDICTIONS = {
-    # the face of 10 px surely, that of 40 px unsurely and a second time, one that is ignored, and one that is no face
+    # the 10 px face with a high score, the 40 px face twice with low scores, an ignored face, and a false positive
     "a/1": np.array(
         [
             [0, 0, 10, 10, 0.9],
@@ -89,20 +89,20 @@ def test_lines_say_when_the_figure_is_not_official(tmp_path: Path) -> None:
     assert line == "AP over all labelled faces, not the official WIDER FACE figure : 0.5556"
 
 
-def test_files_for_people_and_scripts(tmp_path: Path) -> None:
+def test_report_is_written_as_text_and_json(tmp_path: Path) -> None:
     measured = measurement(tmp_path)
     write_report(tmp_path, measured)
-    about = json.loads((tmp_path / "results.json").read_text())
-    assert about["ap"] == {"easy": 0, "medium": pytest.approx(5 / 9), "hard": pytest.approx(5 / 9)}
-    assert about["faces"] == {"easy": 0, "medium": 3, "hard": 3}
-    assert about["landmark_error"] == pytest.approx(0.02)
-    assert about["localisation_ap"] == vars(measured.localisation)
-    assert about["without_predictions"] == ["b/2"]
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert report["ap"] == {"easy": 0, "medium": pytest.approx(5 / 9), "hard": pytest.approx(5 / 9)}
+    assert report["faces"] == {"easy": 0, "medium": 3, "hard": 3}
+    assert report["landmark_error"] == pytest.approx(0.02)
+    assert report["localisation_ap"] == vars(measured.localisation)
+    assert report["without_predictions"] == ["b/2"]
     assert (tmp_path / "results.txt").read_text().splitlines() == describe(measured)
     assert cv2.imread(str(tmp_path / "pr_curves.png")) is not None
 
 
-def test_table_has_one_header_and_a_row_a_run(tmp_path: Path) -> None:
+def test_table_has_one_header_and_one_row_per_run(tmp_path: Path) -> None:
     table = tmp_path / "results.csv"
     for official in (True, False):
         append_to_table(table, measurement(tmp_path, official=official))
@@ -115,17 +115,17 @@ def test_table_has_one_header_and_a_row_a_run(tmp_path: Path) -> None:
     assert rows[0]["images_per_second"] == "2.0"
 
 
-def test_mistakes_are_sorted_and_named(tmp_path: Path) -> None:
+def test_errors_are_sorted_and_captioned(tmp_path: Path) -> None:
     measured = measurement(tmp_path)
     wrong = false_positives(measured.faces, PREDICTIONS, measured.evaluation, limit=9)
-    assert [mistake.caption for mistake in wrong] == ["no face, score 0.700", "again, score 0.300"]
+    assert [error.caption for error in wrong] == ["no face, score 0.700", "again, score 0.300"]
     assert len(false_positives(measured.faces, PREDICTIONS, measured.evaluation, limit=1)) == 1
     missed = missed_faces(measured.faces, measured.evaluation, limit=9)
-    assert [mistake.caption for mistake in missed] == ["missed, 200 x 200 px"]
+    assert [error.caption for error in missed] == ["missed, 200 x 200 px"]
 
 
 @pytest.mark.parametrize("limit", [1, 9])
-def test_page_shows_the_box_in_question(tmp_path: Path, limit: int) -> None:
+def test_gallery_marks_the_box_of_each_error(tmp_path: Path, limit: int) -> None:
     measured = measurement(tmp_path)
     page = draw_error_gallery(measured.faces, PREDICTIONS, measured.evaluation, limit)
     assert page.shape[1] == 6 * 220
@@ -135,14 +135,14 @@ def test_page_shows_the_box_in_question(tmp_path: Path, limit: int) -> None:
     assert green[page.shape[0] // 2 :].sum() > 200
 
 
-def test_page_without_mistakes_and_with_an_unreadable_image(tmp_path: Path) -> None:
+def test_gallery_without_errors_and_with_an_unreadable_image(tmp_path: Path) -> None:
     measured = measurement(tmp_path)
     assert draw_error_gallery(measured.faces, PREDICTIONS, measured.evaluation, 0).shape == (60, 1320, 3)
     (tmp_path / "a/1.png").write_bytes(b"broken")
     assert draw_error_gallery(measured.faces, PREDICTIONS, measured.evaluation, 1).shape[1] == 1320
 
 
-def test_protocol_in_one_line() -> None:
+def test_protocol_is_described_in_one_line() -> None:
     published = PostprocessConfig(confidence_threshold=0.02, nms_threshold=0.4)
     assert describe_protocol(ProtocolConfig(), published) == (
         "original size, single pass, score > 0.02, NMS 0.4, no top-k, boxes with decimals, clipped"

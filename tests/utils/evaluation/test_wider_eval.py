@@ -1,4 +1,4 @@
-"""The official evaluation: cases to work out by hand, the procedure in loops, and the official port's figures."""
+"""Tests of the WIDER FACE evaluation: examples by hand, reference loops, and the official figures."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def ap(predictions: dict[str, list[list[float]]], truths: list[GroundTruth]) -> 
 TWO_FACES = truth("event/a", [[0, 0, 10, 10], [50, 0, 10, 10]], [True, True])
 
 
-def test_finding_every_face_first_is_perfect() -> None:
+def test_perfect_detections_have_an_ap_of_one() -> None:
     found = {"event/a": [[0, 0, 10, 10, 0.9], [50, 0, 10, 10, 0.8], [90, 90, 5, 5, 0.1]]}
     assert ap(found, [TWO_FACES]) == pytest.approx(1)
 
 
 def test_half_the_faces_at_half_the_precision() -> None:
-    """Best first: a miss, then one of two faces. Precision 1/2 up to a recall of 1/2."""
+    """By score: a false positive, then one of two faces. The precision is 1/2 up to a recall of 1/2."""
     found = {"event/a": [[90, 90, 5, 5, 0.9], [0, 0, 10, 10, 0.8]]}
     assert ap(found, [TWO_FACES]) == pytest.approx(0.25)
 
 
-def test_the_second_hit_on_a_face_is_a_false_positive() -> None:
-    """Hit, hit again, other face: precision 1 up to recall 1/2, then 2/3."""
+def test_second_detection_of_a_face_is_a_false_positive() -> None:
+    """A face, the same face again, the other face: precision 1 up to a recall of 1/2, then 2/3."""
     found = {"event/a": [[0, 0, 10, 10, 0.9], [0, 0, 10, 11, 0.8], [50, 0, 10, 10, 0.7]]}
     assert ap(found, [TWO_FACES]) == pytest.approx(0.5 + 0.5 * 2 / 3)
 
 
-def test_a_face_outside_the_subset_is_neither_right_nor_wrong() -> None:
+def test_face_outside_the_subset_is_ignored() -> None:
     one_counts = truth("event/a", [[0, 0, 10, 10], [50, 0, 10, 10]], [True, False])
     found = {"event/a": [[50, 0, 10, 10, 0.9], [0, 0, 10, 10, 0.8]]}
     assert ap(found, [one_counts]) == pytest.approx(1)
@@ -58,7 +58,7 @@ def test_missing_and_empty_predictions_find_nothing(predictions: dict[str, list[
 
 
 def test_equal_scores_pass_every_threshold() -> None:
-    """One of two faces at a precision of one half: the image without faces is not looked at."""
+    """One of two faces at a precision of one half: the image without faces is not evaluated."""
     empty = truth("event/b", [], [])
     found = {
         "event/a": [[0, 0, 10, 10, 0.5], [90, 90, 5, 5, 0.5]],
@@ -67,8 +67,8 @@ def test_equal_scores_pass_every_threshold() -> None:
     assert ap(found, [TWO_FACES, empty]) == pytest.approx(0.25)
 
 
-def test_images_without_faces_count_where_they_are_asked_to() -> None:
-    """Three false boxes in the empty image are surer than the two true ones: precision 1/4, then 2/5 for all."""
+def test_images_without_faces_count_with_count_negatives() -> None:
+    """Three false boxes in the empty image score higher than the two true ones: precision 1/4, then 2/5."""
     empty = truth("event/b", [], [])
     rows = {
         "event/a": np.array([[0, 0, 10, 10, 0.5], [50, 0, 10, 10, 0.4]]),
@@ -105,7 +105,7 @@ def test_order_of_the_predictions_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("box", [[5, 5, 0, 0], [5, 5, -1, -1], [5, 5, -9, -9], [5, 5, -9, 20], [5, 5, 0, 1e300]])
-def test_boxes_without_size_find_nothing_and_are_false(box: list[float]) -> None:
+def test_boxes_without_size_are_false_positives(box: list[float]) -> None:
     assert ap({"event/a": [[*box, 0.9], [0, 0, 10, 10, 0.8], [50, 0, 10, 10, 0.7]]}, [TWO_FACES]) == pytest.approx(
         2 / 3
     )
@@ -123,7 +123,7 @@ def test_overlap_of_one_half_is_enough(width: float, expected: float) -> None:
     assert ap({"event/a": [[0, 0, width, 0, 0.9]]}, [one]) == pytest.approx(expected)
 
 
-def test_matches_say_what_became_of_every_box_and_face() -> None:
+def test_matches_describe_every_box_and_face() -> None:
     rows = {"event/a": np.array([[0, 0, 10, 11, 0.6], [90, 90, 5, 5, 0.9], [0, 0, 10, 10, 0.8]])}
     (matches,) = evaluate(rows, [TWO_FACES]).matches
     assert matches.matched_face.tolist() == [0, -1, 0]
@@ -131,7 +131,7 @@ def test_matches_say_what_became_of_every_box_and_face() -> None:
     assert matches.face_scores.tolist() == pytest.approx([0.8, np.nan], nan_ok=True)
 
 
-def test_crowds_are_matched_in_parts_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matching_in_chunks_gives_the_same_ap(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(0)
     crowd = truth("event/a", generator.uniform(5, 50, (30, 4)).tolist(), [True] * 30)
     rows = {"event/a": np.concatenate([np.tile(crowd.boxes, (5, 1)), generator.random((150, 1))], axis=1)}
@@ -142,7 +142,7 @@ def test_crowds_are_matched_in_parts_to_the_same_end(monkeypatch: pytest.MonkeyP
 
 
 def test_bootstrap_draws_images_with_replacement() -> None:
-    """Of two images one is found and one is not: a sample has none, one or two of the found, at 1/4, 1/2 and 1/4."""
+    """One of two images is found: a sample has it zero, one or two times, with probabilities 1/4, 1/2, 1/4."""
     found, missed = truth("event/a", [[0, 0, 10, 10]], [True]), truth("event/b", [[0, 0, 10, 10]], [True])
     values = bootstrap({"event/a": np.array([[0, 0, 10, 10, 0.9]])}, [found, missed], samples=4000)["hard"]
     parts = [np.mean(np.isclose(values, expected)) for expected in (0, 0.5, 1)]
@@ -150,14 +150,14 @@ def test_bootstrap_draws_images_with_replacement() -> None:
     assert values.mean() == pytest.approx(0.5, abs=0.03)
 
 
-def test_bootstrap_of_images_that_are_alike_has_no_spread() -> None:
+def test_bootstrap_of_equal_images_has_no_spread() -> None:
     alike = [truth(f"event/{number}", [[0, 0, 10, 10]], [True]) for number in range(5)]
     rows = {image.name: np.array([[0, 0, 10, 10, 0.9], [50, 50, 9, 9, 0.1]]) for image in alike}
     assert bootstrap(rows, alike, samples=20)["easy"].tolist() == pytest.approx([1] * 20)
 
 
-def literal_evaluation(predictions: dict[str, np.ndarray], truths: list[GroundTruth], subset: str) -> float:
-    """The official procedure in loops: a box at a time, a threshold at a time."""
+def reference_evaluation(predictions: dict[str, np.ndarray], truths: list[GroundTruth], subset: str) -> float:
+    """Reference implementation of the official procedure in loops over boxes and thresholds."""
     scores = np.concatenate([rows[:, 4] for rows in predictions.values()])
     proposals, found, faces = np.zeros(1000), np.zeros(1000), 0
     for image in truths:
@@ -196,7 +196,7 @@ def literal_evaluation(predictions: dict[str, np.ndarray], truths: list[GroundTr
     return area
 
 
-def test_equals_the_official_procedure_in_loops() -> None:
+def test_ap_equals_the_reference_loops() -> None:
     generator = np.random.default_rng(3)
     truths, predictions = [], {}
     for number in range(12):
@@ -216,7 +216,7 @@ def test_equals_the_official_procedure_in_loops() -> None:
             predictions[f"event/{number}"] = rows
     result = evaluate(predictions, truths).average_precisions
     for subset in SUBSETS:
-        assert result[subset] == pytest.approx(literal_evaluation(predictions, truths, subset), abs=1e-12)
+        assert result[subset] == pytest.approx(reference_evaluation(predictions, truths, subset), abs=1e-12)
         assert 0 < result[subset] < 1
 
 
@@ -227,7 +227,7 @@ def test_equals_the_official_procedure_in_loops() -> None:
         ("degenerate", [0.44592961023655225, 0.4639742827931588, 0.441630680474841]),
     ],
 )
-def test_equals_the_official_port_on_the_whole_validation_set(
+def test_ap_equals_the_official_figures_on_the_whole_validation_set(
     synthetic_predictions: Path, shared: Path, name: str, expected: list[float]
 ) -> None:
     truths = load_ground_truth(shared / "data/widerface/gt_full")
@@ -244,7 +244,7 @@ def synthetic_predictions(shared: Path, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-def test_official_files_say_which_faces_count(tmp_path: Path) -> None:
+def test_official_files_define_which_faces_count(tmp_path: Path) -> None:
     faces = [[1, 2, 3, 4, 1, 1, 1], [5, 6, 7, 8, 0, 0, 1]]
     save_ground_truth(tmp_path, {"0--Parade": {"one": faces, "none": []}, "1--Other": {"two": faces[:1]}})
     one, none, two = load_ground_truth(tmp_path)
@@ -259,12 +259,12 @@ def test_official_files_say_which_faces_count(tmp_path: Path) -> None:
     assert two.subsets["hard"].tolist() == [True]
 
 
-def test_what_is_no_ground_truth_is_refused(tmp_path: Path) -> None:
+def test_invalid_ground_truth_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not the official ground truth of WIDER FACE val"):
         load_ground_truth(tmp_path)
     save_ground_truth(tmp_path, {"0--Parade": {"one": [[1, 2, 3, 4, 1, 1, 1]]}})
     assert len(load_ground_truth(tmp_path)) == 1
     (tmp_path / "wider_hard_val.mat").write_text("this is text")
-    with pytest.raises(UserError, match="not the official ground truth") as refusal:
+    with pytest.raises(UserError, match="not the official ground truth") as exc_info:
         load_ground_truth(tmp_path)
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(exc_info.value)

@@ -1,4 +1,4 @@
-"""Faces that nobody recognises any more, and the rest of the image as it was."""
+"""Tests of anonymising faces in images and videos."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def noise(size_hw: tuple[int, int] = (120, 160)) -> np.ndarray:
 
 
 def inside(scale: float) -> np.ndarray:
-    """(120, 160) bool: the ellipse of `BOX`, scaled."""
+    """Return the mask (120, 160) of the scaled ellipse of `BOX`."""
     y, x = np.mgrid[:120, :160] + 0.5
     return ((x - 60) / (20 * scale)) ** 2 + ((y - 60) / (30 * scale)) ** 2 <= 1
 
@@ -36,12 +36,12 @@ def test_ellipse_around_the_face_is_hidden_and_nothing_else(method: str) -> None
     changed = (hidden != image).any(axis=2)
     assert changed[inside(1.0)].mean() > 0.99
     assert not changed[~inside(1.32)].any()
-    assert (image == noise()).all()  # the image that was given is not touched
+    assert (image == noise()).all()  # the input is not modified
 
 
 @pytest.mark.parametrize("method", ["blur", "pixelate"])
-def test_what_is_left_is_a_few_cells(method: str) -> None:
-    """Reduced to 12 pixels across and enlarged again, the hidden part is what it was; the original is not."""
+def test_blur_and_pixelation_remove_details(method: str) -> None:
+    """Fine stripes within the box lose their contrast."""
     stripes = np.zeros((120, 160, 3), np.uint8)
     stripes[:, ::4] = stripes[:, 1::4] = 255
     hidden = anonymise(stripes, BOX[None], method)
@@ -57,25 +57,25 @@ def test_solid_is_black() -> None:
 @pytest.mark.parametrize(
     "box", [[-20, -20, 30, 30], [150, 100, 200, 180], [300, 300, 320, 320], [5, 5, 6, 6], [0, 0, 160, 120]]
 )
-def test_faces_at_and_beyond_the_border(method: str, box: list[float]) -> None:
+def test_faces_at_and_outside_the_border(method: str, box: list[float]) -> None:
     assert anonymise(noise(), np.array([box], np.float32), method).shape == (120, 160, 3)
 
 
-def test_no_face_is_an_ordinary_image() -> None:
+def test_image_without_faces_is_unchanged() -> None:
     assert (anonymise(noise(), np.zeros((0, 4)), "blur") == noise()).all()
 
 
-def test_mask_that_covers_the_face_gives_the_shape() -> None:
-    """The right half of the surroundings is background and stays."""
+def test_mask_that_covers_the_face_is_used() -> None:
+    """The right half of the region around the face is background and unchanged."""
     head = HeadMask((0, 0, 160, 120), (40, 30, 80, 90), np.full((120, 160), 255, np.uint8))
     head.head_mask[:, 82:] = 0
     changed = (anonymise(noise(), BOX[None], "solid", [head]) != noise()).any(axis=2)
     assert not changed[:, 82:].any()
     assert changed[inside(1.0)].mean() > 0.99
-    assert changed[24, 36]  # a corner that the ellipse leaves free
+    assert changed[24, 36]  # a corner outside the ellipse
 
 
-def test_mask_that_leaves_the_face_visible_is_not_trusted() -> None:
+def test_mask_that_leaves_the_face_visible_is_not_used() -> None:
     empty = HeadMask((0, 0, 160, 120), (40, 30, 80, 90), np.zeros((120, 160), np.uint8))
     hidden = anonymise(noise(), BOX[None], "solid", [empty])
     assert (hidden == anonymise(noise(), BOX[None], "solid")).all()
@@ -109,7 +109,7 @@ def test_audio_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("ffprobe"), reason="ffmpeg is not installed")
-def test_source_without_audio_is_no_problem(tmp_path: Path) -> None:
+def test_source_without_audio_is_accepted(tmp_path: Path) -> None:
     video = make_video(tmp_path / "a.mp4")
     assert add_audio(video, make_video(tmp_path / "b.mp4")) is None
     assert streams(video) == ["video"]
@@ -118,6 +118,6 @@ def test_source_without_audio_is_no_problem(tmp_path: Path) -> None:
     assert streams(video) == ["video"]
 
 
-def test_without_ffmpeg_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ffmpeg_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert add_audio(tmp_path / "a.mp4", tmp_path / "b.mp4") == "without sound, because ffmpeg is not installed"

@@ -1,4 +1,4 @@
-"""Where the head of a face is, at every border, and that the face's mask is the head's."""
+"""Tests of head regions, and of head and face masks."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_masks_have_the_sizes_of_their_boxes(
         assert mask.shape == (y2 - y1, x2 - x1)
 
 
-def test_model_is_shown_rgb(segmenter: HeadSegmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_input_is_rgb(segmenter: HeadSegmenter, monkeypatch: pytest.MonkeyPatch) -> None:
     mediapipe = pytest.importorskip("mediapipe")
     shown: list[np.ndarray] = []
     make_image = mediapipe.Image
@@ -130,6 +130,6 @@ def test_unusable_models_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.tflite: no such segmenter model; give a \.tflite"):
         HeadSegmenter(tmp_path / "none.tflite")
     (tmp_path / "text.tflite").write_text("not a model")
-    with pytest.raises(UserError, match=r"text\.tflite: MediaPipe cannot use it as a segmenter") as refusal:
+    with pytest.raises(UserError, match=r"text\.tflite: MediaPipe cannot use it as a segmenter") as exc_info:
         HeadSegmenter(tmp_path / "text.tflite")
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(exc_info.value)

@@ -1,4 +1,4 @@
-"""The page of results, as a file and as a browser shows it."""
+"""Tests of the HTML page of results, as a file and in a browser."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from utils.errors import UserError
 from utils.results.page import FaceKind, PageHead, check_page_is_ours, relative_url, settings_rows, write_page
 
 HEAD = PageHead("Faces in photos", "2 images", lowest_score=0.5, threshold=0.5, settings=[("detector", "x")])
-EVIL = '<img src=x onerror="alert(1)">.jpg'
-LEAST_BOX = [10, 10, 20, 30]
+HOSTILE_NAME = '<img src=x onerror="alert(1)">.jpg'
+BOX = [10, 10, 20, 30]
 
 
 def entry(name: str, *scores: float, **more: Any) -> dict[str, Any]:
-    """An image of 64 x 48 pixels; its faces grow by two pixels each."""
+    """Return an image of 64 x 48 pixels; each face is two pixels larger than the one before."""
     faces = [{"box": [8, 8, 16 + 2 * i, 18 + 2 * i], "score": score} for i, score in enumerate(scores)]
     image = {"width": 64, "height": 48, "thumbnail": "thumbnail.png", "source": "thumbnail.png"}
     return {"name": name, **image, "faces": faces, **more}
 
 
 def data_of(page: Path) -> Any:
-    """The JSON in a page."""
+    """Return the JSON data of a page."""
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"), re.DOTALL)
     assert found
     return json.loads(found[1])
@@ -52,7 +52,7 @@ def browser() -> Iterator[Browser]:
 # ------------------------------------------------------------------------------------------------ the file
 
 
-def test_page_holds_the_images_and_nothing_from_elsewhere(folder: Path) -> None:
+def test_page_contains_the_images_and_no_external_resources(folder: Path) -> None:
     page = write_page(folder, HEAD, [entry("a.jpg", 0.9), {"name": "b.jpg", "skipped": "empty file"}], 2)
     text = page.read_text("utf-8")
     assert data_of(page) == [entry("a.jpg", 0.9), {"name": "b.jpg", "skipped": "empty file"}]
@@ -61,11 +61,13 @@ def test_page_holds_the_images_and_nothing_from_elsewhere(folder: Path) -> None:
     assert '<th scope="row">detector</th><td>x</td>' in text
 
 
-def test_no_images_is_an_ordinary_page(folder: Path) -> None:
+def test_page_without_images(folder: Path) -> None:
     assert data_of(write_page(folder, HEAD, [], 0)) == []
 
 
-@pytest.mark.parametrize("name", [EVIL, "</script><script>alert(1)</script>.jpg", "\u2028.jpg", "\udcff.jpg", "&amp;"])
+@pytest.mark.parametrize(
+    "name", [HOSTILE_NAME, "</script><script>alert(1)</script>.jpg", "\u2028.jpg", "\udcff.jpg", "&amp;"]
+)
 def test_names_are_escaped_everywhere(name: str, folder: Path) -> None:
     head = PageHead(name, name, 0.5, 0.5, settings=[(name, name)])
     page = write_page(folder, head, [entry(name, 0.9), {"name": name, "skipped": name}], 2)
@@ -81,7 +83,7 @@ def test_urls_are_relative_and_quoted() -> None:
     assert relative_url("../ü\udcff.jpg") == "../%C3%BC%FF.jpg"
 
 
-def test_many_images_are_divided_among_files(folder: Path) -> None:
+def test_many_images_are_split_into_several_pages(folder: Path) -> None:
     write_page(folder, HEAD, ({"name": f"{number}.jpg", "skipped": "x"} for number in range(20_001)), 20_001)
     files = [folder / name for name in ("index.html", "index_2.html", "index_3.html")]
     assert [len(data_of(file)) for file in files] == [10_000, 10_000, 1]
@@ -90,7 +92,7 @@ def test_many_images_are_divided_among_files(folder: Path) -> None:
     assert sorted(path.name for path in folder.glob("index*")) == ["index.html"]
 
 
-def test_page_of_the_user_is_not_replaced(folder: Path) -> None:
+def test_page_of_the_user_is_not_overwritten(folder: Path) -> None:
     check_page_is_ours(folder)
     write_page(folder, HEAD, [], 0)
     check_page_is_ours(folder)
@@ -132,7 +134,7 @@ def change(browser: Browser, identifier: str, value: object) -> None:
     browser.settle()
 
 
-def test_threshold_hides_boxes_and_orders_are_what_they_say(browser: Browser, folder: Path) -> None:
+def test_threshold_sorting_and_search(browser: Browser, folder: Path) -> None:
     entries = [entry("a.jpg", 0.9, 0.6), entry("b.jpg"), entry("c.jpg", 0.95, 0.8, 0.55)]
     browser.open(write_page(folder, HEAD, [*entries, {"name": "d.jpg", "skipped": "empty file"}], 4))
     assert (boxes(browser), names(browser)) == (5, ["a.jpg", "b.jpg", "c.jpg", "d.jpg"])
@@ -142,7 +144,7 @@ def test_threshold_hides_boxes_and_orders_are_what_they_say(browser: Browser, fo
     assert names(browser)[:2] == ["c.jpg", "a.jpg"]
     change(browser, "threshold", 0.7)
     assert boxes(browser) == 3
-    assert names(browser)[:2] == ["c.jpg", "a.jpg"]  # 0.8 and 0.9 are left
+    assert names(browser)[:2] == ["c.jpg", "a.jpg"]  # 0.8 and 0.9 remain
     change(browser, "sort", "skipped")
     assert names(browser)[0] == "d.jpg"
     change(browser, "search", "B.J")
@@ -153,8 +155,8 @@ def test_threshold_hides_boxes_and_orders_are_what_they_say(browser: Browser, fo
     assert browser.problems() == []
 
 
-def test_viewer_is_used_by_keyboard(browser: Browser, folder: Path) -> None:
-    mask = {"box": LEAST_BOX, "score": 0.9, "landmarks": [[12, 14]] * 5, "files": {"mask": "thumbnail.png"}}
+def test_viewer_can_be_used_by_keyboard(browser: Browser, folder: Path) -> None:
+    mask = {"box": BOX, "score": 0.9, "landmarks": [[12, 14]] * 5, "files": {"mask": "thumbnail.png"}}
     entries = [entry("a.jpg", faces=[mask]), entry("b.jpg", source="gone.jpg"), {"name": "c.jpg", "skipped": "empty"}]
     browser.open(write_page(folder, HEAD, entries, 3))
     title = "document.getElementById('viewer-name').textContent"
@@ -165,7 +167,7 @@ def test_viewer_is_used_by_keyboard(browser: Browser, folder: Path) -> None:
     assert browser.evaluate("document.querySelector('.crop').textContent") == "1: 0.90010x20 px"
     browser.press("ArrowRight")
     assert browser.evaluate(title) == "b.jpg (0 faces, 64x48)"
-    # The source has been moved; the thumbnail stands in.
+    # The source is missing, so the thumbnail is shown.
     assert browser.evaluate("document.querySelector('#viewer-stage img').src").endswith("thumbnail.png")
     browser.press("ArrowRight")
     browser.press("ArrowRight")
@@ -175,16 +177,23 @@ def test_viewer_is_used_by_keyboard(browser: Browser, folder: Path) -> None:
 
 
 def test_name_that_is_markup_is_text(browser: Browser, folder: Path) -> None:
-    browser.open(write_page(folder, PageHead(EVIL, EVIL, 0, 0), [entry(EVIL, 0.9), {"name": EVIL, "skipped": EVIL}], 2))
-    assert names(browser) == [EVIL, EVIL]
+    browser.open(
+        write_page(
+            folder,
+            PageHead(HOSTILE_NAME, HOSTILE_NAME, 0, 0),
+            [entry(HOSTILE_NAME, 0.9), {"name": HOSTILE_NAME, "skipped": HOSTILE_NAME}],
+            2,
+        )
+    )
+    assert names(browser) == [HOSTILE_NAME, HOSTILE_NAME]
     browser.evaluate("document.querySelector('.card').click()")
-    assert browser.evaluate("document.querySelector('#viewer-name').textContent").startswith(EVIL)
+    assert browser.evaluate("document.querySelector('#viewer-name').textContent").startswith(HOSTILE_NAME)
     assert browser.problems() == []
 
 
-def test_kinds_are_hidden_one_by_one(browser: Browser, folder: Path) -> None:
+def test_kinds_of_faces_can_be_hidden(browser: Browser, folder: Path) -> None:
     kinds = [FaceKind("hit", "hits"), FaceKind("missed", "missed")]
-    faces = [{"box": LEAST_BOX, "score": 0.9, "kind": "hit"}, {"box": LEAST_BOX, "kind": "missed"}]
+    faces = [{"box": BOX, "score": 0.9, "kind": "hit"}, {"box": BOX, "kind": "missed"}]
     browser.open(write_page(folder, PageHead("t", "s", 0, 0.5, kinds=kinds), [entry("a.jpg", faces=faces)], 1))
     assert boxes(browser) == 2
     change(browser, "threshold", 0.95)
@@ -207,8 +216,8 @@ def test_nothing_is_wider_than_the_window(browser: Browser, folder: Path, width:
 
 
 @pytest.mark.parametrize("count", [1_000, 10_000])
-def test_many_images_stay_fluent(browser: Browser, folder: Path, count: int) -> None:
-    """Only one page of cards exists at a time, so the work of a change does not depend on the drawing of the rest."""
+def test_page_of_many_images_is_responsive(browser: Browser, folder: Path, count: int) -> None:
+    """Only one page of cards is drawn at a time, so the time of an update does not depend on the others."""
     page = write_page(
         folder, HEAD, (entry(f"{number}.jpg", *[0.5 + number / 25_000] * 12) for number in range(count)), count
     )

@@ -1,4 +1,4 @@
-"""Records of images, whole and cut off, the order in which they are read, and what sorting them leaves."""
+"""Tests of the records of processed images: order, truncated lines, sorting and locking."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_no_record(tmp_path: Path) -> None:
     assert (store.run, list(store.index())) == ({"settings": {"a": 1}}, [])
 
 
-def test_records_come_back_in_the_order_of_their_positions(tmp_path: Path) -> None:
+def test_records_are_read_in_the_order_of_their_positions(tmp_path: Path) -> None:
     store = RecordStore(tmp_path / "records")
     for rank, positions in ((0, [0, 1, 4]), (1, [2, 3]), (2, [])):
         add(store, rank, *positions)
@@ -43,7 +43,7 @@ def test_records_come_back_in_the_order_of_their_positions(tmp_path: Path) -> No
     assert next(iter(index)) == record(0)
 
 
-def test_later_record_of_an_image_counts(tmp_path: Path) -> None:
+def test_last_record_of_an_image_is_used(tmp_path: Path) -> None:
     store = RecordStore(tmp_path)
     shard = store.open_shard(0)
     for name in ("former", "later"):
@@ -60,8 +60,8 @@ def test_record_is_on_disk_before_the_next_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept_bytes", [1, 20, -1])
-def test_last_line_that_is_cut_off_counts_as_absent_and_harms_no_other(tmp_path: Path, kept_bytes: int) -> None:
-    """-1 lacks nothing but the end of the line, so that record is whole."""
+def test_truncated_last_line_is_ignored(tmp_path: Path, kept_bytes: int) -> None:
+    """-1 removes only the line break, so the record is complete."""
     store = RecordStore(tmp_path)
     path = tmp_path / "0.jsonl"
     path.write_bytes(record(0).line + record(1).line[:kept_bytes])
@@ -71,7 +71,7 @@ def test_last_line_that_is_cut_off_counts_as_absent_and_harms_no_other(tmp_path:
     assert [each.position for each in store.index()] == [*whole, 2]
 
 
-def test_names_that_are_no_text_come_back(tmp_path: Path) -> None:
+def test_undecodable_names_are_preserved(tmp_path: Path) -> None:
     shard = RecordStore(tmp_path).open_shard(0)
     shard.add(Record(0, "caf\udce9\n.png", problem="empty"))
     shard.close()
@@ -88,7 +88,7 @@ def test_new_run_begins_without_records(tmp_path: Path) -> None:
     assert (store.run, len(store.index())) == ({"settings": {"a": 2}}, 0)
 
 
-def test_complete_run_says_so_and_has_no_former_files(tmp_path: Path) -> None:
+def test_complete_run_is_marked_and_has_no_former_files(tmp_path: Path) -> None:
     store = RecordStore(tmp_path)
     store.begin({"settings": {"a": 1}, "former_files": ["masks/a.png"]})
     store.mark_complete()
@@ -108,7 +108,7 @@ def test_sorted_records_do_not_depend_on_the_number_of_processes(tmp_path: Path,
     assert contents(tmp_path) == {"0.jsonl": b"".join(record(position).line for position in range(5))}
 
 
-def test_sorting_drops_earlier_records_and_lines_that_are_cut_off(tmp_path: Path) -> None:
+def test_sorting_drops_earlier_records_and_truncated_lines(tmp_path: Path) -> None:
     store = RecordStore(tmp_path)
     former, later = record(1, "former"), record(1, "later")
     (tmp_path / "0.jsonl").write_bytes(former.line + b"\n" + later.line + record(2).line[:9])

@@ -1,4 +1,4 @@
-"""What inference leaves behind, and whose files it touches."""
+"""Tests of writing results: tables, drawings, crops, exports, resuming, and files of the user."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ PLAIN, RESUMED = InferenceOptions(page=False), InferenceOptions(page=False, resu
 DRAWINGS, CROPS = replace(PLAIN, save_img=True), replace(PLAIN, mask=True, save_mask=True)
 
 
-def picture(level: int = 100) -> np.ndarray:
-    """(20, 30, 3), grey."""
+def grey_image(level: int = 100) -> np.ndarray:
+    """Return a grey image of 30 x 20 pixels."""
     return np.full((20, 30, 3), level, np.uint8)
 
 
@@ -42,10 +42,10 @@ def faces(count: int = 1, landmarks: bool = False) -> Detections:
 
 
 def write(folder: Path, names: Sequence[str], *, close: bool = True, **options: Any) -> ResultWriter:
-    """A run that finds one face in every picture; the pictures' greys count up."""
+    """Write a run that finds one face in every image; each image has its own grey level."""
     writer = ResultWriter(folder, "exp", {}, names=names, **options)
     for level, name in enumerate(names):
-        writer.add(name, picture(level), faces(), [HEAD])
+        writer.add(name, grey_image(level), faces(), [HEAD])
     if close:
         writer.close()
     return writer
@@ -56,7 +56,7 @@ def results(folder: Path) -> Any:
 
 
 def files_below(folder: Path) -> set[str]:
-    """All files but the records, which stay in a hidden folder."""
+    """Return all files except the hidden records."""
     paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     return {path for path in paths if not path.startswith(".records/")}
 
@@ -64,17 +64,17 @@ def files_below(folder: Path) -> set[str]:
 TABLES = {"results.json", "results.jsonl", "exp_inference_results.txt"}
 
 
-def test_no_picture_gives_valid_files(tmp_path: Path) -> None:
+def test_no_images_give_valid_files(tmp_path: Path) -> None:
     write(tmp_path / "new" / "folder", [])
     assert results(tmp_path / "new" / "folder") == {"images": [], "skipped": [], "files": []}
     assert (tmp_path / "new" / "folder" / "exp_inference_results.txt").read_text() == ""
 
 
-def test_table_is_the_originals_and_json_has_everything(tmp_path: Path) -> None:
+def test_table_has_the_original_format_and_json_has_all_fields(tmp_path: Path) -> None:
     writer = ResultWriter(tmp_path, "exp", {"source": "ü", "detection": {"top_k": 0}})
-    writer.add("a.jpg", picture(), faces(0))
+    writer.add("a.jpg", grey_image(), faces(0))
     writer.skip("b.jpg", "empty file")
-    writer.add("sub/ü 日.jpg", picture(), faces(2, landmarks=True))
+    writer.add("sub/ü 日.jpg", grey_image(), faces(2, landmarks=True))
     writer.close()
     lines = (tmp_path / "exp_inference_results.txt").read_text(encoding="utf-8").splitlines()
     assert lines == ["a.jpg", "sub/ü 日.jpg", "10 5 20 17 0.875000", "10 5 20 17 0.875000"]
@@ -100,7 +100,7 @@ def test_table_is_the_originals_and_json_has_everything(tmp_path: Path) -> None:
     assert files_below(tmp_path) == TABLES
 
 
-def test_masks_and_crops_lie_in_four_folders(tmp_path: Path) -> None:
+def test_masks_and_crops_are_written_to_four_folders(tmp_path: Path) -> None:
     write(tmp_path, ["sub/a.jpg"], options=CROPS)
     (image,) = results(tmp_path)["images"]
     assert image["faces"][0]["head_box"] == [0, 0, 30, 20]
@@ -111,9 +111,9 @@ def test_masks_and_crops_lie_in_four_folders(tmp_path: Path) -> None:
     assert set(files.values()) == {f"{kind}/sub/a_0.png" for kind in sizes}
 
 
-def test_face_outside_the_picture_has_no_crops(tmp_path: Path) -> None:
+def test_face_outside_the_image_has_no_crops(tmp_path: Path) -> None:
     writer = ResultWriter(tmp_path, "exp", {}, options=CROPS)
-    writer.add("a.jpg", picture(), faces(), [HeadMask((30, 0, 30, 0), (0, 0, 0, 0), np.zeros((0, 0), np.uint8))])
+    writer.add("a.jpg", grey_image(), faces(), [HeadMask((30, 0, 30, 0), (0, 0, 0, 0), np.zeros((0, 0), np.uint8))])
     writer.close()
     assert results(tmp_path)["images"][0]["faces"][0]["files"] == {}
 
@@ -129,7 +129,7 @@ def test_face_outside_the_picture_has_no_crops(tmp_path: Path) -> None:
         ["x.y.jpg", "x.z.jpg", "x.jpg"],
     ],
 )
-def test_no_picture_overwrites_the_crops_of_another(tmp_path: Path, names: list[str]) -> None:
+def test_no_image_overwrites_the_crops_of_another(tmp_path: Path, names: list[str]) -> None:
     write(tmp_path, names, options=CROPS)
     for level, image in enumerate(results(tmp_path)["images"]):
         assert read_image(tmp_path / image["faces"][0]["files"]["heads"]).max() == level
@@ -140,7 +140,7 @@ def test_no_picture_overwrites_the_crops_of_another(tmp_path: Path, names: list[
 @pytest.mark.parametrize(
     ("name", "drawn"), [("a b.JPG", "a b.JPG"), ("ü/b.webp", "ü/b.webp"), ("c.gif", "c.gif.png"), ("d", "d.png")]
 )
-def test_drawings_keep_the_name_where_its_kind_can_be_written(tmp_path: Path, name: str, drawn: str) -> None:
+def test_drawings_keep_the_name_if_its_format_can_be_written(tmp_path: Path, name: str, drawn: str) -> None:
     write(tmp_path, [name], options=DRAWINGS)
     assert files_below(tmp_path / "result_images") == {drawn}
     assert read_image(tmp_path / "result_images" / drawn).shape == (20, 30, 3)
@@ -158,7 +158,7 @@ def test_second_run_replaces_its_own_files_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["notes.txt", "result_images/../notes.txt", "{folder}/notes.txt", ".", "masks"])
 def test_nothing_outside_the_output_folders_is_removed(tmp_path: Path, name: str) -> None:
-    """Whatever the records of the former run say that it wrote."""
+    """Even if the records of an earlier run list such files."""
     (tmp_path / "notes.txt").write_text("mine")
     for folder in ("masks", "result_images"):
         (tmp_path / folder).mkdir()
@@ -173,7 +173,7 @@ def test_nothing_outside_the_output_folders_is_removed(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("name", sorted(TABLES))
-def test_tables_of_someone_else_are_kept(tmp_path: Path, name: str) -> None:
+def test_tables_that_no_run_wrote_are_kept(tmp_path: Path, name: str) -> None:
     mine = '{\n"images": [\n],\n"files": ["masks/mine.png"]\n}\n'
     (tmp_path / name).write_text(mine)
     with pytest.raises(UserError, match=f"{name}: was not written by a run, or was edited since, and is kept"):
@@ -193,7 +193,7 @@ def test_tables_that_the_user_edited_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "mine.jsonl").read_text() == "edited"
 
 
-def test_tables_that_the_user_writes_during_a_run_are_kept_and_the_run_can_be_resumed(tmp_path: Path) -> None:
+def test_tables_that_the_user_writes_during_a_run_are_kept(tmp_path: Path) -> None:
     writer = write(tmp_path, ["a.png"], close=False)
     (tmp_path / "results.json").write_text("mine")
     with pytest.raises(UserError, match=r"results\.json: .* is kept"):
@@ -205,7 +205,7 @@ def test_tables_that_the_user_writes_during_a_run_are_kept_and_the_run_can_be_re
 
 
 def test_tables_of_an_earlier_version_are_replaced(tmp_path: Path) -> None:
-    """It kept records, but no list of what it wrote."""
+    """Earlier versions kept records, but no list of written files."""
     write(tmp_path, ["a.png"])
     (tmp_path / ".records/written.json").unlink()
     assert write(tmp_path, ["b.png"]).start.note == "replacing the results of an earlier run"
@@ -213,7 +213,7 @@ def test_tables_of_an_earlier_version_are_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_replaced", [False, True])
-def test_tables_of_a_run_that_was_killed_while_it_replaced_them_are_its_own(tmp_path: Path, is_replaced: bool) -> None:
+def test_tables_of_a_run_killed_while_replacing_them_are_replaced(tmp_path: Path, is_replaced: bool) -> None:
     write(tmp_path, ["a.png"])
     replaced = OwnFiles(tmp_path)._claim({tmp_path / "results.json": tmp_path / "results.jsonl"})
     assert replaced == []
@@ -230,12 +230,12 @@ EXPORTS = {
 
 
 @pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("form", EXPORTS)
-def test_annotations_that_the_user_edited_are_kept_and_named(tmp_path: Path, form: str, resume: bool) -> None:
-    options = replace(PLAIN, export=(form,))
+@pytest.mark.parametrize("format_name", EXPORTS)
+def test_annotations_that_the_user_edited_are_kept_and_named(tmp_path: Path, format_name: str, resume: bool) -> None:
+    options = replace(PLAIN, export=(format_name,))
     write(tmp_path, ["a.png", "b.png"], options=options)
     before = files_below(tmp_path)
-    annotation = tmp_path / "exports" / EXPORTS[form]
+    annotation = tmp_path / "exports" / EXPORTS[format_name]
     original = annotation.read_text()
     assert write(tmp_path, ["a.png", "b.png"], options=options).notes == []
     annotation.write_text("edited")
@@ -267,7 +267,7 @@ def test_annotations_of_the_user_are_kept_and_counted(tmp_path: Path) -> None:
     assert (yolo / "labels/b.txt").read_text()
 
 
-def test_former_results_stand_until_the_new_ones_are_complete(tmp_path: Path) -> None:
+def test_earlier_results_are_kept_until_the_new_ones_are_complete(tmp_path: Path) -> None:
     write(tmp_path, ["a.png"])
     writer = write(tmp_path, ["b.png", "c.png"], close=False)
     assert [image["name"] for image in results(tmp_path)["images"]] == ["a.png"]
@@ -276,7 +276,7 @@ def test_former_results_stand_until_the_new_ones_are_complete(tmp_path: Path) ->
     assert files_below(tmp_path) == TABLES
 
 
-def test_names_that_are_no_text_are_kept(tmp_path: Path) -> None:
+def test_undecodable_names_are_preserved(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.png")  # Latin-1
     write(tmp_path, [name], options=DRAWINGS)
     assert results(tmp_path)["images"][0]["name"] == name
@@ -284,7 +284,7 @@ def test_names_that_are_no_text_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "result_images" / name).is_file()
 
 
-def test_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+def test_unwritable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"file.*: cannot be written to"):
@@ -294,13 +294,13 @@ def test_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
         ResultWriter(tmp_path, "exp", {})
 
 
-def test_file_that_cannot_be_written_is_named_and_the_rest_is_kept(tmp_path: Path) -> None:
+def test_unwritable_file_is_named_and_the_rest_is_kept(tmp_path: Path) -> None:
     (tmp_path / "result_images").mkdir()
     (tmp_path / "result_images" / "sub").touch()
     writer = ResultWriter(tmp_path, "exp", {}, options=DRAWINGS)
-    writer.add("a.png", picture(), faces())
+    writer.add("a.png", grey_image(), faces())
     with pytest.raises(UserError, match=r"result_images/sub.*: cannot be written"):
-        writer.add("sub/b.png", picture(), faces())
+        writer.add("sub/b.png", grey_image(), faces())
     writer.close()
     assert results(tmp_path)["files"] == ["result_images/a.png"]
 
@@ -316,19 +316,19 @@ def test_drawings_of_a_video_become_a_video(tmp_path: Path) -> None:
 def test_video_that_cannot_be_encoded_is_an_error(tmp_path: Path) -> None:
     writer = ResultWriter(tmp_path, "exp", {}, options=DRAWINGS, frames_per_second=1e9)
     with pytest.raises(UserError, match="cannot encode it at"):
-        writer.add("clip_000001.jpg", picture(), faces())
+        writer.add("clip_000001.jpg", grey_image(), faces())
     writer.close()
     assert results(tmp_path)["files"] == []
 
 
-def test_positions_give_the_order_and_suffixes_the_names(tmp_path: Path) -> None:
+def test_images_are_listed_in_the_order_of_their_positions(tmp_path: Path) -> None:
     writer = ResultWriter(tmp_path, "exp", {}, names=["a.jpg", "b.jpg"])
-    writer.add("b.jpg", picture(), faces(0), position=1)
+    writer.add("b.jpg", grey_image(), faces(0), position=1)
     with pytest.raises(UserError, match="holds results of 1 of 2 images; --resume does the rest"):
         writer.close()
     resumed = ResultWriter(tmp_path, "exp", {}, names=["a.jpg", "b.jpg"], options=RESUMED)
     assert resumed.start.done.tolist() == [1]
-    resumed.add("a.jpg", picture(), faces(0), position=0)
+    resumed.add("a.jpg", grey_image(), faces(0), position=0)
     resumed.close()
     assert [image["name"] for image in results(tmp_path)["images"]] == ["a.jpg", "b.jpg"]
     assert (resumed.summary.images, resumed.summary.former) == (2, 1)
@@ -336,33 +336,33 @@ def test_positions_give_the_order_and_suffixes_the_names(tmp_path: Path) -> None
     assert files_below(tmp_path) == TABLES
 
 
-def test_interrupted_run_leaves_final_files_and_can_be_resumed(tmp_path: Path) -> None:
+def test_interrupted_run_writes_its_tables_and_can_be_resumed(tmp_path: Path) -> None:
     names = ["a.png", "b.png"]
     with pytest.raises(KeyboardInterrupt), ResultWriter(tmp_path, "exp", {}, names=names) as writer:
-        writer.add("a.png", picture(), faces())
+        writer.add("a.png", grey_image(), faces())
         raise KeyboardInterrupt
     assert [image["name"] for image in results(tmp_path)["images"]] == ["a.png"]
     with ResultWriter(tmp_path, "exp", {}, names=names, options=RESUMED) as resumed:
-        resumed.add("b.png", picture(), faces(), position=1)
+        resumed.add("b.png", grey_image(), faces(), position=1)
     assert [image["name"] for image in results(tmp_path)["images"]] == names
 
 
 def test_new_run_removes_what_an_interrupted_one_wrote(tmp_path: Path) -> None:
     writer = ResultWriter(tmp_path, "exp", {}, options=DRAWINGS)
-    writer.add("a.png", picture(), faces())
+    writer.add("a.png", grey_image(), faces())
     del writer  # killed
-    anew = write(tmp_path, ["b.png"], options=DRAWINGS)
-    assert anew.start.note == "replacing 1 results of a run that was interrupted (--resume keeps them)"
+    fresh = write(tmp_path, ["b.png"], options=DRAWINGS)
+    assert fresh.start.note == "replacing 1 results of a run that was interrupted (--resume keeps them)"
     assert files_below(tmp_path) == TABLES | {"result_images/b.png"}
 
 
-def test_resumed_run_must_be_made_in_the_same_way(tmp_path: Path) -> None:
+def test_resumed_run_must_have_the_same_settings(tmp_path: Path) -> None:
     ResultWriter(tmp_path, "exp", {"detection": {"top_k": 0}}, names=["a.png"])
     with pytest.raises(UserError, match=r"were made with detection\.top_k 0, now it is 5; repeat the flags"):
         ResultWriter(tmp_path, "exp", {"detection": {"top_k": 5}}, names=["a.png"], options=RESUMED)
 
 
-def test_complete_results_need_nothing_more(tmp_path: Path) -> None:
+def test_resuming_a_complete_run_changes_nothing(tmp_path: Path) -> None:
     write(tmp_path, ["a.png"], options=DRAWINGS)
     before = files_below(tmp_path)
     again = ResultWriter(tmp_path, "exp", {}, names=["a.png"], options=RESUMED)
@@ -371,12 +371,12 @@ def test_complete_results_need_nothing_more(tmp_path: Path) -> None:
     assert files_below(tmp_path) == before
 
 
-def test_files_of_former_runs_stay_until_a_run_is_complete(tmp_path: Path) -> None:
-    """Two runs are interrupted after one that was not; the fourth removes what is left of all three."""
+def test_files_of_earlier_runs_are_kept_until_a_run_is_complete(tmp_path: Path) -> None:
+    """Two interrupted runs follow a complete one; the fourth run removes the files of all three."""
     write(tmp_path, ["a.png"], options=DRAWINGS)
     for name in ("b.png", "c.png"):
         with pytest.raises(KeyboardInterrupt), ResultWriter(tmp_path, "exp", {}, options=DRAWINGS) as writer:
-            writer.add(name, picture(), faces())
+            writer.add(name, grey_image(), faces())
             raise KeyboardInterrupt
     assert files_below(tmp_path / "result_images") == {"a.png", "b.png", "c.png"}
     write(tmp_path, ["c.png", "d.png"], options=DRAWINGS)
@@ -389,25 +389,25 @@ def test_files_of_former_runs_stay_until_a_run_is_complete(tmp_path: Path) -> No
     }
 
 
-def test_resumed_run_removes_what_runs_before_it_wrote(tmp_path: Path) -> None:
+def test_resumed_run_removes_the_files_of_earlier_runs(tmp_path: Path) -> None:
     write(tmp_path, ["a.png"], options=DRAWINGS)
     names = ["b.png", "c.png"]
     killed = ResultWriter(tmp_path, "exp", {}, names=names, options=DRAWINGS)
-    killed.add("b.png", picture(), faces())
+    killed.add("b.png", grey_image(), faces())
     del killed
     with ResultWriter(tmp_path, "exp", {}, names=names, options=replace(DRAWINGS, resume=True)) as resumed:
-        resumed.add("c.png", picture(), faces(), position=1)
+        resumed.add("c.png", grey_image(), faces(), position=1)
     assert files_below(tmp_path) == TABLES | {"result_images/b.png", "result_images/c.png"}
 
 
-def test_tables_of_another_experiment_are_replaced_and_its_images_stay(tmp_path: Path) -> None:
+def test_tables_of_another_experiment_are_replaced_and_its_images_are_kept(tmp_path: Path) -> None:
     """There is one results.json in a folder, so results of both would be mixed up."""
     write(tmp_path, ["a.png", "b.png"], options=DRAWINGS)
     with pytest.raises(UserError, match='were made with experiment null, now it is "other"'):
         ResultWriter(tmp_path, "other", {"experiment": "other"}, names=["b.png"], options=RESUMED)
     writer = ResultWriter(tmp_path, "other", {"experiment": "other"}, names=["b.png"], options=DRAWINGS)
     assert writer.start.note == "replacing the results of an earlier run"
-    writer.add("b.png", picture(), faces())
+    writer.add("b.png", grey_image(), faces())
     assert files_below(tmp_path / "result_images") == {"a.png", "b.png"}
     writer.close()
     assert files_below(tmp_path / "result_images") == {"a.png", "b.png"}
@@ -417,40 +417,40 @@ def test_tables_of_another_experiment_are_replaced_and_its_images_stay(tmp_path:
 def test_run_of_another_experiment_that_was_interrupted_can_be_resumed(tmp_path: Path) -> None:
     names = ["a.png", "b.png"]
     with pytest.raises(KeyboardInterrupt), ResultWriter(tmp_path, "exp", {}, names=names) as writer:
-        writer.add("a.png", picture(), faces())
+        writer.add("a.png", grey_image(), faces())
         raise KeyboardInterrupt
     with ResultWriter(tmp_path, "other", {"experiment": "other"}, names=["c.png"]) as other:
-        other.add("c.png", picture(), faces())
+        other.add("c.png", grey_image(), faces())
     assert ResultWriter(tmp_path, "exp", {}, names=names, options=RESUMED).start.done.tolist() == [0]
 
 
-def test_interrupted_video_needs_nothing_more(tmp_path: Path) -> None:
-    """Its frames cannot be continued."""
+def test_interrupted_video_is_final(tmp_path: Path) -> None:
+    """A video cannot be resumed."""
     with (
         pytest.raises(KeyboardInterrupt),
         ResultWriter(tmp_path, "exp", {}, options=DRAWINGS, frames_per_second=10.0) as writer,
     ):
-        writer.add("clip_000001.jpg", picture(), faces())
+        writer.add("clip_000001.jpg", grey_image(), faces())
         raise KeyboardInterrupt
     assert files_below(tmp_path) == TABLES | {"result_images/clip.mp4"}
     assert write(tmp_path, ["b.png"]).start.note == "replacing the results of an earlier run"
     assert files_below(tmp_path) == TABLES
 
 
-def test_folder_depends_neither_on_an_interruption_nor_on_the_run_before(tmp_path: Path) -> None:
-    """All files are the same to the byte, the records among them."""
+def test_files_do_not_depend_on_interruptions_or_earlier_runs(tmp_path: Path) -> None:
+    """All files are byte-identical, including the records."""
     names = ["a.png", "b.png", "c.png"]
-    write(tmp_path / "undisturbed", names, options=DRAWINGS)
+    write(tmp_path / "uninterrupted", names, options=DRAWINGS)
     write(tmp_path / "resumed", ["d.png"], options=CROPS)
     writer = ResultWriter(tmp_path / "resumed", "exp", {}, names=names, options=DRAWINGS)
-    writer.add("b.png", picture(1), faces(), [HEAD], position=1)
+    writer.add("b.png", grey_image(1), faces(), [HEAD], position=1)
     del writer  # killed
     with ResultWriter(tmp_path / "resumed", "exp", {}, names=names, options=replace(DRAWINGS, resume=True)) as resumed:
-        resumed.add("c.png", picture(2), faces(), [HEAD], position=2)
-        resumed.add("a.png", picture(0), faces(), [HEAD], position=0)
-    undisturbed, interrupted = (
+        resumed.add("c.png", grey_image(2), faces(), [HEAD], position=2)
+        resumed.add("a.png", grey_image(0), faces(), [HEAD], position=0)
+    uninterrupted, interrupted = (
         {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        for folder in (tmp_path / "undisturbed", tmp_path / "resumed")
+        for folder in (tmp_path / "uninterrupted", tmp_path / "resumed")
     )
-    assert interrupted == undisturbed
-    assert {".records/exp/run.json", ".records/exp/0.jsonl"} < undisturbed.keys()
+    assert interrupted == uninterrupted
+    assert {".records/exp/run.json", ".records/exp/0.jsonl"} < uninterrupted.keys()

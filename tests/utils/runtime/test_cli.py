@@ -1,4 +1,4 @@
-"""Choosing a device, and how a command ends."""
+"""Tests of choosing a device, and of the exit status and messages of commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize(("gpu_num", "expected"), [(-1, "cpu"), (0, "cuda:0"), (1, "cuda:1")])
-def test_number_is_the_device(gpu_num: int, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpu_num_is_the_index_of_the_device(gpu_num: int, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert choose_device(gpu_num) == torch.device(expected)
     assert capsys.readouterr() == ("", "")
 
@@ -63,12 +63,12 @@ def test_training_needs_a_device_for_each_process(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize("gpu_num", [2, -2])
-def test_absent_device_is_refused_with_those_that_there_are(gpu_num: int) -> None:
+def test_missing_device_is_refused_with_the_available_ones(gpu_num: int) -> None:
     with pytest.raises(ConfigError, match=rf"--gpu_num={gpu_num}: .* 0 \(card 0\), 1 \(card 1\), and -1 for the CPU"):
         choose_device(gpu_num)
 
 
-def test_without_cuda_one_line_says_that_the_cpu_is_used(
+def test_without_cuda_the_cpu_is_used_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -78,7 +78,7 @@ def test_without_cuda_one_line_says_that_the_cpu_is_used(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_users_error_ends_in_one_line() -> None:
+def test_user_error_ends_in_one_line() -> None:
     def main() -> None:
         raise UserError("a.jpg: gone")
 
@@ -97,7 +97,7 @@ def test_interruption_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_own_mistakes_keep_their_traceback_and_success_just_returns() -> None:
+def test_bugs_keep_their_traceback_and_success_returns() -> None:
     def main() -> None:
         raise ZeroDivisionError
 

@@ -1,4 +1,4 @@
-"""What processes tell each other; alone, all of it is the identity."""
+"""Tests of communication between processes; in a single process all of it is the identity."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from utils.runtime.distributed import (
 CPU = torch.device("cpu")
 
 
-def test_alone_nothing_changes() -> None:
+def test_single_process_changes_nothing() -> None:
     with distributed_context(CPU) as context:
         assert context == SINGLE_PROCESS
         assert context.is_main
@@ -50,7 +50,7 @@ def fail() -> int:
     raise UserError("broken")
 
 
-def test_blocks_go_around_the_processes() -> None:
+def test_blocks_are_distributed_round_robin() -> None:
     nothing = np.arange(0)
     assert shard_positions(10, nothing, 4, SINGLE_PROCESS) == list(range(10))
     assert shard_positions(10, nothing, 4, DistributedContext(0, 2)) == [0, 1, 2, 3, 8, 9]
@@ -63,8 +63,8 @@ def test_blocks_go_around_the_processes() -> None:
     assert shard_positions(10, done, 1, SINGLE_PROCESS) == [4, 6, 7, 8, 9]
 
 
-# Two processes with 3 and 0 faces, of which the second wants to stop.
-TWO = """
+# Two processes with 3 and 0 faces; the second one requests a stop.
+TWO_PROCESSES = """
 import torch
 from torch import nn
 from utils.errors import UserError
@@ -114,7 +114,7 @@ with distributed_context(torch.device("cpu"), timedelta(seconds=2)) as context:
 """
 
 
-def test_process_that_waits_for_one_that_hangs_ends() -> None:
+def test_process_that_waits_for_a_hanging_one_times_out() -> None:
     result = subprocess.run(
         [*LAUNCHER, sys.executable, "-c", HANGING], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
     )
@@ -124,13 +124,13 @@ def test_process_that_waits_for_one_that_hangs_ends() -> None:
 
 def test_two_processes_agree() -> None:
     result = subprocess.run(
-        [*LAUNCHER, sys.executable, "-c", TWO], cwd=ROOT, capture_output=True, text=True, check=False
+        [*LAUNCHER, sys.executable, "-c", TWO_PROCESSES], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("good") == 2
 
 
-def test_buffers_stay_alone() -> None:
+def test_broadcasting_buffers_in_a_single_process_changes_nothing() -> None:
     norm = nn.BatchNorm2d(1)
     broadcast_buffers(norm)
     assert norm.running_mean is not None

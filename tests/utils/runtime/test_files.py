@@ -1,4 +1,4 @@
-"""Paths that the user gives, and folders that a run has for itself."""
+"""Tests of user paths and of locking folders."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ needs_locks = pytest.mark.skipif(os.name == "nt", reason="Windows has no fcntl")
         (" ", "empty name"),
     ],
 )
-def test_path_that_no_file_can_have_is_refused(text: str, reason: str) -> None:
+def test_invalid_path_is_refused(text: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         user_path(text)
 
 
-def test_path_need_not_exist(tmp_path: Path) -> None:
+def test_path_may_be_missing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for name in ("gone", "gone/below", "file/below"):
         assert user_path(str(tmp_path / name)) == tmp_path / name

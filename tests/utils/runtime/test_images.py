@@ -1,4 +1,4 @@
-"""Reading any common image upright, refusing damaged ones, and writing whole files."""
+"""Tests of reading, resizing and writing images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEIGHT, WIDTH = 40, 64
 
 
 def four_colours() -> np.ndarray:
-    """(40, 64, 3) BGR: red and green above blue and white, so that each of the eight orientations differs."""
+    """Return (40, 64, 3) BGR: red, green above blue, white, so that all eight orientations differ."""
     image = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
     image[:20, :32] = (0, 0, 255)
     image[:20, 32:] = (0, 255, 0)
@@ -26,7 +26,7 @@ def four_colours() -> np.ndarray:
 
 
 def noise() -> np.ndarray:
-    """An image that does not compress, so that every part of its file matters."""
+    """Return an image that does not compress, so that every part of its file matters."""
     return np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
 
 
@@ -76,12 +76,12 @@ def test_jpeg_without_its_last_pixels_is_refused(tmp_path: Path, progressive: bo
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer, .*: git lfs pull"),
     ],
 )
-def test_what_is_no_image_is_refused_with_the_reason(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_file_that_is_not_an_image_is_refused_with_the_reason(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
-    with pytest.raises(UnreadableImageError, match=reason) as refusal:
+    with pytest.raises(UnreadableImageError, match=reason) as exc_info:
         read_image(path)
-    assert str(path) not in str(refusal.value)
+    assert str(path) not in str(exc_info.value)
 
 
 def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_damage_inside_an_avif_is_refused(tmp_path: Path) -> None:
     if ".avif" not in Image.registered_extensions():
         pytest.skip("this Pillow has no AVIF")
     data = bytearray(encode(noise(), "AVIF"))
-    start = data.index(b"mdat") + 4  # the coded picture, for which the decoder raises RuntimeError
+    start = data.index(b"mdat") + 4  # the coded image, for which the decoder raises RuntimeError
     data[start:] = b"\xaa" * (len(data) - start)
     path = tmp_path / "a.avif"
     path.write_bytes(data)
@@ -105,7 +105,7 @@ def test_damage_inside_an_avif_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tail", [bytes(99), b"\n", b"more bytes", b"\xff\xd8"], ids=["zeros", "line", "text", "start"])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_bytes_after_the_end_do_no_harm(tmp_path: Path, kind: str, tail: bytes) -> None:
+def test_trailing_bytes_are_accepted(tmp_path: Path, kind: str, tail: bytes) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(encode(four_colours(), kind) + tail)
     assert_shows(read_image(path), four_colours())
@@ -128,12 +128,12 @@ def test_orientation_is_applied(tmp_path: Path, kind: str, orientation: int) -> 
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / "turned"
+    path = tmp_path / "rotated"
     path.write_bytes(encode(stored, kind, exif=exif))
     assert_shows(read_image(path), four_colours())
 
 
-def test_sample_with_orientation_6_comes_upright(sample_folder: Path) -> None:
+def test_sample_with_orientation_6_is_read_upright(sample_folder: Path) -> None:
     path = sample_folder / "exif_orientation_6.jpg"
     with Image.open(path) as stored:
         assert stored.getexif()[0x0112] == 6
@@ -187,7 +187,7 @@ def test_lossless_file_reads_as_it_was_written(tmp_path: Path, name: str) -> Non
     assert [path.name for path in (tmp_path / name).parent.iterdir()] == [Path(name).name]
 
 
-def test_what_cannot_be_written_leaves_the_former_file(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_previous_file(tmp_path: Path) -> None:
     path = tmp_path / "wide.jpg"
     write_image(path, np.zeros((1, 2, 3), np.uint8))
     with pytest.raises(OSError, match="70000x1 pixels"):  # JPEG ends at 65500
@@ -201,11 +201,11 @@ def test_what_cannot_be_written_leaves_the_former_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("max_pixels", "expected"), [(0, (40, 90)), (3600, (40, 90)), (900, (20, 45)), (3599, (39, 89)), (1, (1, 1))]
 )
-def test_reduced_image_keeps_its_shape(max_pixels: int, expected: tuple[int, int]) -> None:
+def test_reduced_image_keeps_its_aspect_ratio(max_pixels: int, expected: tuple[int, int]) -> None:
     assert resize_to_limit(np.zeros((40, 90, 3), np.uint8), max_pixels).shape == (*expected, 3)
 
 
-def test_jpeg_of_which_only_a_part_was_written_has_a_note(tmp_path: Path) -> None:
+def test_partly_written_jpeg_has_a_note(tmp_path: Path) -> None:
     data = (ROOT / "data/sample_widerface/images/astronaut.jpg").read_bytes()
     kept = len(data) // 2
     files = {"half": data[:kept] + bytes(4 * len(data)), "padded": data + bytes(1000), "whole": data}

@@ -1,4 +1,4 @@
-"""What a training run leaves, also one that was stopped and continued."""
+"""Tests of the training log, its table and its TensorBoard events, also after resuming."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_metric_of_some_epochs_leaves_the_others_blank(tmp_path: Path) -> None:
     assert [row["val/ap50"] for row in table(tmp_path)] == ["", "0.5", ""]
 
 
-def test_continued_run_keeps_earlier_rows_and_replaces_those_trained_again(tmp_path: Path) -> None:
+def test_resumed_run_keeps_earlier_rows_and_replaces_repeated_ones(tmp_path: Path) -> None:
     record(tmp_path, {1: {"loss": 9.0}, 2: {"loss": 8.0, "val/ap50": 0.1}, 3: {"loss": 7.0}, 4: {"loss": 6.0}})
     record(tmp_path, {3: {"loss": 5.0}})
     assert [(row["epoch"], row["loss"], row["val/ap50"]) for row in table(tmp_path)] == [
@@ -68,27 +68,27 @@ def test_run_opened_and_closed_changes_no_row(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Data has no positive values")
 @pytest.mark.parametrize("loss", [0.0, float("nan"), float("inf")])
-def test_odd_values_do_not_stop_a_run(tmp_path: Path, loss: float) -> None:
+def test_zero_and_non_finite_values_can_be_logged(tmp_path: Path, loss: float) -> None:
     record(tmp_path, {1: {"loss": loss, "val/ap50": 0.0}})
     record(tmp_path, {2: {"loss": 1.0}})
     assert [row["loss"] for row in table(tmp_path)] == [str(loss), "1.0"]
 
 
-def test_closed_log_lets_go_of_its_files(tmp_path: Path) -> None:
+def test_closed_log_releases_its_files(tmp_path: Path) -> None:
     record(tmp_path, {1: {"loss": 1.0}})
     assert logging.getLogger(f"training.{tmp_path}").handlers == []
     record(tmp_path, {2: {"loss": 0.5}})
     assert (tmp_path / "logs.txt").read_text(encoding="utf-8").count("epoch 2") == 1
 
 
-def test_lines_take_any_text(tmp_path: Path) -> None:
+def test_lines_may_contain_any_text(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
     log.line("100% of ünïcode %s")
     log.close()
     assert (tmp_path / "logs.txt").read_text(encoding="utf-8").endswith("100% of ünïcode %s\n")
 
 
-def test_curves_and_pictures_go_to_tensorboard(tmp_path: Path) -> None:
+def test_curves_and_images_are_written_to_tensorboard(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
     log = RunLog(tmp_path)
@@ -103,7 +103,7 @@ def test_curves_and_pictures_go_to_tensorboard(tmp_path: Path) -> None:
     assert (step.step, step.value) == (7, 2.5)
 
 
-def test_process_with_nothing_to_say_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_without_a_folder_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = RunLog(None)
     log.line("text")
     log.step(1, 1.0, 0.1)
@@ -114,7 +114,7 @@ def test_process_with_nothing_to_say_writes_nothing(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().out == ""
 
 
-def test_full_disk_is_not_hidden(tmp_path: Path) -> None:
+def test_full_disk_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "logs.txt").symlink_to("/dev/full")
     log = RunLog(tmp_path)
     with pytest.raises(OSError, match="No space left"):

@@ -1,4 +1,4 @@
-"""Which setting differs, and how it is said."""
+"""Tests of comparing settings, and of reading the manifest of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_difference_names_the_innermost_setting() -> None:
     assert str(first_difference({}, {"name": "y" * 99})) == f'name null, now it is "{"y" * 56}...'
 
 
-def test_what_is_no_object_is_empty(tmp_path: Path) -> None:
+def test_invalid_json_object_is_read_as_empty(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     assert read_object(file) == {}
     for text in ("[1]", '{"a"', "", '{"settings": 3}', '{"former_files": "a.jpg"}', '{"experiment": null}'):

@@ -1,4 +1,4 @@
-"""A first signal asks, a second insists."""
+"""Tests that a first signal requests a stop and a second one interrupts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from utils.runtime.signals import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_is_noted_and_the_second_interrupts(number: int) -> None:
+def test_first_signal_requests_a_stop_and_the_second_interrupts(number: int) -> None:
     before = signal.getsignal(number)
     with StopRequest() as stop:
         assert not stop.requested

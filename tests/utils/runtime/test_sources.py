@@ -1,4 +1,4 @@
-"""What --inference_dir can mean, and which pictures come out of it under which names."""
+"""Tests of the sources of images that --inference_dir names: folders, files, lists, patterns, videos and cameras."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def open_path(path: Path, max_frames: int = 0) -> Source:
 
 
 def names_of(source: Source) -> list[str]:
-    return [picture.name for picture in source]
+    return [image.name for image in source]
 
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five frames of 48 x 32, each brighter than the one before, at 10 frames a second."""
+    """Five frames of 48 x 32 of increasing brightness, at 10 frames per second."""
     path = tmp_path_factory.mktemp("video") / "my clip_v1.mp4"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (48, 32))
     if not writer.isOpened():
@@ -40,7 +40,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_folder_gives_its_pictures_in_the_order_of_their_paths(tmp_path: Path) -> None:
+def test_folder_yields_its_images_sorted_by_path(tmp_path: Path) -> None:
     for name in ("b.jpg", "a b.PNG", "sub.d/ü.v1.JPeG", "sub.d/deep/c.webp", "sub.d/deep/notes.png.bak", "z.TIF"):
         save(tmp_path / Path(name).with_suffix(".png"))
         (tmp_path / Path(name).with_suffix(".png")).rename(tmp_path / name)
@@ -49,10 +49,10 @@ def test_folder_gives_its_pictures_in_the_order_of_their_paths(tmp_path: Path) -
     assert names_of(source) == source.names == expected
     assert (source.total, source.frames_per_second) == (5, None)
     assert source.notes == [f"skipped {tmp_path}/sub.d/deep/notes.png.bak: its suffix is not that of an image"]
-    assert all(picture.pixels is not None and picture.pixels.shape == (2, 3, 3) for picture in source)
+    assert all(image.pixels is not None and image.pixels.shape == (2, 3, 3) for image in source)
 
 
-def test_hidden_files_results_and_loops_are_left_alone(tmp_path: Path) -> None:
+def test_hidden_files_results_and_loops_are_skipped(tmp_path: Path) -> None:
     for name in ("a.png", ".b.png", ".hidden/c.png", "results/a.png", "results/sub/a.png", "sub/results/d.png"):
         save(tmp_path / name)
     (tmp_path / "sub" / "loop").symlink_to(tmp_path, target_is_directory=True)
@@ -63,7 +63,7 @@ def test_hidden_files_results_and_loops_are_left_alone(tmp_path: Path) -> None:
     assert f"skipped {tmp_path}/sub/itself: its suffix is not that of an image" in source.notes
 
 
-def test_results_that_lie_among_the_pictures_are_left_alone(tmp_path: Path) -> None:
+def test_results_among_the_images_are_skipped(tmp_path: Path) -> None:
     for name in ("a.png", "result_images/a.png", "head_masks/a_0.png", "sub/faces/b.png"):
         save(tmp_path / name)
     exclude = {tmp_path, *(tmp_path / name for name in OUTPUT_FOLDERS)}
@@ -71,7 +71,7 @@ def test_results_that_lie_among_the_pictures_are_left_alone(tmp_path: Path) -> N
     assert names_of(source) == ["a.png", "sub/faces/b.png"]
 
 
-def test_results_of_an_earlier_run_are_left_alone_and_named(tmp_path: Path) -> None:
+def test_results_of_an_earlier_run_are_skipped_and_named(tmp_path: Path) -> None:
     for name in ("a.png", "out/mine.png", "out/result_images/a.png", "out/thumbnails/000000.png", "faces/b.png"):
         save(tmp_path / name)
     (tmp_path / "out/.records/exp").mkdir(parents=True)
@@ -84,24 +84,24 @@ def test_results_of_an_earlier_run_are_left_alone_and_named(tmp_path: Path) -> N
     assert names_of(open_path(tmp_path / "out")) == ["mine.png"]
 
 
-def test_damaged_pictures_come_out_with_their_problem(tmp_path: Path) -> None:
+def test_damaged_images_are_yielded_with_their_problem(tmp_path: Path) -> None:
     save(tmp_path / "good.png")
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    problems = {picture.name: picture.problem for picture in open_path(tmp_path)}
+    problems = {image.name: image.problem for image in open_path(tmp_path)}
     assert problems == {
         "empty.jpg": "empty file",
         "gone.jpg": "No such file or directory",
         "good.png": None,
         "text.png": "not an image, or damaged",
     }
-    assert [picture.name for picture in open_path(tmp_path) if picture.pixels is None] == [
+    assert [image.name for image in open_path(tmp_path) if image.pixels is None] == [
         "empty.jpg", "gone.jpg", "text.png"
     ]  # fmt: skip
 
 
-def test_files_that_are_left_out_are_named_with_the_reason(tmp_path: Path) -> None:
+def test_skipped_files_are_named_with_the_reason(tmp_path: Path) -> None:
     for suffix in ("mpo", "HIF", "j2k", "jpx", "tga", "psb", "3fr", "rwl", "gpr", "qt", "lrv", "m2t", "xyz", "txt"):
         (tmp_path / f"a.{suffix}").touch()
     source = open_path(tmp_path)
@@ -116,7 +116,7 @@ def test_files_that_are_left_out_are_named_with_the_reason(tmp_path: Path) -> No
         assert any(f"/a.{suffix} and {len(suffixes) - 1} more: " in note for suffix in suffixes)
 
 
-def test_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+def test_folder_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(SourceError, match=r"holds no image \(looked for .*\.jpg"):
         open_path(tmp_path)
@@ -126,13 +126,13 @@ def test_single_file_is_read_whatever_its_suffix(tmp_path: Path) -> None:
     save(tmp_path / "a.png", width=5, height=2)
     (tmp_path / "a.png").rename(tmp_path / ".photo")
     source = open_path(tmp_path / ".photo")
-    (picture,) = source
-    assert (picture.name, source.names, source.total) == (".photo", [".photo"], 1)
-    assert picture.pixels is not None
-    assert picture.pixels.shape == (2, 5, 3)
+    (image,) = source
+    assert (image.name, source.names, source.total) == (".photo", [".photo"], 1)
+    assert image.pixels is not None
+    assert image.pixels.shape == (2, 5, 3)
 
 
-def test_names_are_looked_for_here_and_then_below_the_data_folder(
+def test_names_are_searched_in_the_working_folder_and_then_in_the_data_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path / "data" / "set" / "in_data.png")
@@ -145,33 +145,33 @@ def test_names_are_looked_for_here_and_then_below_the_data_folder(
 
 
 @pytest.mark.parametrize("pattern", ["ph [1]/*.png", "ph [1]/[ab].png", "*[[]1]/**/*.png"])
-def test_brackets_in_the_name_of_a_folder_are_part_of_it(tmp_path: Path, pattern: str) -> None:
+def test_brackets_in_a_folder_name_are_taken_literally(tmp_path: Path, pattern: str) -> None:
     for name in ("ph [1]/a.png", "ph [1]/b.png", "ph 1/c.png"):
         save(tmp_path / name)
     assert open_source(pattern, tmp_path, set(), 0).names == ["a.png", "b.png"]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.mp4", "-1", "²"])
-def test_what_does_not_exist_is_refused_with_both_places(tmp_path: Path, name: str) -> None:
+def test_missing_source_is_refused_with_both_paths(tmp_path: Path, name: str) -> None:
     with pytest.raises(SourceError, match=f"--inference_dir {name}: .*/{name} and .*data/{name} do not exist"):
         open_source(name, tmp_path / "data", set(), 0)
 
 
-def test_camera_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_missing_camera_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="camera97: cannot be opened; no such camera"):
         open_source("97", tmp_path, set(), 0)
 
 
-def test_video_gives_numbered_frames(video: Path) -> None:
+def test_video_yields_numbered_frames(video: Path) -> None:
     source = open_path(video)
     assert (source.total, source.names) == (5, [])
     assert source.frames_per_second == pytest.approx(10)
-    pictures = list(source)
-    assert [picture.name for picture in pictures] == [f"my clip_v1_00000{number}.jpg" for number in range(1, 6)]
-    levels = [float(picture.pixels.mean()) for picture in pictures if picture.pixels is not None]
+    images = list(source)
+    assert [image.name for image in images] == [f"my clip_v1_00000{number}.jpg" for number in range(1, 6)]
+    levels = [float(image.pixels.mean()) for image in images if image.pixels is not None]
     assert levels == pytest.approx([0, 50, 100, 150, 200], abs=8)
-    assert pictures[0].pixels is not None
-    assert pictures[0].pixels.shape == (32, 48, 3)
+    assert images[0].pixels is not None
+    assert images[0].pixels.shape == (32, 48, 3)
 
 
 @pytest.mark.parametrize(("max_frames", "expected"), [(2, 2), (5, 5), (9, 5)])
@@ -219,8 +219,8 @@ def test_pattern_matches_images_in_any_depth(tmp_path: Path) -> None:
         open_path(tmp_path / "*.jpg")
 
 
-def test_list_names_pictures_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the working folder, from the list's own, and absolute; one twice, and one that is not there."""
+def test_list_yields_images_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths relative to the working folder or to the list, an absolute path, a duplicate, and a missing file."""
     for name in ("here/a.png", "lists/b.png", "far/c.png"):
         save(tmp_path / name)
     file = tmp_path / "lists/all.txt"
@@ -228,13 +228,13 @@ def test_list_names_pictures_in_its_order(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path / "here")
     source = open_path(file)
     assert source.names == ["here/a.png", "lists/b.png", "far/c.png", "lists/gone.png"]
-    assert [picture.problem for picture in source] == [None, None, None, "No such file or directory"]
+    assert [image.problem for image in source] == [None, None, None, "No such file or directory"]
     file.write_text("\n")
     with pytest.raises(SourceError, match="names no image; expected one path per line"):
         open_path(file)
 
 
-def test_pictures_are_read_a_few_ahead_and_in_order(tmp_path: Path) -> None:
+def test_images_are_prefetched_and_keep_their_order(tmp_path: Path) -> None:
     files = [(f"{number}.png", tmp_path / f"{number}.png") for number in range(12)]
     for number, (_, path) in enumerate(files):
         save(path, width=number + 1)
@@ -245,22 +245,22 @@ def test_pictures_are_read_a_few_ahead_and_in_order(tmp_path: Path) -> None:
             given.append(name)
             yield name, path
 
-    pictures = read_images(counted())
-    assert next(pictures).name == "0.png"
-    assert len(given) == 3  # it came out, and two are being read
-    widths = [picture.pixels.shape[1] for picture in pictures if picture.pixels is not None]
+    images = read_images(counted())
+    assert next(images).name == "0.png"
+    assert len(given) == 3  # one was yielded, and two are being read
+    widths = [image.pixels.shape[1] for image in images if image.pixels is not None]
     assert widths == list(range(2, 13))
     assert list(read_images([])) == []
 
 
-def test_any_pictures_can_be_read_by_their_positions(tmp_path: Path) -> None:
+def test_images_can_be_read_by_position(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
         save(tmp_path / name)
     source = open_path(tmp_path)
     assert isinstance(source, ImageFiles)
-    assert [(picture.name, picture.position) for picture in source.read([0, 2])] == [("a.png", 0), ("c.png", 2)]
+    assert [(image.name, image.position) for image in source.read([0, 2])] == [("a.png", 0), ("c.png", 2)]
     assert list(source.read([])) == []
-    assert [picture.position for picture in source] == [0, 1, 2]
+    assert [image.position for image in source] == [0, 1, 2]
 
 
 def test_digest_depends_on_the_paths_and_their_order(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Work behind the caller's back: in order, none lost, none piling up, and errors come to the caller."""
+"""Tests of background threads: order, bounded queues, errors and interruption."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from utils.errors import UserError
 from utils.runtime.threads import BackgroundWorker, map_in_order
 
 
-def test_calls_are_made_in_order_and_in_another_thread() -> None:
+def test_calls_run_in_order_in_another_thread() -> None:
     made: list[tuple[int, int]] = []
     with BackgroundWorker() as worker:
         for number in range(20):
@@ -20,19 +20,19 @@ def test_calls_are_made_in_order_and_in_another_thread() -> None:
     assert {thread for _, thread in made}.isdisjoint({threading.get_ident()})
 
 
-def test_nothing_to_do_is_done() -> None:
+def test_worker_without_calls_ends() -> None:
     before = threading.active_count()
     with BackgroundWorker():
         pass
     assert threading.active_count() == before
 
 
-def test_no_more_than_a_few_calls_wait() -> None:
-    may_go_on = threading.Event()
+def test_queue_of_calls_is_bounded() -> None:
+    proceed = threading.Event()
     made: list[int] = []
 
     def slow(number: int) -> None:
-        may_go_on.wait(10)
+        proceed.wait(10)
         made.append(number)
 
     with BackgroundWorker() as worker:
@@ -46,12 +46,12 @@ def test_no_more_than_a_few_calls_wait() -> None:
         filling.join(0.2)
         assert filling.is_alive()
         assert worker._calls.qsize() == 4
-        may_go_on.set()
+        proceed.set()
         filling.join()
     assert made == list(range(9))
 
 
-def test_error_comes_out_and_is_the_end(tmp_path: Path) -> None:
+def test_error_is_raised_and_ends_the_worker(tmp_path: Path) -> None:
     made: list[int] = []
 
     def fail(number: int) -> None:
@@ -65,7 +65,7 @@ def test_error_comes_out_and_is_the_end(tmp_path: Path) -> None:
     assert made == [0, 1, 2]
 
 
-def test_error_of_the_last_call_comes_out_on_leaving() -> None:
+def test_error_of_the_last_call_is_raised_on_exit() -> None:
     def fail() -> None:
         raise UserError("disk full")
 
@@ -73,7 +73,7 @@ def test_error_of_the_last_call_comes_out_on_leaving() -> None:
         worker.submit(fail)
 
 
-def test_interruption_loses_nothing_that_was_handed_over() -> None:
+def test_submitted_calls_are_completed_on_interruption() -> None:
     made: list[int] = []
     with pytest.raises(KeyboardInterrupt), BackgroundWorker() as worker:
         for number in range(3):
@@ -82,8 +82,8 @@ def test_interruption_loses_nothing_that_was_handed_over() -> None:
     assert made == [0, 1, 2]
 
 
-def test_results_come_in_the_order_of_the_items() -> None:
-    """Though the first takes until another is done."""
+def test_results_are_in_the_order_of_the_items() -> None:
+    """The first item waits for another one."""
     others = threading.Event()
 
     def work(number: int) -> int:
@@ -97,7 +97,7 @@ def test_results_come_in_the_order_of_the_items() -> None:
     assert list(map_in_order(work, [], threads=2)) == []
 
 
-def test_an_items_error_comes_in_its_place_and_the_rest_is_left() -> None:
+def test_error_of_an_item_is_raised_in_order_and_the_rest_is_not_processed() -> None:
     done: list[int] = []
 
     def work(number: int) -> int:

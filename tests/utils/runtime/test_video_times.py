@@ -1,4 +1,4 @@
-"""Frames of videos as telephones make them: with a rotation, and with a rate that varies."""
+"""Tests of videos with a variable frame rate and with a rotation, as phones record them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from utils.runtime.sources import VideoFrames
 pytestmark = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg, which makes the videos, is not installed")
 
 
-def ffmpeg(*words: object) -> None:
-    subprocess.run(["ffmpeg", "-v", "error", "-y", *map(str, words)], check=True)
+def ffmpeg(*arguments: object) -> None:
+    subprocess.run(["ffmpeg", "-v", "error", "-y", *map(str, arguments)], check=True)
 
 
-def test_time_stamps_are_those_of_the_file(tmp_path: Path) -> None:
+def test_timestamps_are_read_from_the_file(tmp_path: Path) -> None:
     """Three frames a tenth of a second apart, then three half a second apart."""
     image = tmp_path / "image.png"
     cv2.imwrite(str(image), np.zeros((48, 64, 3), np.uint8))
@@ -31,7 +31,7 @@ def test_time_stamps_are_those_of_the_file(tmp_path: Path) -> None:
 
 
 def test_frames_are_upright(tmp_path: Path) -> None:
-    """A telephone held upright writes wide frames and that they are to be rotated."""
+    """A phone held upright stores wide frames and a rotation."""
     writer = cv2.VideoWriter(str(tmp_path / "wide.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10, (64, 48))
     for _ in range(3):
         writer.write(np.zeros((48, 64, 3), np.uint8))

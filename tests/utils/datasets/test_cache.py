@@ -43,7 +43,7 @@ def test_pixels_are_those_of_the_file(tmp_path: Path, kind: str, size_hw: tuple[
 
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])
-def test_second_read_does_not_open_the_file(tmp_path: Path, kind: str) -> None:
+def test_second_read_comes_from_the_cache(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.png"
     image = write_noise(path)
     files = reader(path, kind)

@@ -82,7 +82,7 @@ def test_fill_surrounds_an_image_that_is_smaller_than_the_crop(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("order", "fill"), [("bgr", [10, 20, 30]), ("rgb", [30, 20, 10])])
-def test_the_fill_is_the_mean_of_the_model_in_bgr(order: str, fill: list[int], tmp_path: Path) -> None:
+def test_fill_is_the_mean_of_the_model_in_bgr(order: str, fill: list[int], tmp_path: Path) -> None:
     """`pixel_mean` is in the channel order of the model; images are BGR."""
     make_split(tmp_path / "train", {"a.png": ""}, size_hw=(32, 32))
     (images,) = read_split([tmp_path], "train")

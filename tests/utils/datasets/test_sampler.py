@@ -41,7 +41,7 @@ def test_start_skips_finished_steps(start: int, skipped: int) -> None:
 
 @pytest.mark.parametrize("start", [0, 6])
 def test_processes_share_the_batches_of_one_process(start: int) -> None:
-    """17 images: one process has two batches of six, three processes have the same batches as three times two."""
+    """17 images: one process has two batches of six, three processes share each of them, two images each."""
     alone = keys_of(EpochSampler(17, 6, seed=0), 2, start)
     shares = [keys_of(EpochSampler(17, 2, seed=0, rank=rank, world_size=3), 2, start) for rank in range(3)]
     assert len(alone) == 12 - start

@@ -17,7 +17,7 @@ HEIGHT, WIDTH = 40, 64
 
 
 def four_colours() -> np.ndarray:
-    """Return (40, 64, 3) BGR: red, green above blue, white, so that all eight orientations differ."""
+    """Return (40, 64, 3) BGR with another colour in each quarter, so that all eight orientations differ."""
     image = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
     image[:20, :32] = (0, 0, 255)
     image[:20, 32:] = (0, 255, 0)

@@ -71,8 +71,8 @@ class ImagePyramidConfig(Options):
             They have half the stride and half the anchor sizes, in pixels of the image.
         native_scale_weight: weight of the logits of the native scale in the face logits of the upsampled levels.
         half_scale_weight: weight of the logits of the image at half its size in the face logits of all levels.
-        upsampled_channels: channels of every upsampled level, which then have a feature pyramid of their own. Empty
-            means that they share the feature pyramid of the native scale.
+        upsampled_channels: channels of every upsampled level, which then have a backbone and a feature pyramid of their
+            own. Empty means that they share those of the native scale.
     """
 
     upsampled_levels: int = 0

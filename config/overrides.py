@@ -51,7 +51,8 @@ class ModelOverrides(Options):
         None, "pyramid levels computed on the image at twice its size, for smaller faces, at about five times the cost"
     )
     fine_channels: tuple[int, ...] | None = option(
-        None, "channels of every level of --fine_levels, which then have a feature pyramid of their own, e.g. 40,48"
+        None,
+        "channels of every level of --fine_levels, which then have a backbone and pyramid of their own, e.g. 40,48",
     )
     activation_slope: float | None = option(None, "negative slope of the LeakyReLUs")
     fpn_channels: int | None = option(None, "channels of the feature pyramid and the context modules")

@@ -113,10 +113,10 @@ def choose_amp_dtype(config: TrainConfig, device: torch.device) -> torch.dtype |
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, new_parameters: Sequence[str]) -> Optimizer:
-    """Build SGD or AdamW, with separate learning rates for the backbone and for `new_parameters`."""
+    """Build SGD or AdamW, with separate learning rates for the backbones and for `new_parameters`."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        factor = config.backbone_rate_factor if name.startswith("backbone.") else 1.0
+        factor = config.backbone_rate_factor if "backbone" in name.split(".")[0] else 1.0
         factor *= config.new_rate_factor if name in new_parameters else 1.0
         groups.setdefault(factor, []).append(parameter)
     options = [

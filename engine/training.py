@@ -156,11 +156,12 @@ class Trainer:
         torch.backends.cudnn.benchmark = self.device.type == "cuda"
         self.model.train()
         backbone_is_frozen = epoch <= train.freeze_backbone_epochs
-        self.model.backbone.requires_grad_(not backbone_is_frozen)
         if train.freeze_bn:
             freeze_batch_norm(self.model, self.new_parameters)
-        if backbone_is_frozen:
-            freeze_batch_norm(self.model.backbone)
+        for backbone in self.model.backbones:
+            backbone.requires_grad_(not backbone_is_frozen)
+            if backbone_is_frozen:
+                freeze_batch_norm(backbone)
         # DistributedDataParallel only handles parameters that were trainable when it was built: wrap after unfreezing.
         must_wrap = self.ddp_model is self.model or epoch == train.freeze_backbone_epochs + 1
         if self.context.world_size > 1 and must_wrap:

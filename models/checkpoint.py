@@ -183,6 +183,7 @@ def _read_own(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     if content["format"] != FORMAT:
         state = _upgrade_levels(state, experiment.model.image_pyramid.upsampled_levels)
         state = _upgrade_landmarks(state, experiment.model)
+    state = _upgrade_backbone(state, experiment.model)
     training = {name: value for name, value in content.items() if name not in ("format", "config", "model", "digest")}
     return Checkpoint(path, experiment.model, state, "own", experiment, training)
 
@@ -249,6 +250,14 @@ def _upgrade_levels(state: State, count: int) -> State:
             native = level if level < count else level - 1
             upgraded[f"stages.{stage}.{kind}.{native}.{rest}"] = tensor
     return upgraded
+
+
+def _upgrade_backbone(state: State, model_config: ModelConfig) -> State:
+    """Give upsampled levels with channels of their own the copy of the backbone that they used to share."""
+    has_own = any(name.startswith("upsampled_backbone.") for name in state)
+    if has_own or not model_config.image_pyramid.upsampled_channels:
+        return state
+    return dict(state) | {f"upsampled_{name}": state[name] for name in state if name.startswith("backbone.")}
 
 
 def _upgrade_landmarks(state: State, model_config: ModelConfig) -> State:

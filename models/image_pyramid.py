@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from config import ImagePyramidConfig, LevelConfig, ModelConfig
 from layers.prior_box import feature_sizes
+from models.backbone import MobileNetV1, ResNet, build_backbone
 from models.heads import LevelOutput, build_stage
 from models.net import MergedFPN
 from models.retinaface import RetinaFace, run_cascade
@@ -45,7 +46,7 @@ def _scaled_level(level: LevelConfig, scale: float) -> LevelConfig:
 
 
 def _upsampled_config(model_config: ModelConfig, strides: Container[int]) -> ModelConfig:
-    """The configuration of the upsampled levels' own feature pyramid, with levels of the given strides only."""
+    """The configuration of the upsampled levels' own model, with levels of the given strides only."""
     levels = [level for level in model_config.levels if level.stride in strides]
     channels = model_config.image_pyramid.upsampled_channels
     finest = [dataclasses.replace(level, channels=width) for level, width in zip(levels, channels, strict=False)]
@@ -58,10 +59,10 @@ class ImagePyramid(RetinaFace):
     """A `RetinaFace` that also sees the image at twice and at half its size.
 
     The finest levels are computed on the image at twice its size, by context modules and heads of their own, and by a
-    feature pyramid of their own where the configuration has `upsampled_channels`. They replace the finest levels of
-    the native scale; see `pyramid_levels`. Face logits of the upsampled levels are averaged with those of the native
-    scale at the same place, and all face logits with those of the image at half its size, by the weights of
-    `ImagePyramidConfig`.
+    backbone and a feature pyramid of their own where the configuration has `upsampled_channels`. They replace the
+    finest levels of the native scale; see `pyramid_levels`. Face logits of the upsampled levels are averaged with those
+    of the native scale at the same place, and all face logits with those of the image at half its size, by the weights
+    of `ImagePyramidConfig`.
     """
 
     def __init__(self, model_config: ModelConfig) -> None:
@@ -70,15 +71,22 @@ class ImagePyramid(RetinaFace):
         pyramid = model_config.image_pyramid
         count = pyramid.upsampled_levels
         levels, channels = model_config.levels[:count], model_config.level_channels[:count]
+        self.upsampled_backbone: MobileNetV1 | ResNet | None = None
         self.upsampled_fpn: MergedFPN | None = None
         if pyramid.upsampled_channels:
             channels = pyramid.upsampled_channels
-            backbone_channels = self.backbone.channels
+            self.upsampled_backbone = build_backbone(model_config)
+            backbone_channels = self.upsampled_backbone.channels
             self.upsampled_fpn = MergedFPN(backbone_channels, _upsampled_config(model_config, backbone_channels))
         self.upsampled_stages = nn.ModuleList(build_stage(model_config, levels, channels) for _ in self.stages)
         # Without a weight, the native levels that upsampled ones replace are not computed.
         self.first_native = 0 if pyramid.native_scale_weight else max(count - 1, 0)
         self._freeze_unused()
+
+    @property
+    def backbones(self) -> Sequence[nn.Module]:
+        """See `RetinaFace.backbones`."""
+        return [self.backbone] if self.upsampled_backbone is None else [self.backbone, self.upsampled_backbone]
 
     def _freeze_unused(self) -> None:
         """Freeze parameters that no output depends on, as DistributedDataParallel requires.
@@ -118,7 +126,10 @@ class ImagePyramid(RetinaFace):
         enlarged = F.interpolate(images, size=(2 * height, 2 * width), mode="bilinear")
         # An image of odd size has one cell more at twice its size than the level.
         sizes = feature_sizes((height, width), self.levels[:count])
-        levels = self.features(enlarged) if self.upsampled_fpn is None else self.upsampled_fpn(self.backbone(enlarged))
+        if self.upsampled_backbone is None or self.upsampled_fpn is None:
+            levels = self.features(enlarged)
+        else:
+            levels = self.upsampled_fpn(self.upsampled_backbone(enlarged))
         features = zip(levels, sizes, strict=False)
         return [feature[..., :rows, :columns] for feature, (rows, columns) in features]
 

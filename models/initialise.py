@@ -56,7 +56,7 @@ _IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
 def initialise_backbone(model: RetinaFace, source: str) -> None:
-    """Load the weights of the backbone from `source`: a file, `imagenet` (torchvision's own), or `none`.
+    """Load the weights of every backbone from `source`: a file, `imagenet` (torchvision's own), or `none`.
 
     ImageNet weights are adapted to the channel order and range of the model's input, so that the backbone computes the
     features that it was trained to compute.
@@ -78,7 +78,8 @@ def initialise_backbone(model: RetinaFace, source: str) -> None:
         state, is_imagenet = load_backbone(origin, name)
     if is_imagenet:
         state = _adapt_input(state, model.model_config)
-    _load_backbone(model.backbone, state, origin, model.model_config)
+    for backbone in model.backbones:
+        _load_backbone(backbone, state, origin, model.model_config)
 
 
 def _adapt_input(state: State, config: ModelConfig) -> State:
@@ -139,10 +140,10 @@ def _torchvision_weights(name: str) -> State:
 def initialise_from_detector(model: RetinaFace, checkpoint: Checkpoint) -> list[str]:
     """Copy the weights of a trained detector as far as the architectures correspond.
 
-    Levels are matched by stride and anchors by size; upsampled levels that the checkpoint lacks start as
-    copies of those of the native scale. A stage that the checkpoint lacks, or that corrects something else there
-    (`ModelConfig.refinement`), starts as a copy of the first one with box corrections of zero, so that the new cascade
-    begins by detecting what the old detector detected. Branches that the checkpoint lacks keep their random
+    Levels are matched by stride and anchors by size; upsampled levels that the checkpoint lacks, and their backbone,
+    start as copies of those of the native scale. A stage that the checkpoint lacks, or that corrects something else
+    there (`ModelConfig.refinement`), starts as a copy of the first one with box corrections of zero, so that the new
+    cascade begins by detecting what the old detector detected. Branches that the checkpoint lacks keep their random
     initialisation.
 
     Returns:
@@ -166,7 +167,9 @@ def initialise_from_detector(model: RetinaFace, checkpoint: Checkpoint) -> list[
     for number in range(1, len(target.stages)):
         sources = _copies_of_first_stage(sources, number) | sources
     sources = add_upsampled_stages(sources, after) | sources
-    sources = {f"upsampled_{name}": sources[name] for name in sources if name.startswith("fpn.")} | sources
+    sources = {
+        f"upsampled_{name}": sources[name] for name in sources if name.startswith(("backbone.", "fpn."))
+    } | sources
     state = model.state_dict()
     matching = {name: tensor for name, tensor in sources.items() if name in state and tensor.shape == state[name].shape}
     model.load_state_dict(state | matching)

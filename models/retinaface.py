@@ -45,6 +45,11 @@ class RetinaFace(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     @property
+    def backbones(self) -> Sequence[nn.Module]:
+        """Every backbone of the model."""
+        return [self.backbone]
+
+    @property
     def device(self) -> torch.device:
         return self.pixel_mean.device
 

@@ -23,7 +23,7 @@ import torch
 import train as script
 from config import ROOT, ModelConfig
 from models.checkpoint import load_checkpoint
-from models.retinaface import RetinaFace
+from models.image_pyramid import build_model
 from tests.ground_truth import save_ground_truth
 from tests.scripts import run_process, run_processes, run_script
 from utils.runtime import logger
@@ -270,17 +270,18 @@ def test_training_stops_early_without_progress(dataset: Path, experiment: Experi
 
 
 def test_backbone_is_frozen_in_the_first_epochs_only(dataset: Path, experiment: Experiment) -> None:
-    flags = ["--freeze_backbone_epochs=1", "--weight_decay=0.1"]
+    flags = ["--freeze_backbone_epochs=1", "--weight_decay=0.1", "--fine_levels=2", "--fine_channels=8,12"]
     assert train(dataset, experiment, "--epochs=1", *flags).returncode == 0
     last = experiment.checkpoint("mobilenet0.25", "last")
     torch.manual_seed(0)
-    start = RetinaFace(load_checkpoint(last).model_config).state_dict()
+    start = build_model(load_checkpoint(last).model_config).state_dict()
     frozen = load_checkpoint(last).state
-    backbone = [name for name in start if name.startswith("backbone.")]
-    assert all(torch.equal(start[name], frozen[name]) for name in backbone)
+    backbones = [[name for name in start if name.startswith(part)] for part in ("backbone.", "upsampled_backbone.")]
+    assert all(torch.equal(start[name], frozen[name]) for names in backbones for name in names)
     assert not all(torch.equal(start[name], frozen[name]) for name in start)
     assert train(dataset, experiment, "--epochs=2", *flags).returncode == 0
-    assert not all(torch.equal(start[name], load_checkpoint(last).state[name]) for name in backbone)
+    trained = load_checkpoint(last).state
+    assert not any(all(torch.equal(start[name], trained[name]) for name in names) for names in backbones)
 
 
 def test_accumulated_batches_make_one_step(dataset: Path, experiment: Experiment) -> None:

@@ -49,29 +49,31 @@ def test_run_of_one_step_has_a_learning_rate(schedule: str) -> None:
     assert factors(TrainConfig(epochs=1, schedule=schedule), 1, [0]) == pytest.approx([1])
 
 
-def two_part_module() -> nn.Module:
-    return nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+def small_module() -> nn.Module:
+    parts = ("backbone", "upsampled_backbone", "head")
+    return nn.ModuleDict({name: nn.Linear(2, 2) for name in parts})
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_backbone_and_new_parameters_have_their_own_learning_rates(optimizer: str) -> None:
-    module = two_part_module()
+    module = small_module()
     config = TrainConfig(optimizer=optimizer, learning_rate=0.1, backbone_rate_factor=0.5, new_rate_factor=3)
     built = build_optimizer(module, config, ["head.bias"])
     rates = {id(weights): group["lr"] for group in built.param_groups for weights in group["params"]}
     expected = {"backbone.weight": 0.05, "backbone.bias": 0.05, "head.weight": 0.1, "head.bias": 0.3}
+    expected |= {"upsampled_backbone.weight": 0.05, "upsampled_backbone.bias": 0.05}
     assert {name: rates[id(weights)] for name, weights in module.named_parameters()} == pytest.approx(expected)
 
 
 def test_schedule_can_start_at_any_step() -> None:
     """The learning rate of step 7 is bitwise the same whether the schedule is stepped to it or starts there."""
     config = TrainConfig(epochs=3, warmup_epochs=1, schedule="cosine", learning_rate=0.1)
-    stepped = build_optimizer(two_part_module(), config, [])
+    stepped = build_optimizer(small_module(), config, [])
     scheduler = build_scheduler(stepped, config, 4)
     for _ in range(7):
         stepped.step()
         scheduler.step()
-    resumed = build_optimizer(two_part_module(), config, [])
+    resumed = build_optimizer(small_module(), config, [])
     build_scheduler(resumed, config, 4)  # sets the initial rate of every group
     build_scheduler(resumed, config, 4, steps_done=7)
     assert resumed.param_groups[0]["lr"] == stepped.param_groups[0]["lr"]

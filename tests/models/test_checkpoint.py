@@ -226,6 +226,20 @@ def test_other_channels_of_the_fine_levels_are_refused(saved: tuple[int, ...], t
         load_checkpoint(tmp_path / "some.pth", ModelOverrides(fine_channels=(16, 20)))
 
 
+@torch.inference_mode()
+def test_fine_levels_that_shared_the_backbone_get_a_copy_of_it(tmp_path: Path) -> None:
+    """Checkpoints used to have no backbone for levels with channels of their own."""
+    config = dataclasses.replace(SMALL, image_pyramid=ImagePyramidConfig(2, upsampled_channels=(16, 20)))
+    model = build_model(config)
+    state = model.state_dict()
+    model.load_state_dict(state | {f"upsampled_{name}": state[name] for name in state if name.startswith("backbone.")})
+    shared = {name: value for name, value in model.state_dict().items() if not name.startswith("upsampled_backbone.")}
+    save_checkpoint(tmp_path / "some.pth", ExperimentConfig(model=config), shared)
+    image = torch.rand(1, 3, 64, 64) * 255
+    loaded = load_model(load_checkpoint(tmp_path / "some.pth"))
+    torch.testing.assert_close(loaded.eval()(image)[-1].class_logits, model.eval()(image)[-1].class_logits)
+
+
 def test_two_stages_of_a_single_stage_checkpoint_are_refused(tmp_path: Path) -> None:
     model = dataclasses.replace(SMALL, stages=SMALL.stages[:1])
     save_checkpoint(tmp_path / "a.pth", ExperimentConfig(model=model), RetinaFace(model).state_dict())

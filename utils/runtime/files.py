@@ -10,6 +10,7 @@ import secrets
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import count
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
@@ -191,6 +192,16 @@ def try_lock(file: BinaryIO) -> bool:
     return True
 
 
+_lock_files: set[BinaryIO] = set()
+
+
+@cache
+def _close_locks_in_children() -> None:
+    """Ensure that a worker which outlives this process holds no lock."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: [file.close() for file in _lock_files])
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Create a folder, and lock it for this process, so that no two runs write there at the same time.
@@ -200,12 +211,15 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with disk_errors(make_folder(folder)):
         file = (folder / ".lock").open("ab")
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=file.close)  # a worker that outlives this process holds no lock
+    _close_locks_in_children()
     with file:
         if not try_lock(file):
             raise UserError(f"{folder}: another run is still writing there; end it, or wait for it")
-        yield
+        _lock_files.add(file)
+        try:
+            yield
+        finally:
+            _lock_files.remove(file)
 
 
 @contextmanager

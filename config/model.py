@@ -98,8 +98,8 @@ USUAL_LEVELS: dict[int, tuple[LevelConfig, ...]] = {
     3: (LevelConfig(8, (8, 16, 32)), LevelConfig(16, (32, 64, 128)), LevelConfig(32, (128, 256, 512))),
 }
 
-
-_CHOICES = {
+# Permitted values of the fields of `ModelConfig` that are names.
+CHOICES = {
     "backbone": BACKBONES,
     "model_version": ("retina", "tina"),
     "refinement": ("sum", "rematch"),
@@ -170,7 +170,7 @@ class ModelConfig(Options):
     image_pyramid: ImagePyramidConfig = ImagePyramidConfig()
 
     def __post_init__(self) -> None:
-        for name, permitted in _CHOICES.items():
+        for name, permitted in CHOICES.items():
             value = getattr(self, name)
             require(value in permitted, f"{name} is one of {', '.join(permitted)}, got {value!r}")
         self._check_levels()

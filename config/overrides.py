@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from config.model import BACKBONES, USUAL_LEVELS
+from config.model import CHOICES, USUAL_LEVELS
 from utils.options import Options, option
 
 
@@ -21,9 +21,9 @@ def parse_anchor_sizes(text: str) -> tuple[tuple[float, ...], ...]:
 class ModelOverrides(Options):
     """Architecture; an option that is not given is None and keeps the value of the experiment or checkpoint."""
 
-    backbone: str | None = option(None, "feature extractor", choices=BACKBONES)
+    backbone: str | None = option(None, "feature extractor", choices=CHOICES["backbone"])
     model_version: str | None = option(
-        None, "tina adds the IoU-aware branch of TinaFace to retina", choices=("retina", "tina")
+        None, "tina adds the IoU-aware branch of TinaFace to retina", choices=CHOICES["model_version"]
     )
     num_anchor: int | None = option(None, "anchors per cell", choices=tuple(USUAL_LEVELS))
     cascade: bool | None = option(None, "two stages, or one")
@@ -69,5 +69,5 @@ class ModelOverrides(Options):
         None,
         "what the second stage corrects: sum, the box deltas of the first; rematch, its decoded boxes, which become "
         "its anchors and are matched at a higher IoU (RetinaFace)",
-        choices=("sum", "rematch"),
+        choices=CHOICES["refinement"],
     )

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ROOT / "experiments"
 DATA = ROOT / "data"
 RECIPES = ROOT / "recipes"
-DEFAULT_EXPERIMENT = "mobilenet0.25_pretrained"
+DEFAULT_EXPERIMENT = "mobilenet0.25_compact"
 _MAX_NAME_BYTES = 200  # files are named after the experiment, and file systems permit 255
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import test
-from config import ROOT, DataConfig, EvaluationOptions
+from config import DEFAULT_EXPERIMENT, ROOT, DataConfig, EvaluationOptions
 from engine.evaluation import prediction_rows
 from engine.training_state import TrainingData
 from models.detector import FaceDetector
@@ -357,7 +357,7 @@ def test_default_detector_does_not_write_to_the_experiments(tmp_path: Path) -> N
     dataset = make_dataset(tmp_path / "set", ["a.png"])
     result = evaluate(tmp_path, f"--dataset={dataset}")
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "test_results/mobilenet0.25_pretrained/results.json").is_file()
+    assert (tmp_path / "test_results" / DEFAULT_EXPERIMENT / "results.json").is_file()
     (dataset / "images/a.png").write_bytes(b"no image")
     broken = evaluate(tmp_path, f"--dataset={dataset}", f"--model_weight={WEIGHTS}")
     assert broken.returncode == 1

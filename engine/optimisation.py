@@ -17,6 +17,7 @@ from config import TrainConfig
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 _WARMUP_START = 0.01  # relative to the peak learning rate
+_BACKBONES = ("backbone.", "upsampled_backbone.")  # beginnings of the names of their parameters
 
 
 class Optimization:
@@ -92,9 +93,8 @@ class Optimization:
         Raises:
             ValueError: the saved optimiser has other groups of parameters.
         """
-        configured = [
-            {name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups
-        ]
+        groups = self.optimizer.param_groups
+        configured = [{name: group[name] for name in group if name != "params"} for group in groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, options in zip(self.optimizer.param_groups, configured, strict=True):
             group.update(options)
@@ -116,7 +116,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, new_parameters: Seque
     """Build SGD or AdamW, with separate learning rates for the backbones and for `new_parameters`."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        factor = config.backbone_rate_factor if "backbone" in name.split(".")[0] else 1.0
+        factor = config.backbone_rate_factor if name.startswith(_BACKBONES) else 1.0
         factor *= config.new_rate_factor if name in new_parameters else 1.0
         groups.setdefault(factor, []).append(parameter)
     options = [

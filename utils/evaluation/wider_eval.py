@@ -81,9 +81,8 @@ class Matches:
         Args:
             counted: (N,) bool, which faces count.
         """
-        is_counted: np.ndarray = np.append(counted, True)[
-            self.matched_face
-        ]  # -1: a prediction that matches no face is false
+        # The appended value is at index -1: a prediction that matches no face is false.
+        is_counted: np.ndarray = np.append(counted, True)[self.matched_face]
         return is_counted
 
 

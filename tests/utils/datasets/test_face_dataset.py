@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from config import DataConfig, ExperimentConfig, ModelConfig
+from tests.engine.helpers import WITHOUT_AUGMENTATION
 from utils.datasets.face_dataset import Batch, FaceDataset, collate
 from utils.datasets.folders import read_split
 from utils.datasets.labels import DatasetError
@@ -20,14 +21,7 @@ from utils.datasets.loader import build_loader
 from utils.datasets.sampler import EpochSampler
 from utils.runtime.images import write_image
 
-PLAIN = DataConfig(
-    im_size=64,
-    crop_scales=(1.0,),
-    mosaic_probability=0,
-    flip_probability=0,
-    colour_probability=0,
-    grey_probability=0,
-)
+PLAIN = replace(WITHOUT_AUGMENTATION, im_size=64, num_workers=DataConfig.num_workers)
 
 
 def make_split(folder: Path, faces_of: dict[str, str], size_hw: tuple[int, int] = (64, 64)) -> None:

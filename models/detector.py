@@ -21,7 +21,8 @@ from models.backend import Backend, build_backend
 from models.checkpoint import load_checkpoint, locate_checkpoint
 from models.initialise import load_model
 from models.retinaface import RetinaFace
-from utils.runtime.images import ImageLike, as_bgr_uint8, limited_size, resize_to_limit
+from utils.runtime.images import ImageLike, as_bgr_uint8
+from utils.runtime.pixels import limited_size, resize_to_limit
 from utils.runtime.threads import map_in_order
 from utils.structures import Detections
 

@@ -21,7 +21,8 @@ from config import ROOT, ExperimentConfig
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.foreign_checkpoint import CheckpointError
 from models.image_pyramid import build_model
-from utils.runtime.images import LargeImageError, UnreadableImageError, read_image, read_image_with_note, to_8_bits
+from utils.runtime.images import LargeImageError, UnreadableImageError, read_image, read_image_with_note
+from utils.runtime.pixels import to_8_bits
 
 
 def encoded(kind: str) -> bytes:

@@ -17,7 +17,8 @@ from models.backend import Backend
 from models.detector import FaceDetector
 from models.onnx_graph import missing_onnx_packages
 from utils.errors import ConfigError
-from utils.runtime.images import read_image, resize_to_limit
+from utils.runtime.images import read_image
+from utils.runtime.pixels import resize_to_limit
 from utils.structures import StageOutput
 
 _STATM = Path("/proc/self/statm")

@@ -17,7 +17,8 @@ from config import ROOT
 from utils.datasets.folders import find_dataset
 from utils.datasets.labels import DatasetError
 from utils.runtime.files import candidate_paths
-from utils.runtime.images import UnreadableImageError, read_image, read_image_with_note, to_8_bits
+from utils.runtime.images import UnreadableImageError, read_image, read_image_with_note
+from utils.runtime.pixels import to_8_bits
 from utils.runtime.sources import SourceError, VideoFrames, open_source
 
 ASTRONAUT = ROOT / "data/sample_widerface/images/astronaut.jpg"

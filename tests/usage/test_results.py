@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import inference
 from config import ROOT, InferenceOptions
@@ -189,3 +190,17 @@ def test_notes_about_files_are_in_the_summary(tmp_path: Path) -> None:
     assert "note: a.gif: only the first of its 2 frames" in result.stdout
     assert f"skipped {photos}/b.cr2: camera RAW" in result.stdout
     assert (tmp_path / "out/family_child_inference_results.txt").read_text().startswith("a.gif\n")
+
+
+def test_damaged_images_are_named_and_libraries_print_nothing(tmp_path: Path) -> None:
+    sample = ROOT / "data/sample_widerface/images/astronaut.jpg"
+    data = sample.read_bytes()
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "cut.jpg").write_bytes(data[: len(data) // 2] + data[-2:])
+    with Image.open(sample) as image:
+        image.save(photos / "exif.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    result = infer(f"--inference_dir={photos}", f"--inference_save_folder={tmp_path / 'out'}", "--page=False")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert "note: cut.jpg: damaged; a part of the image may be wrong (Corrupt JPEG data: premature end" in result.stdout

@@ -175,9 +175,10 @@ def check_report_is_ours(folder: Path, table: Path, *, with_gallery: bool) -> No
         UserError: one is; the message says what to do instead.
     """
     names = (*_REPORT_FILES, "errors.png")
-    if {"experiment", "ground_truth", "ap"} <= read_object(folder / "results.json").keys():
-        OwnFiles(folder).adopt(folder / name for name in names)
-    OwnFiles(folder).check(folder / name for name in (names if with_gallery else _REPORT_FILES))
+    own = OwnFiles(folder)
+    if own.is_new and {"experiment", "ground_truth", "ap"} <= read_object(folder / "results.json").keys():
+        own.adopt(folder / name for name in names)
+    own.check(folder / name for name in (names if with_gallery else _REPORT_FILES))
     header = ",".join(_TABLE_COLUMNS)
     if table.is_file() and table.stat().st_size and not table.read_bytes().startswith(header.encode()):
         raise UserError(f"{table}: is another table than that of all runs; move it, or choose another --output_dir")

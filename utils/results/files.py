@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -71,18 +71,20 @@ class ResultFiles:
     def exist(self) -> bool:
         return any(path.exists() for path in self.paths)
 
-    def check_writable(self) -> None:
-        """Check that no folder, and no file of the user, has the name of a file to be written.
+    def check_writable(self, image_folders: Sequence[str]) -> None:
+        """Check that nothing of the user has the name of a file, or of a folder of images, to be written.
 
         Raises:
-            UserError: one has such a name.
+            UserError: a file or folder has such a name.
         """
         for path in self.paths:
             if path.is_dir():
                 raise UserError(f"{path}: cannot be written (it is a folder); choose another folder for the results")
-        if any(self.folder.glob(".records/*/run.json")):
-            OwnFiles(self.folder).adopt(self.paths)
-        OwnFiles(self.folder).check(self.paths)
+        own = OwnFiles(self.folder)
+        if own.is_new and any(self.folder.glob(".records/*/run.json")):
+            own.adopt([*self.paths, *(self.folder / name for name in OUTPUT_FOLDERS)])
+        own.check(self.paths)
+        own.claim_folders([self.folder / name for name in image_folders])
 
     def write(self, settings: Mapping[str, Any], records: RecordIndex, former: np.ndarray) -> Summary:
         """Make the files from the records. They replace the old files once all are complete.

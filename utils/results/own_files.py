@@ -13,6 +13,8 @@ from utils.errors import UserError
 from utils.runtime.files import atomic_write
 from utils.runtime.manifest import file_digest, read_object
 
+_FOLDER = "folder"  # in place of a digest
+
 
 @dataclass(frozen=True)
 class OwnFiles:
@@ -30,10 +32,19 @@ class OwnFiles:
     def _read(self) -> dict[str, list[str]]:
         return {name: digests for name, digests in read_object(self._list).items() if isinstance(digests, list)}
 
+    @property
+    def is_new(self) -> bool:
+        """Whether there is no list: no run, or only runs of earlier versions, wrote below the folder."""
+        return not self._list.exists()
+
     def adopt(self, paths: Iterable[Path]) -> None:
-        """Take existing files for those of a run, if runs of earlier versions kept no list here."""
-        if not self._list.exists():
-            self._save({self._name(path): [_digest(path)] for path in paths if os.path.lexists(path)})
+        """List existing files, and folders, that runs of earlier versions wrote without listing them."""
+        self._save({self._name(path): [_digest(path)] for path in paths if os.path.lexists(path)} | self._read())
+
+    def is_as_written(self, path: Path) -> bool | None:
+        """Whether a run wrote a file as it stands; None if no run wrote a file of this name."""
+        digests = self._read().get(self._name(path))
+        return None if digests is None else _digest(path) in digests
 
     def check(self, paths: Iterable[Path]) -> None:
         """Check that these files may be replaced.
@@ -41,13 +52,29 @@ class OwnFiles:
         Raises:
             UserError: a file was not written by a run, or was edited since.
         """
-        written = self._read()
         for path in paths:
-            if os.path.lexists(path) and _digest(path) not in written.get(self._name(path), ()):
+            if os.path.lexists(path) and not self.is_as_written(path):
                 raise UserError(
                     f"{path}: was not written by a run, or was edited since, and is kept; move it, or choose another "
                     "folder for the results"
                 )
+
+    def claim_folders(self, folders: Sequence[Path]) -> None:
+        """Check that each of these folders is absent, empty or one of a run, and list them as those of a run.
+
+        Raises:
+            UserError: one has other content.
+        """
+        self.check(path for path in folders if path.is_file() or not _is_empty(path))
+        digests = {self._name(path): [_digest(path) if path.exists() else _FOLDER] for path in folders}
+        if (written := self._read()) | digests != written:
+            self._save(written | digests)
+
+    def forget_empty_folders(self) -> None:
+        """Take folders from the list of which a run removed all files."""
+        written = self._read()
+        names = [name for name, digests in written.items() if digests == [_FOLDER] and _is_empty(self.folder / name)]
+        self._save({name: digests for name, digests in written.items() if name not in names})
 
     @contextmanager
     def replaced(self, *paths: Path) -> Iterator[Sequence[Path]]:
@@ -106,4 +133,9 @@ def _digest(path: Path) -> str:
     """Digest of a file, the target of a link, or a word for a folder."""
     if path.is_symlink():
         return f"link to {path.readlink()}"
-    return "folder" if path.is_dir() else file_digest(path)
+    return _FOLDER if path.is_dir() else file_digest(path)
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder has no files, or does not exist."""
+    return not any(names for _, _, names in os.walk(folder))

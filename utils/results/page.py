@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from utils.errors import UserError
-from utils.runtime.files import atomic_write
+from utils.results.own_files import OwnFiles
 
 PAGE_NAME = "index.html"
 _GENERATOR = "retinaface results"  # distinguishes generated pages from files of the user
@@ -93,7 +93,9 @@ def write_page(folder: Path, head: PageHead, entries: Iterable[Mapping[str, Any]
 
     Raises:
         OSError: the page cannot be written.
+        UserError: see `check_page_is_ours`.
     """
+    own = OwnFiles(folder)
     parts = [
         _Part(PAGE_NAME if not number else f"index_{number + 1}.html", f"from {number * _IMAGES_PER_FILE + 1}")
         for number in range(max(1, math.ceil(count / _IMAGES_PER_FILE)))
@@ -104,7 +106,9 @@ def write_page(folder: Path, head: PageHead, entries: Iterable[Mapping[str, Any]
         stream = template.stream(
             head=head, entries=islice(remaining, _IMAGES_PER_FILE), parts=parts, file=part.file, generator=_GENERATOR
         )
-        with atomic_write(folder / part.file) as temporary, temporary.open("w", encoding="utf-8") as file:
+        if own.is_as_written(folder / part.file) is None and _is_ours(folder / part.file):
+            own.adopt([folder / part.file])
+        with own.replaced(folder / part.file) as (temporary,), temporary.open("w", encoding="utf-8") as file:
             file.writelines(stream)
     for path in _former_parts(folder, len(parts)):
         path.unlink()
@@ -112,14 +116,17 @@ def write_page(folder: Path, head: PageHead, entries: Iterable[Mapping[str, Any]
 
 
 def check_page_is_ours(folder: Path) -> None:
-    """Check that no index.html by a person or another program would be replaced.
+    """Check that no index.html by a person or another program, and none that was edited, would be replaced.
 
     Raises:
         UserError: there is such an index.html; the message says what to do instead.
     """
     path = folder / PAGE_NAME
     if path.exists() and not _is_ours(path):
-        raise UserError(f"{path}: is not a page of results; choose another folder for them, or add --page=False")
+        raise UserError(
+            f"{path}: is not a page of results, or was edited since; move it, choose another folder for the results, "
+            "or add --page=False"
+        )
 
 
 def file_url(path: Path, folder: Path) -> str:
@@ -169,7 +176,11 @@ def _former_parts(folder: Path, parts: int) -> Iterator[Path]:
 
 
 def _is_ours(path: Path) -> bool:
+    """Whether a run wrote this file as it stands; those of earlier versions are recognised by their generator."""
     try:
+        is_as_written = OwnFiles(path.parent).is_as_written(path)
+        if is_as_written is not None:
+            return is_as_written
         with path.open("rb") as file:
             return f'<meta name="generator" content="{_GENERATOR}">'.encode() in file.read(2000)
     except OSError:  # a folder, or not readable

@@ -18,6 +18,7 @@ from utils.results.face_files import FaceFiles
 from utils.results.files import ResultFiles, Summary, remove_output
 from utils.results.image_files import OutputImages, write_crops
 from utils.results.masks import HeadMask, crop
+from utils.results.own_files import OwnFiles
 from utils.results.records import Record, RecordStore
 from utils.results.reports import write_exports, write_inference_page
 from utils.runtime.distributed import SINGLE_PROCESS, DistributedContext, run_on_all, run_on_main
@@ -118,7 +119,7 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
     def _begin(self, threads: int | None) -> RunStart:
         resume = self._options.resume
         with disk_errors(make_folder(self.folder)):
-            self._files.check_writable()
+            self._files.check_writable(_image_folders(self._options))
             if self._store.in_use:
                 raise UserError(f"{self.folder}: another run is still writing there; end it, or wait for it")
             run, index = self._store.run, self._store.index()
@@ -253,6 +254,7 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
                 for record in records if stale else ():
                     stale.difference_update(record.files)
                 remove_output(self.folder, stale)
+                OwnFiles(self.folder).forget_empty_folders()
                 # results.json may have belonged to another experiment with a complete run here. Its images stay.
                 for other in self._store.complete_others:
                     other.remove()
@@ -309,6 +311,15 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
 
     def _crop_stem(self, name: str) -> str:
         return name if self._name_counts[_stem(name).lower()] > 1 else _stem(name)
+
+
+def _image_folders(options: InferenceOptions) -> list[str]:
+    """Those of `OUTPUT_FOLDERS` into which a run with these options writes."""
+    folders = ["thumbnails"] if options.page else []
+    folders += ["result_images"] if options.save_img else []
+    folders += ["masks", "faces", "heads", "head_masks"] if options.save_mask else []
+    folders += [{"plain": "crops"}.get(kind, kind) for kind in options.save_crops]
+    return [*folders, "anonymized"] if options.anonymize is not None else folders
 
 
 def _stem(name: str) -> str:

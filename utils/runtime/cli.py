@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
@@ -80,6 +81,7 @@ def _open_closed_streams() -> None:
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main`. A `UserError` ends it with one line and status 1, and Ctrl-C with status 130."""
     _open_closed_streams()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # which do not name the file
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name may contain what the terminal cannot show

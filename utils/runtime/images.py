@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import importlib.util
 import io
-import math
 import os
 import struct
 from collections.abc import Iterator
@@ -14,10 +13,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+import simplejpeg
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from utils.errors import lfs_pointer
 from utils.runtime.files import atomic_write
+from utils.runtime.pixels import to_8_bits
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .mpo .png .apng .bmp .dib .gif .tif .tiff .webp .ppm .pgm .pbm .pnm .jp2 .j2k .j2c .jpc "
@@ -30,7 +31,7 @@ UNSUPPORTED_SUFFIXES = frozenset(
 )
 UNSUPPORTED_REASON = "camera RAW, PSD, JPEG XL, EXR, HDR and SVG cannot be read; convert it to JPEG or PNG"
 WRITABLE_SUFFIXES = frozenset(".jpg .jpeg .png .bmp .tif .tiff .webp".split())
-_JPEG_END = b"\xff\xd9"
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _LEAST_ZEROS = 64  # at the end of a file for which space was reserved, but not filled
 # Files with these endings are complete. Others of the formats that OpenCV decodes are checked by Pillow first.
 _COMPLETE_ENDINGS = (_JPEG_END, b"IEND\xaeB`\x82")
@@ -38,11 +39,10 @@ _COMPLETE_ENDINGS = (_JPEG_END, b"IEND\xaeB`\x82")
 # rotate WebP upright and crashes on damaged JPEG 2000.
 _TIFF_BEGINNINGS = (b"II", b"MM")
 _DEEP_BEGINNINGS = (b"\x89PNG", *_TIFF_BEGINNINGS, b"P")  # formats that may have more than 8 bits
-_OPENCV_BEGINNINGS = (b"\xff\xd8", b"BM", *_DEEP_BEGINNINGS)
+_OPENCV_BEGINNINGS = (_JPEG_START, b"BM", *_DEEP_BEGINNINGS)
 _HEIF_BRANDS = tuple(b"ftyp" + brand for brand in b"heic heix hevc hevx heim heis mif1 msf1".split())
 _AVIF_BRANDS = (b"ftypavif", b"ftypavis")
 _CHANNELS = ((), (1,), (3,), (4,))
-_MAX_UNIT_VALUE = 2.0  # values meant for 0 to 1 may overshoot after a filter or lossy compression
 # Decoding one image may take so much memory, so that with the model it is less than 2 GB.
 _MAX_DECODED_BYTES = 800_000_000
 # Bytes that decoding takes for each pixel: with 8 and with 32 bits, and by Pillow.
@@ -51,7 +51,6 @@ _BYTES_PER_PIXEL, _FLOAT_BYTES_PER_PIXEL, _PILLOW_BYTES_PER_PIXEL = 6, 22, 16
 _JPEG_BYTES_PER_PIXEL, _DEEP_BYTES_PER_PIXEL = 4, 7.8
 _MAX_JPEG_PIXELS_PER_BYTE = 1024  # twice as many as Huffman codes can express
 LARGE_PIXELS = 16_000_000  # images of more pixels are not read ahead; see `LargeImageError`
-_ROWS_AT_ONCE = 256
 
 
 # Types that are accepted as an image in Python; see `as_bgr_uint8`.
@@ -97,7 +96,7 @@ def read_image_with_note(path: Path, *, allow_large: bool = True) -> tuple[np.nd
     width, height, bytes_per_pixel = _read_header(data)
     if width * height * bytes_per_pixel > _MAX_DECODED_BYTES:
         raise UnreadableImageError(f"{width}x{height} pixels are too many to decode; reduce it or cut it into parts")
-    if data.startswith(b"\xff\xd8") and width * height > _MAX_JPEG_PIXELS_PER_BYTE * len(data):
+    if data.startswith(_JPEG_START) and width * height > _MAX_JPEG_PIXELS_PER_BYTE * len(data):
         raise UnreadableImageError(f"{width}x{height} pixels cannot be in {len(data)} bytes")
     if width * height > LARGE_PIXELS and not allow_large:
         raise LargeImageError
@@ -105,6 +104,8 @@ def read_image_with_note(path: Path, *, allow_large: bool = True) -> tuple[np.nd
         raise UnreadableImageError("a part of the file is missing")
     if not data.startswith(_OPENCV_BEGINNINGS):
         return _decode_with_pillow(data)
+    if data.startswith(_JPEG_START) and (decoded := _decode_jpeg(data)) is not None:
+        return decoded
     is_special_png = data.startswith(b"\x89PNG") and (
         data[24:25] > b"\x08" or b"acTL" in data[: max(0, data.find(b"IDAT"))]
     )
@@ -113,16 +114,13 @@ def read_image_with_note(path: Path, *, allow_large: bool = True) -> tuple[np.nd
         try:
             # OpenCV would silently fill a missing part with grey; Pillow raises an error.
             note = _check_with_pillow(data)
-            if data.startswith(b"\xff\xd8") and data.endswith(bytes(_LEAST_ZEROS)):
-                note = "the file ends in zeros instead of its last part, where the image may be grey"
         except UnreadableImageError:
-            if data.startswith(b"\xff\xd8") and width * height < LARGE_PIXELS and _lacks_only_its_end(data):
-                return _decode_with_opencv(data + _JPEG_END), "the end of the file is missing, but nothing of the image"
             # Pillow reads no TIFF of floats in colour.
             if data.startswith(_TIFF_BEGINNINGS) and (deep := _imdecode(data)) is not None and deep.dtype != np.uint8:
                 return to_8_bits(deep), None
             raise
-    return _decode_with_opencv(data), note
+    pixels = _imdecode(data)
+    return (to_8_bits(pixels), note) if pixels is not None else _decode_with_pillow(data)
 
 
 def _read_header(data: bytes) -> tuple[int, int, float]:
@@ -140,7 +138,7 @@ def _read_header(data: bytes) -> tuple[int, int, float]:
             taken = _FLOAT_BYTES_PER_PIXEL if depth > 16 else taken
             return int(tags[TiffImagePlugin.IMAGEWIDTH]), int(tags[TiffImagePlugin.IMAGELENGTH]), taken
         with _open_with_pillow(data) as image:
-            taken = _JPEG_BYTES_PER_PIXEL if data.startswith(b"\xff\xd8") else _PILLOW_BYTES_PER_PIXEL
+            taken = _JPEG_BYTES_PER_PIXEL if data.startswith(_JPEG_START) else _PILLOW_BYTES_PER_PIXEL
             taken = _DEEP_BYTES_PER_PIXEL if data.startswith((b"BM", b"P")) else taken
             return image.width, image.height, taken
     except Exception:  # decoding will report it
@@ -166,9 +164,55 @@ def _imdecode(data: bytes) -> np.ndarray | None:
         return None
 
 
-def _decode_with_opencv(data: bytes) -> np.ndarray:
-    image = _imdecode(data)
-    return _decode_with_pillow(data)[0] if image is None else to_8_bits(image)
+def _decode_jpeg(data: bytes) -> tuple[np.ndarray, str | None] | None:
+    """Decode a JPEG to the same pixels as OpenCV, whose libjpeg prints warnings without the name of the file.
+
+    Returns:
+        The image, and a note if the file is damaged; None if this decoder does not support the file, such as one in
+        CMYK.
+
+    Raises:
+        UnreadableImageError: the file ends before the image does.
+    """
+    note = None
+    try:
+        image = simplejpeg.decode_jpeg(data, "BGR")
+    except ValueError as warning:
+        try:
+            image = simplejpeg.decode_jpeg(data, "BGR", strict=False)
+        except ValueError:
+            return None
+        note = f"damaged; a part of the image may be wrong ({warning})"
+        # Where space was reserved for the file but not filled, it ends in zeros.
+        if str(warning).startswith("Premature end of JPEG file") and not data.endswith(bytes(_LEAST_ZEROS)):
+            try:
+                simplejpeg.decode_jpeg(data + _JPEG_END, "BGR")
+            except ValueError:
+                raise UnreadableImageError("the end of the file is missing, and with it a part of the image") from None
+            note = "the end of the file is missing, but nothing of the image"
+    return _upright(image, _orientation(data)), note
+
+
+def _orientation(data: bytes) -> int:
+    """The EXIF orientation of a JPEG; 1, which is upright, if there is none."""
+    try:
+        with _open_with_pillow(data) as image:
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))
+            return int(exif.get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged
+        return 1
+
+
+def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn an image, (H, W, 3), as its EXIF orientation says."""
+    if 5 <= orientation <= 8:
+        image = image.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
 
 
 def _open_with_pillow(data: bytes) -> Image.Image:
@@ -256,62 +300,6 @@ def as_bgr_uint8(image: ImageLike) -> np.ndarray:
     if pixels.ndim == 2 or pixels.shape[2] == 1:
         return cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_GRAY2BGR)
     return pixels[:, :, :3] if pixels.flags.writeable else pixels[:, :, :3].copy()
-
-
-def _lacks_only_its_end(data: bytes) -> bool:
-    """Whether a JPEG lacks only its end marker, so that no pixel depends on missing bytes."""
-    data = data[:-1] if data.endswith(b"\xff") else data
-    try:
-        image, *others = (_decode_with_pillow(data + tail + _JPEG_END)[0] for tail in (b"", b"\x55" * 64, b"\xaa" * 64))
-    except UnreadableImageError:
-        return False
-    return all(np.array_equal(image, other) for other in others)
-
-
-def to_8_bits(pixels: np.ndarray) -> np.ndarray:
-    """Convert pixels of any type to uint8 by the range that they use: 0 to 1, 8, 12 or 16 bits, or any other."""
-    if pixels.dtype == np.uint8:
-        return pixels
-    if not pixels.size:
-        return pixels.astype(np.uint8)
-    parts = [pixels[row : row + _ROWS_AT_ONCE] for row in range(0, len(pixels), _ROWS_AT_ONCE)]
-    ranges = [(float(values.min()), float(values.max())) for values in map(_finite, parts)]
-    low, high = min(0.0, *(each[0] for each in ranges)), max(0.0, *(each[1] for each in ranges))
-    offset, limit, largest = 0.0, next((float(limit) for limit in (255, 4095, 65535) if high <= limit), 0.0), math.inf
-    if low < 0 or high > 65535:
-        offset, limit = low, high - low
-    elif pixels.dtype == bool or (pixels.dtype.kind == "f" and high <= _MAX_UNIT_VALUE):
-        limit, largest = 1.0, 1.0
-    factor = 255 / limit
-    result = np.empty(pixels.shape, np.uint8)
-    for row, part in zip(range(0, len(pixels), _ROWS_AT_ONCE), parts, strict=True):
-        result[row : row + _ROWS_AT_ONCE] = ((_finite(part) - offset).clip(max=largest) * factor).round()
-    return result
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    return np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
-
-
-def limited_size(size_hw: tuple[int, int], max_pixels: int) -> tuple[int, int]:
-    """Height and width of an image after `resize_to_limit`."""
-    height, width = size_hw
-    if not max_pixels or height * width <= max_pixels:
-        return size_hw
-    factor = math.sqrt(max_pixels / (height * width))
-    return max(1, int(height * factor)), max(1, int(width * factor))
-
-
-def resize_to_limit(image: np.ndarray, max_pixels: int) -> np.ndarray:
-    """Resize an image of more than `max_pixels` pixels to that number, keeping its aspect ratio.
-
-    Args:
-        image: (H, W, 3).
-        max_pixels: largest number of pixels; 0 means no limit.
-    """
-    size_hw = (image.shape[0], image.shape[1])
-    limited_hw = limited_size(size_hw, max_pixels)
-    return image if limited_hw == size_hw else cv2.resize(image, limited_hw[::-1], interpolation=cv2.INTER_AREA)
 
 
 def write_image(path: Path, image: np.ndarray) -> None:

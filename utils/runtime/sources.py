@@ -6,7 +6,7 @@ import glob
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
@@ -36,6 +36,7 @@ VIDEO_SUFFIXES = frozenset(
 )
 _MAX_READER_THREADS = 8  # each holds an image
 _COMPLETE_SHARE = 0.9  # some files contain only an estimate of their number of frames
+_RESULTS_REASON = "results of an earlier run; --inference_dir may name this folder itself"
 _MAX_CAMERA_DIGITS = 3  # longer numbers, such as 20240102, are names of missing folders
 
 
@@ -99,10 +100,22 @@ def _match_pattern(pattern: str, candidates: Sequence[Path]) -> Source:
         folder = next(parent for parent in candidate.parents if path_exists(parent))
         names = glob.glob(str(candidate.relative_to(folder)), root_dir=folder, recursive=True)  # noqa: PTH207
         matched = [folder / name for name in sorted(names)]
-        paths = [path for path in matched if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
-        if paths:
-            return _listed_images(paths, str(candidate))
+        images = [path for path in matched if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
+        results = [path for path in images if _is_result(path.relative_to(folder), folder, candidate)]
+        if len(results) < len(images):
+            paths = [path for path in images if path not in set(results)]
+            return replace(_listed_images(paths, str(candidate)), notes=_notes({_RESULTS_REASON: results}))
     raise SourceError(f"--inference_dir {pattern}: no image matches it, as {' or '.join(map(str, candidates))}")
+
+
+def _is_result(path: Path, folder: Path, pattern: Path) -> bool:
+    """Whether an earlier run wrote the image at this path below `folder`, and the pattern does not name its folder."""
+    return any(
+        parent.name in OUTPUT_FOLDERS
+        and parent.name not in pattern.parts
+        and (folder / parent.parent / ".records").is_dir()
+        for parent in path.parents
+    )
 
 
 def _read_list(file: Path) -> Source:
@@ -119,7 +132,7 @@ def _read_list(file: Path) -> Source:
     return _listed_images(list(resolved), str(file))
 
 
-def _listed_images(paths: Sequence[Path], description: str) -> Source:
+def _listed_images(paths: Sequence[Path], description: str) -> ImageFiles:
     """Open image files in the order given, each named by its path relative to their common folder."""
     # Resolve `..`, so that no result of the same name is written outside the folder of the results.
     folders = {parent: Path(os.path.realpath(parent)) for parent in {path.parent for path in paths}}
@@ -141,15 +154,21 @@ def _search_folder(folder: Path, exclude: Set[Path]) -> Source:
             left_out["a video is read where --inference_dir names it"].append(path)
         else:
             left_out["its suffix is not that of an image"].append(path)
+    notes = _notes(left_out)
+    if not names:
+        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+        raise SourceError("; ".join([f"{folder}: holds no image (looked for {suffixes}, in any case)", *notes]))
+    return ImageFiles(str(folder), folder, sorted(names), notes)
+
+
+def _notes(left_out: Mapping[str, Sequence[Path]]) -> list[str]:
+    """A line for each reason for which paths are left out."""
     notes = []
     for reason, paths in left_out.items():
         if paths:
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
             notes.append(f"skipped {paths[0]}{more}: {reason}")
-    if not names:
-        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        raise SourceError("; ".join([f"{folder}: holds no image (looked for {suffixes}, in any case)", *notes]))
-    return ImageFiles(str(folder), folder, sorted(names), notes)
+    return notes
 
 
 def _is_pipe(path: Path) -> bool:
@@ -174,7 +193,7 @@ def _walk(folder: Path, exclude: Set[Path], left_out: dict[str, list[Path]]) -> 
         left_out["results are written there"] += sorted(results)
         is_of_a_run = ".records" in folders
         former = {path for path in visible if is_of_a_run and path.name in OUTPUT_FOLDERS} - results
-        left_out["results of an earlier run; --inference_dir may name this folder itself"] += sorted(former)
+        left_out[_RESULTS_REASON] += sorted(former)
         folders[:] = [path.name for path in visible if path not in results | former]
         yield from (Path(parent) / name for name in files if not name.startswith("."))
 

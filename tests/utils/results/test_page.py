@@ -96,13 +96,37 @@ def test_page_of_the_user_is_not_overwritten(folder: Path) -> None:
     check_page_is_ours(folder)
     write_page(folder, HEAD, [], 0)
     check_page_is_ours(folder)
-    (folder / "index.html").write_text("<p>my holidays</p>")
-    with pytest.raises(UserError, match="is not a page of results; choose another folder"):
+    page = folder / "index.html"
+    ours = page.read_text()
+    for mine in ("<p>my holidays</p>", ours.replace("<body>", "<body><p>my remarks</p>")):
+        page.write_text(mine)
+        with pytest.raises(UserError, match="is not a page of results, or was edited since; move it"):
+            check_page_is_ours(folder)
+        with pytest.raises(UserError, match="is kept"):
+            write_page(folder, HEAD, [], 0)
+        assert page.read_text() == mine
+    page.unlink()
+    page.mkdir()
+    with pytest.raises(UserError, match="is not a page of results, or was edited since; move it"):
         check_page_is_ours(folder)
-    (folder / "index.html").unlink()
-    (folder / "index.html").mkdir()
-    with pytest.raises(UserError, match="is not a page of results; choose another folder"):
-        check_page_is_ours(folder)
+
+
+def test_further_page_of_the_user_is_kept(folder: Path) -> None:
+    write_page(folder, HEAD, [], 0)
+    (folder / "index_2.html").write_text((folder / "index.html").read_text() + "<!-- mine -->")
+    (folder / ".records/written.json").unlink()
+    write_page(folder, HEAD, ({"name": f"{number}.jpg", "skipped": "x"} for number in range(10_001)), 10_001)
+    (folder / "index_2.html").write_text((folder / "index_2.html").read_text() + "<!-- mine -->")
+    write_page(folder, HEAD, [], 0)
+    assert (folder / "index_2.html").read_text().endswith("<!-- mine -->")
+
+
+def test_page_of_an_earlier_version_is_replaced(folder: Path) -> None:
+    page = write_page(folder, HEAD, [], 0)
+    (folder / ".records/written.json").unlink()
+    check_page_is_ours(folder)
+    write_page(folder, HEAD, [entry("a.jpg")], 1)
+    assert data_of(page) == [entry("a.jpg")]
 
 
 def test_settings_are_flattened() -> None:

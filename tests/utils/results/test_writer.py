@@ -182,6 +182,43 @@ def test_tables_that_no_run_wrote_are_kept(tmp_path: Path, name: str) -> None:
     assert (tmp_path / name).read_text() == mine
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("result_images", DRAWINGS),
+        ("thumbnails", replace(PLAIN, page=True)),
+        ("heads", CROPS),
+        ("crops", replace(PLAIN, save_crops=("plain",))),
+        ("aligned", replace(PLAIN, save_crops=("plain", "aligned"))),
+        ("anonymized", replace(PLAIN, anonymize="solid")),
+    ],
+)
+@pytest.mark.parametrize("after_a_run", [False, True])
+def test_folder_of_images_that_no_run_wrote_is_refused(
+    tmp_path: Path, name: str, options: InferenceOptions, after_a_run: bool
+) -> None:
+    if after_a_run:
+        write(tmp_path, ["a.png"], options=PLAIN)
+    (tmp_path / name).mkdir()
+    write(tmp_path, ["a.png"], options=options)  # an empty folder may be used
+    other = tmp_path / "other"
+    if after_a_run:
+        write(other, ["a.png"], options=PLAIN)
+    (other / name).mkdir(parents=True)
+    (other / name / "a.png").write_text("mine")
+    with pytest.raises(UserError, match=f"{name}: was not written by a run, or was edited since, and is kept"):
+        ResultWriter(other, "exp", {}, names=["a.png"], options=options)
+    assert (other / name / "a.png").read_text() == "mine"
+    write(other, ["a.png"], options=PLAIN)  # which writes no images
+
+
+def test_images_of_an_earlier_version_are_replaced(tmp_path: Path) -> None:
+    write(tmp_path, ["a.png", "b.png"], options=DRAWINGS)
+    (tmp_path / ".records/written.json").unlink()
+    write(tmp_path, ["a.png"], options=DRAWINGS)
+    assert files_below(tmp_path) == TABLES | {"result_images/a.png"}
+
+
 def test_tables_that_the_user_edited_are_kept(tmp_path: Path) -> None:
     write(tmp_path, ["a.png"])
     (tmp_path / "results.jsonl").write_text("edited")
@@ -295,10 +332,9 @@ def test_unwritable_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_unwritable_file_is_named_and_the_rest_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "result_images").mkdir()
-    (tmp_path / "result_images" / "sub").touch()
     writer = ResultWriter(tmp_path, "exp", {}, options=DRAWINGS)
     writer.add("a.png", grey_image(), faces())
+    (tmp_path / "result_images" / "sub").touch()
     with pytest.raises(UserError, match=r"result_images/sub.*: cannot be written"):
         writer.add("sub/b.png", grey_image(), faces())
     writer.close()

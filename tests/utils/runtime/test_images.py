@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from config import ROOT
-from utils.runtime.images import UnreadableImageError, read_image, read_image_with_note, resize_to_limit, write_image
+from utils.runtime.images import UnreadableImageError, read_image, read_image_with_note, write_image
+from utils.runtime.pixels import resize_to_limit
 
 HEIGHT, WIDTH = 40, 64
 
@@ -205,13 +206,40 @@ def test_reduced_image_keeps_its_aspect_ratio(max_pixels: int, expected: tuple[i
     assert resize_to_limit(np.zeros((40, 90, 3), np.uint8), max_pixels).shape == (*expected, 3)
 
 
-def test_partly_written_jpeg_has_a_note(tmp_path: Path) -> None:
+def test_damaged_jpeg_has_a_note_and_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """libjpeg, where OpenCV calls it, prints a warning that names no file, and returns a partly grey image."""
     data = (ROOT / "data/sample_widerface/images/astronaut.jpg").read_bytes()
-    kept = len(data) // 2
-    files = {"half": data[:kept] + bytes(4 * len(data)), "padded": data + bytes(1000), "whole": data}
+    half, last = len(data) // 2, len(data) - 2
+    files = {
+        "half": data[:half] + bytes(4 * len(data)),
+        "padded": data + bytes(1000),
+        "whole": data,
+        "cut": data[:half] + data[last:],
+        "hole": data[:half] + data[half + 400 :],
+    }
     notes = {}
     for name, content in files.items():
         (tmp_path / f"{name}.jpg").write_bytes(content)
-        notes[name] = read_image_with_note(tmp_path / f"{name}.jpg")[1]
-    zeros = "the file ends in zeros instead of its last part, where the image may be grey"
-    assert notes == {"half": zeros, "padded": None, "whole": None}
+        image, notes[name] = read_image_with_note(tmp_path / f"{name}.jpg")
+        assert image.shape == (512, 512, 3)
+    assert notes.pop("whole") is notes.pop("padded") is None
+    assert all(note and note.startswith("damaged; a part of the image may be wrong (") for note in notes.values())
+    assert notes["half"] == "damaged; a part of the image may be wrong (Premature end of JPEG file)"
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("orientation", [*range(1, 9), 0, 9, 255])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_has_the_pixels_of_opencv(tmp_path: Path, mode: str, progressive: bool, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = cv2.GaussianBlur(noise(), (0, 0), 2)[:, :37]
+    (tmp_path / "a.jpg").write_bytes(encode(image, "JPEG", mode, exif=exif, progressive=progressive, subsampling=2))
+    assert np.array_equal(read_image(tmp_path / "a.jpg"), cv2.imread(str(tmp_path / "a.jpg")))
+
+
+def test_jpeg_with_damaged_exif_is_read(tmp_path: Path) -> None:
+    data = encode(four_colours(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert_shows(read_image(tmp_path / "a.jpg"), four_colours())

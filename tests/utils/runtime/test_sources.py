@@ -84,6 +84,21 @@ def test_results_of_an_earlier_run_are_skipped_and_named(tmp_path: Path) -> None
     assert names_of(open_path(tmp_path / "out")) == ["mine.png"]
 
 
+def test_results_of_an_earlier_run_match_a_pattern_only_if_it_names_their_folder(tmp_path: Path) -> None:
+    for name in ("a.png", "out/mine.png", "out/result_images/a.png", "out/faces/sub/b.png", "photos/faces/c.png"):
+        save(tmp_path / name)
+    (tmp_path / "out/.records/exp").mkdir(parents=True)
+    source = open_path(tmp_path / "**/*.png")
+    assert names_of(source) == ["a.png", "out/mine.png", "photos/faces/c.png"]
+    (note,) = source.notes
+    reason = "results of an earlier run; --inference_dir may name this folder itself"
+    assert note == f"skipped {tmp_path}/out/faces/sub/b.png and 1 more: {reason}"
+    assert names_of(open_path(tmp_path / "*/faces/**/*.png")) == ["out/faces/sub/b.png", "photos/faces/c.png"]
+    assert open_path(tmp_path / "out/result_images/*.png").names == ["a.png"]
+    with pytest.raises(SourceError, match="no image matches it"):
+        open_path(tmp_path / "out/*/*/b.png")
+
+
 def test_damaged_images_are_yielded_with_their_problem(tmp_path: Path) -> None:
     save(tmp_path / "good.png")
     (tmp_path / "empty.jpg").touch()

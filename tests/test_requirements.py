@@ -1,7 +1,8 @@
-"""Tests that inference needs only the packages of requirements-inference.txt."""
+"""Tests that all imported packages are pinned, and that inference needs only those of requirements-inference.txt."""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ from config import ROOT
 
 # Packages that only training, evaluation or masks need.
 OPTIONAL = {"tensorboard", "mediapipe", "matplotlib", "faster-coco-eval"}
+# Packages by the name under which they are imported, where it differs.
+PACKAGES = {"cv2": "opencv-contrib-python", "PIL": "pillow", "markupsafe": "jinja2"}
 
 
 def names(file: str) -> set[str]:
@@ -22,6 +25,20 @@ def test_optional_packages_are_listed_in_requirements_txt_only() -> None:
     assert names("requirements.txt") == OPTIONAL
     assert (ROOT / "requirements.txt").read_text().startswith("-r requirements-inference.txt\n")
     assert not names("requirements-inference.txt") & OPTIONAL
+
+
+def test_all_imported_packages_are_pinned() -> None:
+    files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = set[str]()
+    for file in files.stdout.split():
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(str(node.module).split(".")[0])
+    own = {path.stem for path in ROOT.iterdir()}
+    required = {PACKAGES.get(name, name).replace("_", "-") for name in imported - own - sys.stdlib_module_names}
+    assert required <= names("requirements-inference.txt") | OPTIONAL | names("requirements-dev.txt")
 
 
 @pytest.mark.parametrize("module", ["inference", "export", "models.detector"])

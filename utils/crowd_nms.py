@@ -2,141 +2,136 @@
 
 from __future__ import annotations
 
-import math
-from itertools import product
+import functools
+from collections.abc import Callable
 
 import numpy as np
+import torch
 from torch import Tensor
-from torchvision.ops import nms
 
-_BLOCK = 2048  # boxes that enter torchvision's suppression together
-_SMALLEST = 4.0  # side in pixels below which boxes are not told apart by size
-_FARTHEST = 8192.0  # distance in pixels from the median position beyond which boxes are not told apart by position
-_MAX_COLUMNS = 1024  # of cells, and of rows, which bounds the memory
+_SMALLEST_CELL = 4.0  # side in pixels
+_MAX_COLUMNS = 512  # of cells, and of rows, which bounds the memory
+_LARGEST_EXTENT = 16384.0  # of the grid in pixels
+_LARGEST_SIDE = 1e9  # in pixels, so that all positions are integers
+_MARGIN = 1.001  # for rounding
 
 
 def crowd_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """The result of `torchvision.ops.nms`, computed with comparisons of neighbours only.
 
-    Boxes are taken in blocks, best first. Those of a block that overlap a box kept before are dropped, the others enter
-    `torchvision.ops.nms`. Boxes kept before are found in a grid of cells. Most of the boxes to be dropped are found
-    earlier, by a comparison with the one box that was last kept near them.
+    Boxes kept before are found in grids of cells, one for each level of size: the largest side of a box of level l is
+    between half the side of a cell of its grid and the whole of it. Two boxes with an IoU above t have centres that
+    are less than (1 - t) / (1 + t) of the larger side apart in either direction, and sides that differ by a factor of
+    less than 1 / t.
+
+    The first call takes two seconds more, for the compilation.
 
     Args:
-        boxes: (N, 4) float32 xyxy in pixels, finite, on the CPU.
+        boxes: (N, 4) float32 xyxy in pixels, finite, on the CPU; N > 0.
         scores: (N,).
-        iou_threshold: a box is dropped if its IoU with a better one is greater; between 0.2 and 0.8.
+        iou_threshold: a box is dropped if its IoU with a better one is greater; between 0.1 and 1.
 
     Returns:
         Indices of the kept boxes, best first.
     """
-    scores, order = scores.sort(descending=True, stable=True)
-    boxes = boxes[order]
-    grid = _Grid(boxes.numpy(), iou_threshold)
-    last_kept = np.full(grid.size, -1, np.int32)  # of each cell and those around it
-    kept = [np.zeros(0, np.int32)]
-    rest = np.arange(len(boxes), dtype=np.int32)
-    while len(rest):
-        nearby = last_kept[grid.cells[rest]]
-        rest = rest[~((nearby >= 0) & grid.overlap(rest, nearby))]
-        block, rest = rest[:_BLOCK], rest[_BLOCK:]
-        block = block[~grid.overlap_any(block, np.concatenate(kept))]
-        kept.append(np.sort(block[nms(boxes[block], scores[block], iou_threshold).numpy()]))
-        grid.enter(kept[-1], last_kept)
-    return order[np.concatenate(kept)]
+    order = scores.argsort(descending=True, stable=True)
+    sorted_boxes = boxes[order].numpy()
+    low, high = sorted_boxes[:, :2].astype(np.float64), sorted_boxes[:, 2:].astype(np.float64)
+    sides = np.maximum(*(high - low).T).clip(max=_LARGEST_SIDE)
+    # The grid is centred on the best box. Boxes beyond it are moved to its border, which cannot separate neighbours.
+    offsets = (low + high) / 2
+    offsets -= offsets[0].copy()
+    extent = min(2 * float(np.abs(offsets).max()), _LARGEST_EXTENT)
+    centres = (offsets + extent / 2).clip(0, extent)
+    smallest = max(_SMALLEST_CELL, extent / _MAX_COLUMNS)
+    levels = np.ceil(np.log2(sides.clip(smallest, max(extent, smallest)) / smallest)).astype(np.int64)
+    cell_sides = smallest * 2.0 ** np.arange(levels.max() + 1)
+    largest_sides = np.append(cell_sides[:-1], max(cell_sides[-1], sides.max()))
+    columns = (extent / cell_sides).astype(np.int64) + 1
+    first_cells = np.append(0, np.cumsum(columns**2))
+    is_kept = np.zeros(len(sides), np.bool_)
+    _compiled()(
+        sorted_boxes,
+        centres,
+        sides,
+        levels,
+        cell_sides,
+        largest_sides,
+        columns,
+        first_cells,
+        np.full(first_cells[-1], -1, np.int64),
+        np.empty(len(sides), np.int64),
+        iou_threshold,
+        is_kept,
+    )
+    return order[torch.from_numpy(is_kept)]
 
 
-class _Grid:
-    """Boxes by position and size: two boxes overlap enough only if their cells are neighbours.
+@functools.cache
+def _compiled() -> Callable[..., None]:
+    import numba  # takes half a second, and few images have so many boxes
 
-    An IoU above t means that the sides differ by a factor of less than 1 / t, and the centres by less than 1 - t of the
-    larger side, in either direction. So sizes are divided into levels by powers of 1 / t, each with square cells of
-    1 - t times the largest side in it. A cell of the last level is as wide as the whole grid, which has a margin of one
-    cell at each border.
+    compiled: Callable[..., None] = numba.njit(_mark_kept, nogil=True, error_model="numpy")
+    return compiled
+
+
+def _mark_kept(
+    boxes: np.ndarray,
+    centres: np.ndarray,
+    sides: np.ndarray,
+    levels: np.ndarray,
+    cell_sides: np.ndarray,
+    largest_sides: np.ndarray,
+    columns: np.ndarray,
+    first_cells: np.ndarray,
+    newest: np.ndarray,
+    older: np.ndarray,
+    threshold: float,
+    is_kept: np.ndarray,
+) -> None:
+    """Set `is_kept` for the boxes, best first, that no better one suppresses; compiled by numba.
+
+    Args:
+        boxes, centres, sides, levels: of each of N boxes.
+        cell_sides, largest_sides, columns, first_cells: of each level: the side of its cells, the largest side of its
+            boxes, the number of columns and of rows, and the index of its first cell.
+        newest: the last kept box of each cell, -1 for none.
+        older: (N,) the box that was kept in the cell before each kept one.
+        threshold: threshold of the IoU, which is rounded as torchvision does.
+        is_kept: (N,) bool, False at first.
     """
-
-    def __init__(self, boxes: np.ndarray, threshold: float) -> None:
-        self.threshold = threshold
-        self.x1, self.y1, self.x2, self.y2 = np.ascontiguousarray(boxes.T)
-        self.areas = (self.x2 - self.x1) * (self.y2 - self.y1)
-        self.x, self.y = (_from_zero(low / 2 + high / 2) for low, high in ((self.x1, self.x2), (self.y1, self.y2)))
-        largest = float(max(self.x.max(initial=0), self.y.max(initial=0))) / (1 - threshold)
-        smallest = max(_SMALLEST, largest / _MAX_COLUMNS)
-        ratio = 1.001 / threshold  # the margin is for rounding
-        sides = np.maximum(self.x2 - self.x1, self.y2 - self.y1).clip(smallest, max(smallest, largest))
-        self.levels = (np.log(sides / smallest) / math.log(ratio)).astype(np.int32)
-        self.last_level = int(self.levels.max(initial=0))
-        cell_sides = smallest * ratio ** np.arange(1, self.last_level + 2) * (1 - threshold)
-        self.cells_per_pixel = (1 / cell_sides).astype(np.float32)
-        self.columns, rows = (
-            (positions.max(initial=0) * self.cells_per_pixel).astype(np.int32) + 3 for positions in (self.x, self.y)
-        )
-        self.first_cells = np.concatenate([[0], np.cumsum(self.columns * rows)]).astype(np.int32)
-        self.size = int(self.first_cells[-1]) + 1
-        everything = slice(None)
-        self.cells = self._cells(everything, self.levels)
-        # There is none above the last level, where this is not used.
-        self.cells_above = self._cells(everything, np.minimum(self.levels + 1, self.last_level))
-
-    def _cells(self, boxes: np.ndarray | slice, levels: np.ndarray) -> np.ndarray:
-        """Cells at these levels of the positions of boxes."""
-        scale, columns = self.cells_per_pixel[levels], self.columns[levels]
-        row, column = (self.y[boxes] * scale).astype(np.int32) + 1, (self.x[boxes] * scale).astype(np.int32) + 1
-        cells: np.ndarray = self.first_cells[levels] + row * columns + column
-        return cells
-
-    def overlap(self, boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Whether the IoU of each box with its partner exceeds the threshold, rounded as torchvision does."""
-        width = np.minimum(self.x2[boxes], self.x2[others]) - np.maximum(self.x1[boxes], self.x1[others])
-        height = np.minimum(self.y2[boxes], self.y2[others]) - np.maximum(self.y1[boxes], self.y1[others])
-        common = width.clip(min=0) * height.clip(min=0)
-        with np.errstate(divide="ignore", invalid="ignore"):  # boxes without area
-            iou = common / (self.areas[boxes] + self.areas[others] - common)
-        exceeds: np.ndarray = iou.astype(np.float64) > self.threshold
-        return exceeds
-
-    def overlap_any(self, boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Whether each of `boxes` overlaps any of `others` enough."""
-        below, others_below = (each[self.levels[each] < self.last_level] for each in (boxes, others))
-        found = np.zeros(len(self.areas), bool)
-        near, near_others = self._neighbours(
-            np.concatenate([boxes, below]),
-            np.concatenate([self.cells[boxes], self.cells_above[below]]),
-            np.concatenate([self.levels[boxes], self.levels[below] + 1]),
-            others,
-        )
-        found[near[self.overlap(near, near_others)]] = True
-        near_others, near = self._neighbours(
-            others_below, self.cells_above[others_below], self.levels[others_below] + 1, boxes
-        )
-        found[near[self.overlap(near, near_others)]] = True
-        return found[boxes]
-
-    def _neighbours(
-        self, boxes: np.ndarray, cells: np.ndarray, levels: np.ndarray, others: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """All pairs of a box and one of `others` that lies in its cell or in one of the eight around it."""
-        order = np.argsort(self.cells[others], kind="stable")
-        starts = np.zeros(self.size + 1, np.int32)
-        np.cumsum(np.bincount(self.cells[others], minlength=self.size), out=starts[1:])
-        # The three cells of a row are consecutive.
-        middles = np.concatenate([cells - self.columns[levels], cells, cells + self.columns[levels]])
-        first, counts = starts[middles - 1], starts[middles + 2] - starts[middles - 1]
-        ends = np.cumsum(counts)
-        within = np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - ends + counts, counts)
-        return np.repeat(np.tile(boxes, 3), counts), others[order[within]]
-
-    def enter(self, boxes: np.ndarray, table: np.ndarray) -> None:
-        """Write the boxes into their cells and those around them, at their own levels and at the next ones."""
-        for step in (-1, 1, 0):
-            levels = (self.levels[boxes] + step).clip(0, self.last_level)
-            cells, columns = self._cells(boxes, levels), self.columns[levels]
-            for row, column in product((-1, 1, 0), repeat=2):
-                table[cells + row * columns + column] = boxes
-
-
-def _from_zero(positions: np.ndarray) -> np.ndarray:
-    """Positions from the smallest one, where those far from the others are moved to the border."""
-    centre = np.median(positions) if len(positions) else 0
-    moved: np.ndarray = (positions - centre).clip(-_FARTHEST, _FARTHEST)
-    return moved - moved.min(initial=_FARTHEST)
+    reach = (1 - threshold) / (1 + threshold) * _MARGIN
+    for box in range(len(boxes)):
+        x1, y1, x2, y2 = boxes[box, 0], boxes[box, 1], boxes[box, 2], boxes[box, 3]
+        area = (x2 - x1) * (y2 - y1)
+        x, y, side = centres[box, 0], centres[box, 1], sides[box] * _MARGIN
+        found = False
+        for level in range(len(cell_sides)):
+            cell_side, largest = cell_sides[level], largest_sides[level] * _MARGIN
+            has_similar_sides = largest > side * threshold and (level == 0 or side > cell_side / 2 * threshold)
+            if not has_similar_sides or found:
+                continue
+            radius = reach * max(side, largest) + 0.01
+            last = columns[level] - 1
+            first_column, last_column = max(int((x - radius) / cell_side), 0), min(int((x + radius) / cell_side), last)
+            row, last_row = max(int((y - radius) / cell_side), 0), min(int((y + radius) / cell_side), last)
+            while row <= last_row and not found:
+                column = first_column
+                while column <= last_column and not found:
+                    other = newest[first_cells[level] + row * (last + 1) + column]
+                    while other >= 0 and not found:
+                        u1, v1, u2, v2 = boxes[other, 0], boxes[other, 1], boxes[other, 2], boxes[other, 3]
+                        width, height = min(x2, u2) - max(x1, u1), min(y2, v2) - max(y1, v1)
+                        if width > 0 and height > 0:
+                            common = width * height
+                            found = common / ((u2 - u1) * (v2 - v1) + area - common) > threshold
+                        other = older[other]
+                    column += 1
+                row += 1
+        if not found:
+            is_kept[box] = True
+            level = levels[box]
+            row, column = int(y / cell_sides[level]), int(x / cell_sides[level])
+            cell = first_cells[level] + row * columns[level] + column
+            older[box] = newest[cell]
+            newest[cell] = box

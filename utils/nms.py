@@ -8,7 +8,7 @@ from torchvision.ops import box_iou, nms
 
 from utils.crowd_nms import crowd_nms
 
-_CROWD = 6000  # boxes from which `crowd_nms` is faster
+_CROWD = 2000  # boxes from which `crowd_nms` is faster; fewer are not worth its compilation
 _VOTERS_AT_ONCE = 4096  # bounds the memory in crowds
 
 
@@ -27,7 +27,7 @@ def pixel_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         Indices of the kept boxes, best first.
     """
     inclusive = boxes + boxes.new_tensor([0, 0, 1, 1])
-    if len(boxes) > _CROWD and inclusive.dtype == torch.float32 and not boxes.is_cuda and 0.2 <= iou_threshold <= 0.8:
+    if len(boxes) > _CROWD and inclusive.dtype == torch.float32 and not boxes.is_cuda and 0.1 <= iou_threshold <= 1:
         return crowd_nms(inclusive, scores, iou_threshold)
     return nms(inclusive, scores, iou_threshold)
 

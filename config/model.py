@@ -12,6 +12,15 @@ from utils.options import Options, from_dict, require, to_dict
 BACKBONES = ("mobilenet0.25", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
+_MAX_CHANNELS = 4096
+_MAX_ANCHOR_SIZE = 100_000  # pixels
+
+
+def _require_channels(name: str, channels: int) -> None:
+    is_valid = 0 < channels <= _MAX_CHANNELS and channels % 4 == 0
+    require(is_valid, f"{name} must be a multiple of 4 up to {_MAX_CHANNELS}, got {channels}")
+
+
 @dataclass(frozen=True)
 class LevelConfig(Options):
     """One level of the feature pyramid.
@@ -29,7 +38,10 @@ class LevelConfig(Options):
     def __post_init__(self) -> None:
         require(self.stride > 0, f"a level's stride must be positive, got {self.stride}")
         require(len(self.anchor_sizes) > 0, f"the level of stride {self.stride} has no anchor_sizes")
-        require(min(self.anchor_sizes) > 0, f"anchor_sizes must be positive, got {self.anchor_sizes}")
+        require(
+            all(0 < size <= _MAX_ANCHOR_SIZE for size in self.anchor_sizes),
+            f"anchor_sizes must be positive and at most {_MAX_ANCHOR_SIZE}, got {self.anchor_sizes}",
+        )
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,7 @@ class ImagePyramidConfig(Options):
             f"--fine_channels has {len(self.upsampled_channels)} number(s) for --fine_levels={self.upsampled_levels}",
         )
         for channels in self.upsampled_channels:
-            require(channels > 0 and channels % 4 == 0, f"--fine_channels must be multiples of 4, got {channels}")
+            _require_channels("--fine_channels", channels)
 
 
 # The usual levels of three strides, by the number of anchors of a cell.
@@ -192,7 +204,7 @@ class ModelConfig(Options):
         )
         require(strides[-1] <= 128, f"strides must be at most 128, got {strides}")
         for channels in self.level_channels:
-            require(channels > 0 and channels % 4 == 0, f"fpn_channels must be a multiple of 4, got {channels}")
+            _require_channels("fpn_channels", channels)
 
     def _check_layers(self) -> None:
         is_resnet = self.backbone.startswith("resnet")

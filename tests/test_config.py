@@ -100,6 +100,14 @@ def test_invalid_flags_are_refused_in_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("anchor_sizes", "channels"), [((16.0,), 10**30), ((16.0,), 4100), ((16.0,), -4), ((1e30,), 64), ((0.0,), 64)]
+)
+def test_levels_that_no_memory_can_hold_are_refused(anchor_sizes: tuple[float, ...], channels: int) -> None:
+    with pytest.raises(ConfigError, match=r"(channels|anchor_sizes) must be .* (up to|at most) \d+, got"):
+        ModelConfig(levels=(LevelConfig(8, anchor_sizes, channels), LevelConfig(16, (64,))))
+
+
 def test_help_shows_where_defaults_come_from(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_flags("test", (TrainConfig(epochs=12), ModelOverrides), ["--help"])

@@ -168,8 +168,7 @@ def _decode_jpeg(data: bytes) -> tuple[np.ndarray, str | None] | None:
     """Decode a JPEG to the same pixels as OpenCV, whose libjpeg prints warnings without the name of the file.
 
     Returns:
-        The image, and a note if the file is damaged; None if this decoder does not support the file, such as one in
-        CMYK.
+        The image, and a note if the file is damaged; None if this decoder does not support the file.
 
     Raises:
         UnreadableImageError: the file ends before the image does.

@@ -27,7 +27,9 @@ def pixel_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         Indices of the kept boxes, best first.
     """
     inclusive = boxes + boxes.new_tensor([0, 0, 1, 1])
-    if len(boxes) > _CROWD and inclusive.dtype == torch.float32 and not boxes.is_cuda and 0.1 <= iou_threshold <= 1:
+    is_traced = isinstance(boxes.shape[0], Tensor)  # into a graph, which is also for other numbers of boxes
+    is_usual = inclusive.dtype == torch.float32 and not boxes.is_cuda and not is_traced
+    if is_usual and len(boxes) > _CROWD and 0.1 <= iou_threshold <= 1:
         return crowd_nms(inclusive, scores, iou_threshold)
     return nms(inclusive, scores, iou_threshold)
 

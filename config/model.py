@@ -10,8 +10,6 @@ from typing import Any
 from utils.options import Options, from_dict, require, to_dict
 
 BACKBONES = ("mobilenet0.25", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-
-
 _MAX_CHANNELS = 4096
 _MAX_ANCHOR_SIZE = 100_000  # pixels
 

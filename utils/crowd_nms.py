@@ -27,7 +27,7 @@ def crowd_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     The first call takes two seconds more, for the compilation.
 
     Args:
-        boxes: (N, 4) float32 xyxy in pixels, finite, on the CPU; N > 0.
+        boxes: (N, 4) float32 xyxy in pixels, finite, on the CPU.
         scores: (N,).
         iou_threshold: a box is dropped if its IoU with a better one is greater; between 0.1 and 1.
 
@@ -35,6 +35,8 @@ def crowd_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         Indices of the kept boxes, best first.
     """
     order = scores.argsort(descending=True, stable=True)
+    if not len(order):
+        return order
     sorted_boxes = boxes[order].numpy()
     low, high = sorted_boxes[:, :2].astype(np.float64), sorted_boxes[:, 2:].astype(np.float64)
     sides = np.maximum(*(high - low).T).clip(max=_LARGEST_SIDE)

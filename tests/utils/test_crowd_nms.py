@@ -22,13 +22,13 @@ def crowd(count: int, seed: int, spread: float = 400, side: float = 12, variety:
     return torch.cat([centres - sides / 2, centres + sides / 2], dim=1)
 
 
-@pytest.mark.parametrize("threshold", [0.1, 0.3, 0.4, 0.65, 0.8, 1.0])
+@pytest.mark.parametrize("threshold", [0.1, 0.2, 0.3, 0.4, 0.65, 0.8])
 @pytest.mark.parametrize("variety", [0.0, 0.6, 2.0])
 def test_equals_torchvision_in_crowds(threshold: float, variety: float) -> None:
     boxes = crowd(7000, seed=1, variety=variety)
     scores = torch.rand(7000, generator=torch.Generator().manual_seed(2))
     kept = crowd_nms(boxes, scores, threshold)
-    assert 100 < len(kept) <= 7000
+    assert 100 < len(kept) < 7000
     assert kept.equal(nms(boxes, scores, threshold))
 
 
@@ -68,7 +68,7 @@ def test_equals_torchvision_with_outliers(threshold: float) -> None:
     assert crowd_nms(boxes, scores, threshold).equal(nms(boxes, scores, threshold))
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [0, 1, 2])
 def test_few_boxes(count: int) -> None:
     boxes, scores = crowd(count, seed=8), torch.rand(count)
     assert crowd_nms(boxes, scores, 0.3).equal(nms(boxes, scores, 0.3))

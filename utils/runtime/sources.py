@@ -110,12 +110,13 @@ def _match_pattern(pattern: str, candidates: Sequence[Path]) -> Source:
 
 def _is_result(path: Path, folder: Path, pattern: Path) -> bool:
     """Whether an earlier run wrote the image at this path below `folder`, and the pattern does not name its folder."""
-    return any(
-        parent.name in OUTPUT_FOLDERS
-        and parent.name not in pattern.parts
-        and (folder / parent.parent / ".records").is_dir()
-        for parent in path.parents
-    )
+    parents = [folder / parent for parent in path.parents]
+    return any(parent.name not in pattern.parts and _is_of_a_run(parent) for parent in parents)
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    """Whether an earlier run wrote images into this folder."""
+    return folder.name in OUTPUT_FOLDERS and (folder.parent / ".records").is_dir()
 
 
 def _read_list(file: Path) -> Source:
@@ -191,8 +192,7 @@ def _walk(folder: Path, exclude: Set[Path], left_out: dict[str, list[Path]]) -> 
         left_out["a link to a folder is not followed"] += (path for path in visible if path.is_symlink())
         results = {path for path in visible if not path.is_symlink() and path.resolve() in exclude}
         left_out["results are written there"] += sorted(results)
-        is_of_a_run = ".records" in folders
-        former = {path for path in visible if is_of_a_run and path.name in OUTPUT_FOLDERS} - results
+        former = {path for path in visible if _is_of_a_run(path)} - results
         left_out[_RESULTS_REASON] += sorted(former)
         folders[:] = [path.name for path in visible if path not in results | former]
         yield from (Path(parent) / name for name in files if not name.startswith("."))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
@@ -18,24 +22,9 @@ import torch
 from config import ROOT
 from utils.runtime.cli import run
 
-_FORK = """
-import importlib, os, socket, sys, torchvision
-from utils.runtime.cli import run
-script, count = importlib.import_module(sys.argv[1]), int(sys.argv[2])
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-children = []
-for rank in range(count):
-    child = os.fork()
-    if not child:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        run(lambda: script.main(sys.argv[3:]))
-        sys.exit()
-    children.append(child)
-sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))
-"""
+# Starts processes that have imported the scripts already, which takes longer than most of their runs.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["inference", "train", "test", "torch.utils.tensorboard", "torch._dynamo"])
 
 
 def run_script(script: ModuleType, *flags: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -68,11 +57,75 @@ def run_process(script: str, *flags: object, cwd: Path = ROOT) -> subprocess.Com
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
+class ScriptProcess:
+    """`python SCRIPT.py FLAGS` in a process that is forked from one that has imported the scripts.
+
+    Args:
+        prepare: called in the process before the script; an importable function, or a `functools.partial` of one.
+        environment: variables that are set in addition to those of the tests.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        *flags: object,
+        environment: Mapping[str, str] | None = None,
+        prepare: Callable[[], object] | None = None,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._streams = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        method = multiprocessing.get_start_method()
+        arguments = (script, [str(flag) for flag in flags], self._streams, environment or {}, prepare, method)
+        self._process = _SERVER.Process(target=_run_forked, args=arguments)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """Wait until it has ended, and return its exit status and output."""
+        self._process.join()
+        written = [path.read_text(encoding="utf-8") if path.exists() else "" for path in self._streams]
+        self._folder.cleanup()
+        return subprocess.CompletedProcess([], int(self._process.exitcode or 0), *written)
+
+
 def run_processes(script: str, count: int, *flags: object) -> subprocess.CompletedProcess[str]:
-    """Run a script in several processes, as torchrun does; they are forked after importing it once."""
-    command = [sys.executable, "-c", _FORK, script, str(count), *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    """Run a script in several processes, with the variables that torchrun sets. Their outputs are joined."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    processes = [
+        ScriptProcess(script, *flags, environment=together | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(count)
+    ]
+    results = [process.wait() for process in processes]
+    status = next((result.returncode for result in results if result.returncode), 0)
+    return subprocess.CompletedProcess(
+        [], status, "".join(result.stdout for result in results), "".join(result.stderr for result in results)
+    )
+
+
+def _run_forked(
+    script: str,
+    argv: list[str],
+    streams: list[Path],
+    environment: Mapping[str, str],
+    prepare: Callable[[], object] | None,
+    start_method: str,
+) -> None:
+    multiprocessing.set_start_method(start_method, force=True)  # of the script's own workers
+    for number, path in enumerate(streams, start=1):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), number)
+    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
+    # A shell that runs the tests in the background makes them ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update({"OMP_NUM_THREADS": "1", **environment})
+    os.chdir(ROOT)
+    if prepare is not None:
+        prepare()
+    run(lambda: importlib.import_module(script).main(argv))
 
 
 @contextmanager

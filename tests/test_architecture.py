@@ -49,12 +49,6 @@ def test_importing_the_test_script_does_not_import_torch() -> None:
     assert result.stdout.strip() == "[]"
 
 
-def test_importing_inference_does_not_import_optional_packages() -> None:
-    code = "import sys, inference; print([m for m in ('mediapipe', 'tensorboard', 'matplotlib') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
-
-
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_of_the_configuration_can_be_built(name: str) -> None:
     assert build_backbone(ModelConfig(backbone=name)) is not None

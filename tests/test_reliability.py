@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import socket
 import struct
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from config import ROOT, ExperimentConfig
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.foreign_checkpoint import CheckpointError
 from models.image_pyramid import build_model
+from tests.scripts import ScriptProcess
 from utils.runtime.images import LargeImageError, UnreadableImageError, read_image, read_image_with_note
 from utils.runtime.pixels import to_8_bits
 
@@ -114,20 +114,22 @@ def test_flipped_bit_in_a_weight_is_refused(saved: Path, tmp_path: Path, name: s
 
 # ----------------------------------------------------------------------------------------------------- network
 
-_WITHOUT_SOCKETS = """
-import runpy, socket, sys
-def refuse(*arguments): raise AssertionError(f"connects to {arguments[1:]}")
-socket.socket.connect = socket.socket.connect_ex = refuse
-socket.getaddrinfo = socket.create_connection = refuse
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+
+def refuse_to_connect() -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError(f"connects to {arguments[1:]}")
+
+    for place, name in (
+        (socket.socket, "connect"),
+        (socket.socket, "connect_ex"),
+        (socket, "getaddrinfo"),
+        (socket, "create_connection"),
+    ):
+        setattr(place, name, refuse)
 
 
-def run_without_network(*command: str) -> None:
-    arguments = [sys.executable, "-c", _WITHOUT_SOCKETS, *command, "--gpu_num=-1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+def run_without_network(script: str, *flags: str) -> None:
+    result = ScriptProcess(script, *flags, "--gpu_num=-1", prepare=refuse_to_connect).wait()
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -139,11 +141,11 @@ def test_nothing_connects_to_a_network(tmp_path: Path) -> None:
     Image.new("RGB", (64, 48), (200, 30, 90)).save(images / "a.png")
     (tmp_path / "data/label.txt").write_text("# a.png\n10 10 30 30\n")
     weights, dataset = f"--model_weight={fast}", f"--dataset={tmp_path / 'data'}"
-    run_without_network("inference.py", weights, f"--inference_dir={images}", f"--inference_save_folder={tmp_path}/out")
-    run_without_network("test.py", weights, dataset, f"--output_dir={tmp_path}/test")
+    run_without_network("inference", weights, f"--inference_dir={images}", f"--inference_save_folder={tmp_path}/out")
+    run_without_network("test", weights, dataset, f"--output_dir={tmp_path}/test")
     step = ["--backbone=mobilenet0.25", "--im_size=64", "--batch_size=1", "--num_workers=0", "--epochs=1"]
     name = f"pytest_network_{os.getpid()}"
     try:
-        run_without_network("train.py", f"--experiment_name={name}", dataset, *step)
+        run_without_network("train", f"--experiment_name={name}", dataset, *step)
     finally:
         shutil.rmtree(ROOT / "experiments" / name, ignore_errors=True)

@@ -16,7 +16,7 @@ import pytest
 import inference as script
 from config import ROOT
 from inference import inference
-from tests.scripts import run_process, run_processes, run_script
+from tests.scripts import run_processes, run_script
 from utils.errors import UserError
 from utils.results.records import RecordStore
 from utils.results.writer import ResultWriter
@@ -77,7 +77,7 @@ def truncate_records(out: Path, whole_lines: int) -> None:
 def uninterrupted(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of one uninterrupted process."""
     out = tmp_path_factory.mktemp("uninterrupted")
-    result = run_process("inference", *flags(images, out))
+    result = infer(images, out)
     assert result.returncode == 0, result.stderr
     found = contents(out)
     assert {f"{RECORDS}/run.json", f"{RECORDS}/0.jsonl"} < found.keys()
@@ -119,9 +119,8 @@ def test_killed_processes_can_be_resumed(
         result = infer(images, tmp_path, "--resume")
         assert result.returncode == 0, result.stderr
     else:
-        again = torchrun(resumed_by, images, tmp_path, "--resume")
-        _, errors = again.communicate()
-        assert again.returncode == 0, errors
+        again = run_processes("inference", resumed_by, *flags(images, tmp_path, "--resume"))
+        assert again.returncode == 0, again.stderr
     assert contents(tmp_path) == uninterrupted
 
 
@@ -188,10 +187,9 @@ def test_video_in_several_processes_is_refused_in_one_line(tmp_path: Path) -> No
     writer = cv2.VideoWriter(str(clip), cv2.VideoWriter.fourcc(*"mp4v"), 10, (64, 48))
     writer.write(np.zeros((48, 64, 3), np.uint8))
     writer.release()
-    process = torchrun(2, clip, tmp_path / "out")
-    _, errors = process.communicate()
-    assert process.returncode == 1
-    assert errors.count("error: ") == 1
-    assert "2 processes cannot share a video or camera; start one" in errors
+    result = run_processes("inference", 2, *flags(clip, tmp_path / "out"))
+    assert result.returncode == 1
+    assert result.stderr.count("error: ") == 1
+    assert "2 processes cannot share a video or camera; start one" in result.stderr
     assert "cannot be resumed; drop --resume" in infer(clip, tmp_path / "out", "--resume").stderr
     assert not (tmp_path / "out").exists()

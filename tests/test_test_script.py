@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import functools
 import json
+import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pytest
 
 import test
 from config import ROOT
-from tests.scripts import run_processes, run_script
+from tests.scripts import ScriptProcess, run_processes, run_script
 
 EXPERIMENT = "mobilenet0.25_anc2_casT_fpn3"  # five times as fast as the default
 WEIGHTS = ROOT / f"experiments/{EXPERIMENT}/ckpt/mobilenet0.25_ckpt-best.pth"
@@ -104,22 +103,14 @@ def test_interrupted_run_can_be_evaluated_and_resumed(results: Path, tmp_path: P
         lines.append(f"# {number}.jpg\n179 55 100 141\n")
     (tmp_path / "label.txt").write_text("".join(lines))
     flags = [f"--model_weight={WEIGHTS}", f"--dataset={tmp_path}", "--protocol=1600x2150"]
-    process = subprocess.Popen(
-        [sys.executable, "test.py", *arguments(results, *flags)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that runs the tests in the background makes them ignore SIGINT.
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
+    process = ScriptProcess("test", *arguments(results, *flags))
     deadline = time.monotonic() + 120
     while not list((results / "predictions").rglob("*.txt")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate()
-    assert process.returncode == 130, errors
-    assert "of 16 images are done; --resume continues from here" in output
+    os.kill(process.pid, signal.SIGINT)
+    result = process.wait()
+    assert result.returncode == 130, result.stderr
+    assert "of 16 images are done; --resume continues from here" in result.stdout
     done = len(list((results / "predictions").rglob("*.txt")))
     assert 0 < done < 16
 

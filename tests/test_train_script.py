@@ -11,7 +11,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from config import ROOT, ModelConfig
 from models.checkpoint import load_checkpoint
 from models.image_pyramid import build_model
 from tests.ground_truth import save_ground_truth
-from tests.scripts import run_process, run_processes, run_script
+from tests.scripts import ScriptProcess, run_process, run_processes, run_script
 from utils.runtime import logger
 from utils.runtime.experiment import Experiment, load_config
 from utils.runtime.files import locked
@@ -72,15 +71,16 @@ def arguments(dataset: Path, experiment: Experiment, *flags: str) -> list[str]:
     return [f"--experiment_name={experiment.folder.name}", f"--dataset={dataset}", *FAST, *flags]
 
 
-def command(dataset: Path, experiment: Experiment, *flags: str) -> list[str]:
-    """Return the command line of a subprocess."""
-    return [sys.executable, "train.py", *arguments(dataset, experiment, *flags)]
+def draw_no_curves() -> None:
+    """Do not plot the curves, which takes longer than the epochs."""
+    logger._draw_curves = lambda path, rows: None
 
 
 def train(dataset: Path, experiment: Experiment, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Train in this process, without plotting the curves, which takes longer than the epochs."""
+    """Train in this process."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(logger, "_draw_curves", lambda path, rows: None)
+        patched.setattr(logger, "_draw_curves", logger._draw_curves)  # is restored afterwards
+        draw_no_curves()
         result = run_script(script, *arguments(dataset, experiment, *flags))
     logging.getLogger(f"training.{experiment.log_folder}").handlers.clear()  # those of a run that failed
     return result
@@ -127,16 +127,16 @@ def test_experiment_that_another_run_uses_is_refused(dataset: Path, experiment: 
 
 def test_run_killed_three_times_ends_with_the_same_weights(dataset: Path, experiment: Experiment) -> None:
     """Killed at any moment, also within an epoch, the same command resumes and ends like an uninterrupted run."""
-    flags = ["--epochs=8", "--learning_rate=0.001", "--num_workers=1", "--ema_decay=0.9", "--save_minutes=0.0001"]
+    flags = ["--epochs=6", "--learning_rate=0.001", "--num_workers=1", "--ema_decay=0.9", "--save_minutes=0.0001"]
     last = experiment.checkpoint("mobilenet0.25", "last")
     for kill in range(3):
-        process = subprocess.Popen(command(dataset, experiment, *flags), cwd=ROOT, stdout=subprocess.DEVNULL)
+        process = ScriptProcess("train", *arguments(dataset, experiment, *flags), prepare=draw_no_curves)
         before = last.stat().st_mtime_ns if kill else 0
         deadline = time.monotonic() + 120
         while (last.stat().st_mtime_ns if last.exists() else 0) == before and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.05 * kill)
-        process.send_signal(signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL)
         process.wait()
     resumed = train(dataset, experiment, *flags)
     assert "continuing after epoch" in resumed.stdout
@@ -146,7 +146,7 @@ def test_run_killed_three_times_ends_with_the_same_weights(dataset: Path, experi
     alone = train(dataset, experiment, *flags, f"--experiment_name={name}")
     assert alone.returncode == 0, alone.stderr
     assert table(experiment) == table(uninterrupted)
-    assert len(losses(experiment)) == 8
+    assert len(losses(experiment)) == 6
     for which in ("best", "last"):
         ours, theirs = (
             load_checkpoint(each.checkpoint("mobilenet0.25", which)) for each in (experiment, uninterrupted)
@@ -173,23 +173,15 @@ def test_interrupted_run_says_how_to_resume(
 ) -> None:
     """Within an epoch or, if it has a single step, between two epochs; workers receive the signal as well."""
     flags = ["--epochs=500", "--save_minutes=0", f"--batch_size={batch_size}", "--num_workers=1"]
-    process = subprocess.Popen(
-        command(dataset, experiment, *flags),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
+    process = ScriptProcess("train", *arguments(dataset, experiment, *flags), prepare=os.setsid)
     deadline = time.monotonic() + 120
     while not experiment.checkpoint("mobilenet0.25", "last").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, number)
-    output, errors = process.communicate()
-    assert process.returncode == 130, errors
-    assert "the same command continues from here" in output
-    assert "Traceback" not in errors
+    result = process.wait()
+    assert result.returncode == 130, result.stderr
+    assert "the same command continues from here" in result.stdout
+    assert "Traceback" not in result.stderr
     done = load_checkpoint(experiment.checkpoint("mobilenet0.25", "last")).training["epoch"]
     resumed = train(dataset, experiment, f"--epochs={done + 1}", f"--batch_size={batch_size}")
     assert f"continuing after epoch {done}" in resumed.stdout
@@ -221,14 +213,8 @@ def test_full_disk_ends_in_one_line_with_the_checkpoint_intact(dataset: Path, ex
     assert train(dataset, experiment, "--epochs=1").returncode == 0
     last = experiment.checkpoint("mobilenet0.25", "last")
     before = last.read_bytes()
-    result = subprocess.run(
-        command(dataset, experiment, "--epochs=2"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    result = ScriptProcess("train", *arguments(dataset, experiment, "--epochs=2"), prepare=limit).wait()
     assert result.returncode == 1
     assert "cannot be written" in result.stderr
     assert "the previous checkpoint is intact" in result.stderr

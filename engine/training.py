@@ -209,8 +209,9 @@ class Trainer:
             self._raise_non_finite(batch, f"epoch {epoch}, step {step}", float(total.detach()))
         if is_last_of_group:
             self.optimization.step()
-        for name, value in {"loss": total, **terms}.items():
-            self.progress.sums[name] = self.progress.sums.get(name, torch.zeros_like(total)) + value.detach()
+        means = reduce_mean(torch.stack([total, *terms.values()]).detach())
+        for name, value in zip(("loss", *terms), means, strict=True):
+            self.progress.sums[name] = self.progress.sums.get(name, torch.zeros_like(value)) + value
         self.progress.position += self.batch_size
 
     def _raise_non_finite(self, batch: Batch, where: str, loss: float) -> NoReturn:
@@ -247,8 +248,7 @@ class Trainer:
 
     def _epoch_metrics(self) -> dict[str, float]:
         """Mean of every loss term over the whole epoch, and the last learning rate."""
-        sums = {name: reduce_mean(value) for name, value in self.progress.sums.items()}
-        means = {name: float(value) / self.steps_per_epoch for name, value in sums.items()}
+        means = {name: float(value) / self.steps_per_epoch for name, value in self.progress.sums.items()}
         return {**means, "learning_rate": self.optimization.learning_rate}
 
     def _validate_and_save_best(self, epoch: int) -> dict[str, float]:

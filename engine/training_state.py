@@ -45,7 +45,7 @@ class Progress:
     Attributes:
         epoch: number of completed epochs.
         position: number of images of the current epoch that were trained on, over all processes.
-        sums: sum of each loss term over the batches of the current epoch.
+        sums: sum of each loss term over the batches of the current epoch, averaged over the processes.
         best_ap: highest validation AP.
         validations_without_improvement: number of validations since the best one.
         unreadable: path of each image that could not be read, and why.

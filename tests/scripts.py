@@ -89,15 +89,17 @@ class ScriptProcess:
         return subprocess.CompletedProcess([], int(self._process.exitcode or 0), *written)
 
 
-def run_processes(script: str, count: int, *flags: object) -> subprocess.CompletedProcess[str]:
+def run_processes(
+    script: str, count: int, *flags: object, prepare: Callable[[], object] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a script in several processes, with the variables that torchrun sets. Their outputs are joined."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
     processes = [
-        ScriptProcess(script, *flags, environment=together | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(count)
+        ScriptProcess(script, *flags, environment=together | {"RANK": str(n), "LOCAL_RANK": str(n)}, prepare=prepare)
+        for n in range(count)
     ]
     results = [process.wait() for process in processes]
     status = next((result.returncode for result in results if result.returncode), 0)

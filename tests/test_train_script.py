@@ -21,6 +21,7 @@ import torch
 
 import train as script
 from config import ROOT, ModelConfig
+from engine.training import Trainer
 from models.checkpoint import load_checkpoint
 from models.image_pyramid import build_model
 from tests.ground_truth import save_ground_truth
@@ -206,6 +207,29 @@ def test_two_processes_train_the_same_weights_as_one(dataset: Path, experiment: 
             assert {name: float(value) for name, value in other.items()} == pytest.approx(values, rel=1e-3, abs=1e-6)
     states = [load_checkpoint(each.checkpoint("mobilenet0.25", "last")).state for each in (experiment, shared)]
     assert all(torch.allclose(states[0][name], states[1][name], atol=1e-5) for name in states[0])
+
+
+def stop_at_the_first_save() -> None:
+    save = Trainer._save_last
+
+    def save_and_stop(self: Trainer) -> None:
+        save(self)
+        raise KeyboardInterrupt
+
+    Trainer._save_last = save_and_stop  # type: ignore[method-assign]
+
+
+def test_two_processes_that_stop_within_an_epoch_have_its_mean_losses(dataset: Path, experiment: Experiment) -> None:
+    flags = ["--epochs=1", "--freeze_bn", "--mosaic_probability=0.5"]
+    assert run_processes("train", 2, *arguments(dataset, experiment, *flags)).returncode == 0
+    whole = table(experiment)
+    flags += ["--resume=False", "--save_minutes=0.00001"]
+    stopped = run_processes("train", 2, *arguments(dataset, experiment, *flags), prepare=stop_at_the_first_save)
+    assert stopped.returncode == 130
+    assert load_checkpoint(experiment.checkpoint("mobilenet0.25", "last")).training["position"] == 2
+    resumed = run_processes("train", 2, *arguments(dataset, experiment, *flags, "--resume"))
+    assert "continuing after epoch 0 and 2 images of the next" in resumed.stdout
+    assert table(experiment) == whole
 
 
 def test_full_disk_ends_in_one_line_with_the_checkpoint_intact(dataset: Path, experiment: Experiment) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from itertools import chain
 
 from config import ROOT
 
@@ -37,6 +39,14 @@ def test_all_imported_packages_are_pinned() -> None:
     own = {path.stem for path in ROOT.iterdir()}
     required = {PACKAGES.get(name, name).replace("_", "-") for name in imported - own - sys.stdlib_module_names}
     assert required <= names("requirements-inference.txt") | OPTIONAL | names("requirements-dev.txt")
+
+
+def test_the_file_of_hashes_has_the_pinned_versions() -> None:
+    lines = (ROOT / "requirements-hashes.txt").read_text().splitlines()
+    hashed = dict(line.split(" --hash=sha256:") for line in lines if not line.startswith("#"))
+    pins = [(ROOT / file).read_text().split() for file in ("requirements.txt", "requirements-inference.txt")]
+    assert {pin for pin in chain(*pins) if "==" in pin} <= hashed.keys()
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in hashed.values())
 
 
 def test_inference_does_not_import_optional_packages() -> None:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
+
 from config import (
     DATA,
     DEFAULT_EXPERIMENT,
@@ -65,13 +67,24 @@ _UNNAMED_RESULTS = Path("test_results")  # so that nothing is written into an ex
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse_flags(__doc__ or "", GROUPS, argv)
-    options = flags.apply(EvaluationOptions())
+    options, experiment = flags.apply(EvaluationOptions()), flags.apply(RunOptions()).experiment_name
     faces = open_faces(options, "dataset" in flags.given)
-    if options.pred_dir:
-        predicted = open_predictions(flags, options.pred_dir)
-        with ExitStack() as stack:
-            report(predicted, DetectionStats(), faces, flags, stack)
-        return
+    with ExitStack() as stack:
+        if options.pred_dir is None:
+            detect_and_report(flags, options, experiment, faces, stack)
+            return
+        if idle := sorted(set(flags.given) - _WITH_PREDICTIONS):
+            raise ConfigError(f"--{idle[0]} has no effect with --pred_dir, because no detector runs; drop one of them")
+        predicted = PredictionSet.open(user_path(options.pred_dir), experiment)
+        predictions = read_all(predicted, faces)
+        results = results_folder(options, experiment, predicted.experiment, predicted.folder, faces, stack)
+        report(predicted, predictions, DetectionStats(), faces, options, results)
+
+
+def detect_and_report(
+    flags: Flags, options: EvaluationOptions, experiment: str | None, faces: EvaluationSet, stack: ExitStack
+) -> None:
+    """Run a detector on the images of the ground truth, in every process, and report in the main one."""
     # PyTorch takes a second to import, and --pred_dir does not need it.
     import torch
 
@@ -81,22 +94,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     from models.initialise import load_model
     from utils.runtime.distributed import distributed_context, run_on_main
 
-    device, name = choose_device(flags.apply(RunOptions()).gpu_num), flags.apply(RunOptions()).experiment_name
+    device, weight = choose_device(flags.apply(RunOptions()).gpu_num), flags.apply(WeightOptions()).model_weight
     # The processes exchange messages, not tensors, for which the CPU suffices.
-    with distributed_context(torch.device("cpu")) as context, ExitStack() as stack:
-        weight = flags.apply(WeightOptions()).model_weight
-        path = locate_checkpoint(EXPERIMENTS, name or DEFAULT_EXPERIMENT, weight)
-        checkpoint = load_checkpoint(path, flags.apply(ModelOverrides()))
-        model = load_model(checkpoint).to(device)
-        detector = FaceDetector(model, flags.apply(checkpoint.evaluation), flags.apply(EVALUATION_COMPUTE))
-        name = name or checkpoint.experiment_name(EXPERIMENTS)
-        results = run_on_main(lambda: results_folder(flags, name, checkpoint.path, faces, stack))
-        evaluation = EvaluationRun(
-            name, checkpoint, detector, flags.apply(checkpoint.protocol), results, options.resume
-        )
-        predicted, detected = predict(evaluation, faces, context)
-        if context.is_main:
-            report(predicted, detected, faces, flags, stack, results)
+    context = stack.enter_context(distributed_context(torch.device("cpu")))
+    path = locate_checkpoint(EXPERIMENTS, experiment or DEFAULT_EXPERIMENT, weight)
+    checkpoint = load_checkpoint(path, flags.apply(ModelOverrides()))
+    model = load_model(checkpoint).to(device)
+    detector = FaceDetector(model, flags.apply(checkpoint.evaluation), flags.apply(EVALUATION_COMPUTE))
+    name = experiment or checkpoint.experiment_name(EXPERIMENTS)
+    results = run_on_main(lambda: results_folder(options, experiment, name, checkpoint.path, faces, stack))
+    evaluation = EvaluationRun(name, checkpoint, detector, flags.apply(checkpoint.protocol), results, options.resume)
+    predicted, detected = predict(evaluation, faces, context)
+    if context.is_main:
+        if detected.skipped and not detected.images and len(detected.skipped) == len(faces.truths):
+            first, reason = detected.skipped[0]
+            raise UserError(
+                f"{faces.source}: none of its {len(faces.truths)} images can be read; first {first}: {reason}"
+            )
+        report(predicted, read_all(predicted, faces), detected, faces, options, results)
 
 
 def open_faces(options: EvaluationOptions, dataset_is_given: bool) -> EvaluationSet:
@@ -109,24 +124,30 @@ def open_faces(options: EvaluationOptions, dataset_is_given: bool) -> Evaluation
     return open_evaluation_set(dataset, gt_dir, need_images=needs_images)
 
 
-def open_predictions(flags: Flags, pred_dir: str) -> PredictionSet:
-    """The predictions of any detector in `--pred_dir`."""
-    idle = sorted(set(flags.given) - _WITH_PREDICTIONS)
-    if idle:
-        raise ConfigError(f"--{idle[0]} has no effect with --pred_dir, because no detector runs; drop one of them")
-    return PredictionSet.open(user_path(pred_dir), flags.apply(RunOptions()).experiment_name)
+def read_all(predicted: PredictionSet, faces: EvaluationSet) -> dict[str, np.ndarray]:
+    """Read the predictions of the images of the ground truth.
+
+    Raises:
+        UserError: a file is malformed, or there are none of these images.
+    """
+    predictions = read_predictions(predicted.folder, faces.names)
+    if not predictions:
+        example = prediction_file(predicted.folder, faces.names[0])
+        raise UserError(f"{predicted.folder}: holds no predictions of these images; expected files like {example}")
+    return predictions
 
 
-def results_folder(flags: Flags, name: str, source: Path, faces: EvaluationSet, stack: ExitStack) -> Path:
+def results_folder(
+    options: EvaluationOptions, experiment: str | None, name: str, source: Path, faces: EvaluationSet, stack: ExitStack
+) -> Path:
     """Create the folder of the results: the one given, that of the named experiment, or one of its own.
 
-    It is locked until `stack` is closed. One of its own is for one `source` of predictions, a checkpoint or a folder,
-    on one ground truth.
+    It is locked until `stack` is closed. One of its own has the given `name`, and is for one `source` of predictions, a
+    checkpoint or a folder, on one ground truth.
 
     Raises:
         UserError: another run is writing there, or a file there that would be replaced is not of an evaluation.
     """
-    options, experiment = flags.apply(EvaluationOptions()), flags.apply(RunOptions()).experiment_name
     if options.output_dir:
         results = make_folder(user_path(options.output_dir).absolute())
     elif experiment:
@@ -148,26 +169,17 @@ def table_of(results: Path) -> Path:
 
 def report(
     predicted: PredictionSet,
+    predictions: dict[str, np.ndarray],
     detected: DetectionStats,
     faces: EvaluationSet,
-    flags: Flags,
-    stack: ExitStack,
-    results: Path | None = None,
+    options: EvaluationOptions,
+    results: Path,
 ) -> None:
-    """Evaluate predictions, write the report, and print it; see `results_folder`, which gives `results` if missing."""
-    options = flags.apply(EvaluationOptions())
-    if detected.skipped and not detected.images and len(detected.skipped) == len(faces.truths):
-        name, reason = detected.skipped[0]
-        raise UserError(f"{faces.source}: none of its {len(faces.truths)} images can be read; first {name}: {reason}")
-    predictions = read_predictions(predicted.folder, faces.names)
-    if not predictions:
-        example = prediction_file(predicted.folder, faces.names[0])
-        raise UserError(f"{predicted.folder}: holds no predictions of these images; expected files like {example}")
+    """Evaluate the predictions, write the report into `results`, and print it."""
     errors = faces.standard_errors(predictions, options.bootstrap) if options.bootstrap else {}
     localisation = localisation_ap(predictions, faces.truths)
     names = frozenset(predictions)
     measured = Measurement(predicted, faces, faces.evaluate(predictions), detected, names, localisation, errors)
-    results = results or results_folder(flags, predicted.experiment, predicted.folder, faces, stack)
     form = suspected_form(predictions, faces) if options.pred_dir else None
     labelled = map(LabelledImage, faces.images or (), faces.labelled or ())
     if outside := describe_faces_outside(list(labelled)):

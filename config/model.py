@@ -114,7 +114,7 @@ CHOICES = {
     "model_version": ("retina", "tina"),
     "refinement": ("sum", "rematch"),
     "norm": ("batch", "group"),
-    "fpn": ("merged", "output"),
+    "fpn": ("merged", "lateral", "output"),
     "upsampling": ("nearest", "bilinear"),
     "head": ("ssh", "tower"),
     "channel_order": ("bgr", "rgb"),
@@ -131,7 +131,8 @@ class ModelConfig(Options):
         norm: `batch` or `group` normalisation, with 32 groups.
         deformable_backbone: deformable 3x3 convolutions in C4 and C5 of a ResNet with bottlenecks (TinaFace).
         deformable_context: deformable 3x3 convolutions in context modules and between levels (RetinaFace).
-        fpn: `merged` (RetinaFace) or `output` (arXiv:1612.03144, TinaFace); see `models.net`.
+        fpn: `merged` (RetinaFace), `lateral` (insightface's RetinaFace) or `output` (arXiv:1612.03144, TinaFace); see
+            `models.net`.
         upsampling: interpolation between levels, `nearest` or `bilinear`.
         head: `ssh`, a context module and 1x1 predictors per level, or `tower`, the head of TinaFace.
         model_version: `tina` adds the IoU-aware branch of TinaFace to `retina`.
@@ -223,7 +224,7 @@ class ModelConfig(Options):
         require(
             self.head == "ssh" or is_uniform, "a tower head needs equal numbers of anchors and channels in all levels"
         )
-        require(self.fpn == "merged" or is_uniform, "fpn output needs equal channels in all levels")
+        require(self.fpn != "output" or is_uniform, "fpn output needs equal channels in all levels")
         require(self.anchor_ratio > 0, f"anchor_ratio must be positive, got {self.anchor_ratio}")
         require(min(self.variances) > 0, f"variances must be positive, got {self.variances}")
         require(min(self.pixel_std) > 0, f"pixel_std must be positive, got {self.pixel_std}")

@@ -79,7 +79,9 @@ class MergedFPN(nn.Module):
     """Feature pyramid of RetinaFace, as in biubug6/Pytorch_Retinaface.
 
     Every level has a 1x1 lateral convolution. A finer level is added to the upsampled coarser one, and merged by a 3x3
-    convolution before it goes on to the next finer level. All convolutions have normalisation and activation.
+    convolution before it goes on to the next finer level. All convolutions have normalisation and activation. With
+    `lateral`, the lateral features go on to the next finer level instead of the merged ones, as in insightface's
+    symbol_common.py.
     """
 
     def __init__(self, in_channels: Mapping[int, int], config: ModelConfig) -> None:
@@ -118,8 +120,11 @@ class MergedFPN(nn.Module):
         laterals = [conv(features[stride]) for conv, stride in list(zip(self.lateral, strides, strict=True))[first:]]
         levels = [laterals[-1]]
         steps = zip(laterals, self.merge[first:], self.project[first:], strict=False)
+        coarser = laterals[-1]
         for lateral, merge, project in reversed(list(steps)):
-            levels.insert(0, merge(lateral + _upsample(project(levels[0]), lateral, self.config.upsampling)))
+            merged = merge(lateral + _upsample(project(coarser), lateral, self.config.upsampling))
+            levels.insert(0, merged)
+            coarser = lateral if self.config.fpn == "lateral" else merged
         return levels + _apply_extra(self.extra, features)
 
 

@@ -35,7 +35,7 @@ class RetinaFace(nn.Module):
         self.model_config = model_config
         self.levels = model_config.levels
         self.backbone = build_backbone(model_config)
-        fpn = MergedFPN if model_config.fpn == "merged" else OutputFPN
+        fpn = OutputFPN if model_config.fpn == "output" else MergedFPN
         self.fpn = fpn(self.backbone.channels, model_config)
         channels = model_config.level_channels
         self.stages = nn.ModuleList(build_stage(model_config, self.levels, channels) for _ in model_config.stages)

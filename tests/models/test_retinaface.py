@@ -22,6 +22,7 @@ from models.checkpoint import Checkpoint
 from models.heads import LevelOutput, join_levels
 from models.image_pyramid import ImagePyramid, add_upsampled_stages, build_model, pyramid_levels
 from models.initialise import initialise_for_focal_loss, initialise_from_detector
+from models.net import MergedFPN
 from models.retinaface import RetinaFace
 from utils.boxes import decode_boxes, decode_landmarks
 from utils.structures import FaceTargets, StageOutput
@@ -478,3 +479,19 @@ def test_focal_initialisation_predicts_few_faces() -> None:
     scores = output.class_logits.softmax(dim=-1)[..., 1]
     assert scores.min() == pytest.approx(0.02)
     assert scores.max() == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(("fpn", "depends"), [("merged", True), ("lateral", False)])
+def test_finest_level_depends_on_merged_features_of_coarser_ones(fpn: str, depends: bool) -> None:
+    torch.manual_seed(0)
+    model = RetinaFace(usual_config("mobilenet0.25", fpn_channels=16, fpn=fpn)).eval()
+    assert isinstance(model.fpn, MergedFPN)
+    images = torch.rand(1, 3, 64, 64) * 255
+    with torch.inference_mode():
+        before = model.features(images)
+        for parameter in model.fpn.merge[1].parameters():
+            parameter.mul_(2)
+        after = model.features(images)
+    assert not torch.equal(before[1], after[1])
+    assert torch.equal(before[2], after[2])
+    assert torch.equal(before[0], after[0]) != depends

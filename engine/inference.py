@@ -181,7 +181,7 @@ def run_inference(
     say(f"results are in {run.folder.resolve()}")
     if run.options.page:
         say(f"open {run.folder.resolve() / PAGE_NAME} to see them")
-    if context.is_main and not writer.start.is_complete and not writer.summary.images:
+    if context.is_main and not len(writer.start.done) and not writer.summary.images:
         raise UserError(f"{run.source.description}: no image could be read")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,10 +168,43 @@ def test_results_with_other_settings_are_not_resumed(
     assert contents(tmp_path) == finished
     capsys.readouterr()
     assert inference(flags(images, tmp_path, "--resume")).result_bboxes == []
-    assert "all images are done already" in capsys.readouterr().out
+    done = f"{COUNT - 2} images are done already; 2 that could not be read are tried again"
+    assert done in capsys.readouterr().out
     assert contents(tmp_path) == finished
     inference(flags(images, tmp_path, change))
     assert "replacing the results of an earlier run" in capsys.readouterr().out
+
+
+def test_images_that_could_not_be_read_are_tried_again(images: Path, tmp_path: Path) -> None:
+    """As when a network drive was away: none of the images, then all but one, then that one as well."""
+    shown, away, out = tmp_path / "images", tmp_path / "away", tmp_path / "out"
+    shutil.copytree(images, away)
+    for number in (3, 17):
+        (away / f"{number:02d}.png").unlink()
+    names = sorted(path.name for path in away.iterdir())
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{shown / name}\n" for name in names))
+    whole = tmp_path / "whole"
+    shutil.copytree(away, shown)
+    assert infer(listed, whole).returncode == 0
+    shutil.rmtree(shown)
+    shown.mkdir()
+
+    none = infer(listed, out)
+    assert none.returncode == 1
+    assert "no image could be read" in none.stderr
+    shutil.copytree(away, shown, dirs_exist_ok=True)
+    (shown / names[4]).unlink()
+    all_but_one = infer(listed, out, "--resume")
+    assert all_but_one.returncode == 0, all_but_one.stderr
+    assert f"0 images are done already; {len(names)} that could not be read are tried again" in all_but_one.stdout
+    again = infer(listed, out, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert f"{len(names) - 1} images are done already; 1 that could not be read is tried again" in again.stdout
+    shutil.copy(away / names[4], shown)
+    assert infer(listed, out, "--resume").returncode == 0
+    assert contents(out) == contents(whole)
+    assert "all images are done already" in infer(listed, out, "--resume").stdout
 
 
 def test_results_of_another_list_of_images_are_not_resumed(images: Path, tmp_path: Path) -> None:

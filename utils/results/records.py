@@ -61,19 +61,21 @@ class Record:
 
 @dataclass(frozen=True)
 class RecordIndex:
-    """Locations of the records, in the order of their positions. An entry takes 20 bytes.
+    """Locations of the records, in the order of their positions. An entry takes 21 bytes.
 
     Attributes:
         paths: files of the records.
         positions: (N,) positions of the images, ascending and unique.
         shards: (N,) index in `paths` of the file that contains the record.
         offsets: (N,) byte at which its line starts.
+        is_read: (N,) bool, whether the image could be read.
     """
 
     paths: Sequence[Path]
     positions: np.ndarray
     shards: np.ndarray
     offsets: np.ndarray
+    is_read: np.ndarray
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -164,7 +166,7 @@ class RecordStore:
     def index(self) -> RecordIndex:
         """Index all complete records. If an image has two records, the later one is used."""
         paths = sorted(self.folder.glob("*.jsonl"))
-        positions, shards, offsets = array("q"), array("i"), array("q")
+        positions, shards, offsets, is_read = array("q"), array("i"), array("q"), array("b")
         for shard, path in enumerate(paths):
             with path.open("rb") as file:
                 offset = 0
@@ -174,11 +176,18 @@ class RecordStore:
                         positions.append(record.position)
                         shards.append(shard)
                         offsets.append(offset)
+                        is_read.append(record.problem is None)
                     offset += len(line)
         # `unique` keeps the first of equal values.
         unique, last = np.unique(np.array(positions, np.int64)[::-1], return_index=True)
         chosen = len(positions) - 1 - last
-        return RecordIndex(paths, unique, np.array(shards, np.int32)[chosen], np.array(offsets, np.int64)[chosen])
+        return RecordIndex(
+            paths,
+            positions=unique,
+            shards=np.array(shards, np.int32)[chosen],
+            offsets=np.array(offsets, np.int64)[chosen],
+            is_read=np.array(is_read, np.bool_)[chosen],
+        )
 
     def compact(self) -> None:
         """Sort all records into one file, so that the folder does not depend on the number of processes."""

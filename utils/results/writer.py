@@ -123,17 +123,18 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
             if self._store.in_use:
                 raise UserError(f"{self.folder}: another run is still writing there; end it, or wait for it")
             run, index = self._store.run, self._store.index()
-            is_complete = bool(self._count) and len(index) == self._count
+            done = index.positions[index.is_read]
+            is_complete = bool(self._count) and len(done) == self._count
             if resume:
                 for saved in [run] if run else [other.run for other in self._store.complete_others]:
                     require_same_settings(saved.get("settings", {}), self._settings, self.folder)
             if resume and run:
                 for name in OUTPUT_FOLDERS:
                     remove_temporary_files(self.folder / name)
-                done = "all images" if is_complete else f"{len(index)} images"
-                return RunStart(
-                    self._settings, index.positions, run.get("threads"), is_complete, f"{done} are done already"
-                )
+                note = f"{'all' if is_complete else len(done)} images are done already"
+                if unread := len(index) - len(done):  # perhaps a network drive was away
+                    note += f"; {unread} that could not be read {'is' if unread == 1 else 'are'} tried again"
+                return RunStart(self._settings, done, run.get("threads"), is_complete, note)
             note = "replacing the results of an earlier run" if self._files.exist else ""
             if len(index) and not run.get("complete"):
                 note = f"replacing {len(index)} results of a run that was interrupted (--resume keeps them)"

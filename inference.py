@@ -1,4 +1,4 @@
-"""Detect faces in images: python inference.py --inference_dir=FOLDER --save_img. See README.md, or --help."""
+"""Detect faces in images: python inference.py --inference_dir=FOLDER --save_img. See README.md."""
 
 from __future__ import annotations
 

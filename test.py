@@ -1,6 +1,6 @@
 """Evaluate a detector on WIDER FACE or on your own labelled images: python test.py --experiment_name=NAME.
 
-`--pred_dir` evaluates predictions of any detector, instead of running one. See README.md, or --help.
+`--pred_dir` evaluates predictions of any detector, instead of running one. See README.md.
 """
 
 from __future__ import annotations

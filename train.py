@@ -1,4 +1,4 @@
-"""Train a detector: python train.py --experiment_name=NAME. See README.md, or python train.py --help."""
+"""Train a detector: python train.py --experiment_name=NAME. See README.md."""
 
 from __future__ import annotations
 
@@ -178,7 +178,8 @@ def train(training: TrainingRun, device: torch.device, context: DistributedConte
     resumed = load_checkpoint(last) if start.resume and last.is_file() and not start.show_batch else None
     notes += describe_continuation(training, resumed) if resumed else []
     new_parameters = resumed.training["new_parameters"] if resumed else initialise(model, training)
-    if not (resumed or training.checkpoint or start.pretrained_backbone or config.model.backbone.startswith("resnet")):
+    has_origin = training.checkpoint or start.pretrained_backbone or config.model.backbone.startswith("resnet")
+    if not (resumed or has_origin or start.show_batch):
         notes.append(
             "the backbone starts from random weights; --pretrained_backbone=mobilenetV1X0.25_pretrain.tar (of "
             "biubug6/Pytorch_Retinaface) starts from ImageNet's"
@@ -205,7 +206,8 @@ def train(training: TrainingRun, device: torch.device, context: DistributedConte
             return
         if resumed:
             trainer.resume(resumed)
-            log.line(f"continuing after {trainer.progress.describe()}")
+            if trainer.progress.epoch < config.train.epochs:
+                log.line(f"continuing after {trainer.progress.describe()}")
         elif training.checkpoint:
             origin = f"{training.checkpoint.path.name} ({training.checkpoint.kind})"
             log.line(f"started from {origin}; {len(new_parameters)} tensors are randomly initialised")
@@ -255,6 +257,8 @@ def describe_validation(data: TrainingData) -> str:
 
 def initialise(model: RetinaFace, training: TrainingRun) -> list[str]:
     """Load the initial weights; returns the names of parameters that a pretrained detector lacks."""
+    if training.start.show_batch:  # no weights are used
+        return []
     if training.checkpoint:
         return initialise_from_detector(model, training.checkpoint)
     usual = "imagenet" if training.config.model.backbone.startswith("resnet") else "none"

@@ -127,7 +127,7 @@ class TrainConfig(Options):
     backbone_rate_factor: float = option(1.0, "learning rate of the backbone relative to the rest", minimum=0)
     freeze_backbone_epochs: int = option(0, "epochs at the start in which the backbone is frozen", minimum=0)
     new_rate_factor: float = option(
-        1.0, "learning rate of parameters that --pretrained_detector lacks, such as the IoU branch", above=0
+        1.0, "learning rate, relative to --learning_rate, of parameters that --pretrained_detector lacks", above=0
     )
     teacher: str | None = option(
         None,
@@ -194,7 +194,7 @@ class ProtocolConfig(Options):
         False, "also detect at 0.625, 1.375, 1.75 and 2.125 times the size, and merge by box voting"
     )
     min_face_height: float = option(
-        0.0, "drop boxes that are lower, in pixels of the image; TinaFace drops those below 9", minimum=0
+        0.0, "drop boxes less than N pixels high in the image; TinaFace drops those below 9", minimum=0
     )
     integer_boxes: bool = option(False, "truncate boxes to whole pixels, as biubug6's test_widerface.py does")
 

@@ -19,7 +19,7 @@ def parse_anchor_sizes(text: str) -> tuple[tuple[float, ...], ...]:
 
 @dataclass(frozen=True)
 class ModelOverrides(Options):
-    """Architecture; an option that is not given is None and keeps the value of the experiment or checkpoint."""
+    """Architecture (default: that of the experiment, recipe or checkpoint)"""
 
     backbone: str | None = option(None, "feature extractor", choices=CHOICES["backbone"])
     model_version: str | None = option(
@@ -60,14 +60,14 @@ class ModelOverrides(Options):
         None, "a in the score p^a * iou^(1-a) of a tina model; 1 disregards the IoU branch"
     )
     context_share: float | None = option(
-        None, "weight of the image at its own size in the face logits of --fine_levels, where more context is visible"
+        None, "weight of the face logits of the image at its own size in those of --fine_levels"
     )
     coarse_share: float | None = option(
         None, "weight of the image at half its size in all face logits; 0 skips it, which is slightly faster"
     )
     refinement: str | None = option(
         None,
-        "what the second stage corrects: sum, the box deltas of the first; rematch, its decoded boxes, which become "
-        "its anchors and are matched at a higher IoU (RetinaFace)",
+        "how the second stage refines the first: sum adds its deltas to those of the first; rematch takes the decoded "
+        "boxes as anchors, and matches them at a higher IoU (RetinaFace)",
         choices=CHOICES["refinement"],
     )

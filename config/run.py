@@ -22,7 +22,7 @@ class RunOptions(Options):
 
     gpu_num: int = option(0, "CUDA device; -1 is the CPU. Without CUDA the CPU is used, with a warning")
     experiment_name: str | None = option(
-        None, f"folder under experiments/ (default: {DEFAULT_EXPERIMENT}; train.py names a new one by its architecture)"
+        None, f"folder under experiments/ (default: {DEFAULT_EXPERIMENT}; of train.py: named after the architecture)"
     )
 
     def __post_init__(self) -> None:
@@ -98,7 +98,9 @@ class EvaluationOptions(Options):
         None, "folder with the official .mat files (default: the dataset's val/gt, or else its label.txt)"
     )
     pred_dir: str | None = option(
-        None, "evaluate predictions of any detector, given as <event>/<image>.txt, instead of running one"
+        None,
+        "evaluate predictions of any detector instead of running one: <event>/<image>.txt with the name of the image, "
+        "the number of boxes, and a line `x y width height score` in pixels for each",
     )
     output_dir: str | None = option(
         None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -147,11 +148,13 @@ def video(tmp_path: Path) -> Path:
 
 def test_faces_of_a_video_have_ids_and_times(video: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = infer(f"--inference_dir={video}", f"--inference_save_folder={out}", "--track")
+    result = infer(f"--inference_dir={video}", f"--inference_save_folder={out}", "--track", "--export=csv")
     assert result.returncode == 0, result.stderr
     frames = list(entries(out).values())
     assert [frame["seconds"] for frame in frames] == pytest.approx([number / 5 for number in range(8)])
     assert [[face["track"] for face in frame["faces"]] for frame in frames] == [[1]] * 8
+    with (out / "exports/faces.csv").open() as file:
+        assert [row["track"] for row in csv.DictReader(file)] == ["1"] * 8
 
 
 def test_video_is_anonymised(video: Path, tmp_path: Path) -> None:

@@ -322,10 +322,19 @@ def test_resuming_with_more_epochs_follows_the_longer_schedule(dataset: Path, ex
 
 
 def test_show_batch_writes_a_contact_sheet_without_training(dataset: Path, experiment: Experiment) -> None:
-    result = train(dataset, experiment, "--show_batch=3")
+    """It reads no weights, so that a ResNet downloads nothing."""
+    result = train(dataset, experiment, "--show_batch=3", "--backbone=resnet18", "--pretrained_backbone=absent.pth")
     assert result.returncode == 0, result.stderr
     assert cv2.imread(str(experiment.log_folder / "batch.png")) is not None
     assert not (experiment.folder / "ckpt").exists()
+
+
+def test_finished_run_is_not_continued(dataset: Path, experiment: Experiment) -> None:
+    assert train(dataset, experiment, "--epochs=1").returncode == 0
+    again = train(dataset, experiment, "--epochs=1")
+    assert again.returncode == 0
+    assert "all 1 epochs are done; give more --epochs" in again.stdout
+    assert "continuing" not in again.stdout
 
 
 def test_weight_averaging_can_start_on_resume(dataset: Path, experiment: Experiment) -> None:

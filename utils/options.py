@@ -71,7 +71,7 @@ def option(
         help: text for `--help`.
         choices: the permitted values; None permits all.
         above, minimum, maximum: bounds of a number, or of every element of a tuple of numbers.
-        aliases: further names of the flag.
+        aliases: further names of the flag, which `--help` does not list.
         parse: converts the text of the flag; None converts by the type hint of the field, see `parse_tuple` for tuples.
     """
     permitted = None if choices is None else tuple(choices)
@@ -182,6 +182,8 @@ def parse_flags(description: str, groups: Sequence[Any], argv: Sequence[str] | N
 
 
 def _add_flag(section: Any, name: str, declaration: Declaration, hint: Any, default: Any) -> None:
+    if isinstance(default, tuple):  # as it is typed
+        default = ",".join(map(str, default)) or "none"
     shown = "" if default is None else f" (default: {default})"
     keywords: dict[str, Any] = {"help": declaration.help + shown, "dest": name}
     kind = _plain_type(hint)
@@ -193,7 +195,9 @@ def _add_flag(section: Any, name: str, declaration: Declaration, hint: Any, defa
         keywords |= {"type": partial(parse_tuple, kind=typing.get_args(kind)[0])}
     else:
         keywords |= {"type": kind, "choices": declaration.choices}
-    section.add_argument(*(f"--{each}" for each in (name, *declaration.aliases)), **keywords)
+    section.add_argument(f"--{name}", **keywords)
+    for alias in declaration.aliases:
+        section.add_argument(f"--{alias}", **keywords | {"help": argparse.SUPPRESS})
 
 
 def _plain_type(hint: Any) -> Any:

@@ -110,6 +110,7 @@ class HeadSegmenter(AbstractContextManager["HeadSegmenter"]):
 
     Attributes:
         count: number of heads segmented so far.
+        empty: number of those in which no person was found around the face.
         seconds: total time of the segmentation.
     """
 
@@ -127,7 +128,7 @@ class HeadSegmenter(AbstractContextManager["HeadSegmenter"]):
             from mediapipe.tasks.python import BaseOptions, vision
         except ImportError as error:
             raise UserError(f"--mask needs MediaPipe ({error}); pip install -r requirements.txt") from None
-        self.count, self.seconds = 0, 0.0
+        self.count, self.empty, self.seconds = 0, 0, 0.0
         self._mediapipe = mediapipe
         model = model or Path(mediapipe.__file__).parent / "modules/selfie_segmentation/selfie_segmentation.tflite"
         if not model.is_file():
@@ -158,14 +159,17 @@ class HeadSegmenter(AbstractContextManager["HeadSegmenter"]):
         mask = np.zeros(region.shape[:2], np.uint8)
         if region.size:
             mask = (self._confidence(region) > _PERSON_CONFIDENCE).astype(np.uint8) * np.uint8(255)
+        found = HeadMask(head_box, face_box, mask)
         self.count += 1
+        self.empty += not found.face_mask.any()
         self.seconds += time.perf_counter() - start
-        return HeadMask(head_box, face_box, mask)
+        return found
 
     def describe(self) -> str:
         """Describe the number of heads and the time for each in one line."""
         each = 1000 * self.seconds / max(self.count, 1)
-        return f"{self.count} heads segmented, {each:.1f} ms each"
+        empty = f", {self.empty} of them without a person where the face is" if self.empty else ""
+        return f"{self.count} heads segmented{empty}, {each:.1f} ms each"
 
     def _confidence(self, region: np.ndarray) -> np.ndarray:
         """(H, W) float confidence in [0, 1] that each pixel belongs to the person."""

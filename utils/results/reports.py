@@ -113,4 +113,6 @@ class _AnnotatedRecords:
                 rows = [FaceRow(face["box"], face["landmarks"]) for face in faces]
                 labelled = labelled_image(Path(record.name), rows).faces
                 scores = np.array([face["score"] for face in faces])
-                yield AnnotatedImage(record.name, record.entry["width"], record.entry["height"], labelled, scores)
+                tracks = [face["track"] for face in faces] if any("track" in face for face in faces) else None
+                size = record.entry["width"], record.entry["height"]
+                yield AnnotatedImage(record.name, *size, labelled, scores, tracks)

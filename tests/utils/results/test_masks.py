@@ -103,6 +103,14 @@ def test_masks_have_the_sizes_of_their_boxes(
         assert mask.shape == (y2 - y1, x2 - x1)
 
 
+def test_faces_without_a_person_are_counted(segmenter: HeadSegmenter) -> None:
+    blank = np.full((120, 160, 3), 90, np.uint8)
+    segmenter.count = segmenter.empty = 0
+    head = segmenter.segment(blank, np.array([60.0, 40.0, 100.0, 80.0]))
+    assert not head.face_mask.any()
+    assert segmenter.describe().startswith("1 heads segmented, 1 of them without a person where the face is, ")
+
+
 def test_model_input_is_rgb(segmenter: HeadSegmenter, monkeypatch: pytest.MonkeyPatch) -> None:
     mediapipe = pytest.importorskip("mediapipe")
     shown: list[np.ndarray] = []

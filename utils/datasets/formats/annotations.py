@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ class AnnotatedImage:
         height: height of the upright image in pixels.
         faces: faces in pixels of the upright image.
         scores: (N,) scores of detections; None for labels.
+        tracks: ids of the faces over the frames of a video; None without them.
     """
 
     name: str
@@ -34,6 +35,7 @@ class AnnotatedImage:
     height: int
     faces: Faces
     scores: np.ndarray | None = None
+    tracks: Sequence[int] | None = None
 
 
 def with_size(labelled: LabelledImage, images: Path) -> AnnotatedImage:

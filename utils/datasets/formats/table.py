@@ -12,7 +12,7 @@ from utils.runtime.files import atomic_write
 
 _BOX = ("x1", "y1", "x2", "y2")
 _LANDMARKS = tuple(f"{name}_{axis}" for name in LANDMARK_NAMES for axis in "xy")
-_COLUMNS = ("image", "width", "height", *_BOX, "score", *_LANDMARKS, "ignored")
+_COLUMNS = ("image", "width", "height", *_BOX, "score", *_LANDMARKS, "ignored", "track")
 
 
 def write_csv(path: Path, images: Iterable[AnnotatedImage], folder: Path | None = None) -> None:
@@ -33,6 +33,8 @@ def write_csv(path: Path, images: Iterable[AnnotatedImage], folder: Path | None 
                 face["ignored"] = int(faces.ignored[index])
                 if image.scores is not None:
                     face["score"] = f"{image.scores[index]:.6f}"
+                if image.tracks is not None:
+                    face["track"] = image.tracks[index]
                 if faces.has_landmarks[index]:
                     face |= dict(zip(_LANDMARKS, shortest(faces.landmarks[index]), strict=True))
                 writer.writerow(face)

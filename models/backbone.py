@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
 from config import ModelConfig
-from models.net import DeformableConv, conv_norm_act, norm_layer
+from models.net import DeformableConv, conv_block, norm_layer
 
 
 class MobileNetV1Stages(nn.Module):
@@ -26,7 +26,7 @@ class MobileNetV1Stages(nn.Module):
         super().__init__()
         separable = partial(_depthwise_separable, slope=slope)
         self.stage1 = nn.Sequential(
-            conv_norm_act(3, 8, 3, slope, stride=first_stride),
+            conv_block(3, 8, 3, slope, stride=first_stride),
             separable(8, 16),
             separable(16, 32, stride=2),
             separable(32, 32),
@@ -72,8 +72,8 @@ class MobileNetV1(MobileNetV1Stages):
 
 
 def _depthwise_separable(in_channels: int, out_channels: int, slope: float, stride: int = 1) -> nn.Sequential:
-    depthwise = conv_norm_act(in_channels, in_channels, 3, slope, stride, groups=in_channels)
-    return depthwise.extend(conv_norm_act(in_channels, out_channels, 1, slope))
+    depthwise = conv_block(in_channels, in_channels, 3, slope, stride, groups=in_channels)
+    return depthwise.extend(conv_block(in_channels, out_channels, 1, slope))
 
 
 class ResNet(nn.Module):

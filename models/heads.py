@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from config import LevelConfig, ModelConfig
-from models.net import ContextModule, conv_norm_act
+from models.net import ContextModule, conv_block
 from utils.structures import LANDMARKS_PER_FACE, StageOutput
 
 _TOWER_CONVS = 4
@@ -96,7 +96,7 @@ class TowerStage(nn.Module):
     @staticmethod
     def _tower(config: ModelConfig) -> nn.Sequential:
         width = config.fpn_channels
-        tower = nn.Sequential(*(conv_norm_act(width, width, 3, 0.0, norm=config.norm) for _ in range(_TOWER_CONVS)))
+        tower = nn.Sequential(*(conv_block(width, width, 3, 0.0, norm=config.norm) for _ in range(_TOWER_CONVS)))
         for block in tower:
             nn.init.normal_(cast(nn.Conv2d, cast(nn.Sequential, block)[0]).weight, std=0.01)
         return tower

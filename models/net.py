@@ -39,40 +39,26 @@ class DeformableConv(nn.Module):
         return result
 
 
-def conv_norm(
+def conv_block(
     in_channels: int,
     out_channels: int,
     kernel_size: int,
+    slope: float | None,
     stride: int = 1,
     groups: int = 1,
     *,
     norm: str = "batch",
     deformable: bool = False,
 ) -> nn.Sequential:
-    """Convolution with "same" padding and normalisation, without activation."""
+    """Convolution with "same" padding, normalisation, and LeakyReLU unless the slope is None; 0 makes it ReLU."""
     conv: nn.Module
     if deformable:
         conv = DeformableConv(in_channels, out_channels, kernel_size, stride)
     else:
         padding = kernel_size // 2
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
-    return nn.Sequential(conv, norm_layer(norm)(out_channels))
-
-
-def conv_norm_act(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int,
-    slope: float,
-    stride: int = 1,
-    groups: int = 1,
-    *,
-    norm: str = "batch",
-    deformable: bool = False,
-) -> nn.Sequential:
-    """`conv_norm` followed by LeakyReLU; a slope of 0 makes it ReLU."""
-    block = conv_norm(in_channels, out_channels, kernel_size, stride, groups, norm=norm, deformable=deformable)
-    return block.append(nn.LeakyReLU(slope, inplace=True))
+    activation = [] if slope is None else [nn.LeakyReLU(slope, inplace=True)]
+    return nn.Sequential(conv, norm_layer(norm)(out_channels), *activation)
 
 
 class MergedFPN(nn.Module):
@@ -97,19 +83,19 @@ class MergedFPN(nn.Module):
         widths = config.level_channels
         slope, norm = config.activation_slope, config.norm
         self.lateral = nn.ModuleList(
-            conv_norm_act(in_channels[stride], width, 1, slope, norm=norm)
+            conv_block(in_channels[stride], width, 1, slope, norm=norm)
             for stride, width in zip(strides, widths, strict=False)
         )
         self.merge = nn.ModuleList(
-            conv_norm_act(width, width, 3, slope, norm=norm, deformable=config.deformable_context)
+            conv_block(width, width, 3, slope, norm=norm, deformable=config.deformable_context)
             for width in widths[: len(strides) - 1]
         )
         # A coarser level of another width is projected to that of the finer one before they are added.
         self.project = nn.ModuleList(
-            nn.Identity() if width == coarser else conv_norm_act(coarser, width, 1, slope, norm=norm)
+            nn.Identity() if width == coarser else conv_block(coarser, width, 1, slope, norm=norm)
             for width, coarser in pairwise(widths[: len(strides)])
         )
-        self.extra = _extra_levels(in_channels, config, lambda i, o: conv_norm_act(i, o, 3, slope, 2, norm=norm))
+        self.extra = _extra_levels(in_channels, config, slope)
 
     def forward(self, features: Mapping[int, Tensor], first: int = 0) -> list[Tensor]:
         """Map features of the backbone by stride to (B, C_l, H_l, W_l) features of every level, finest first.
@@ -141,9 +127,9 @@ class OutputFPN(nn.Module):
         self.config = config
         strides = [level.stride for level in config.levels if level.stride in in_channels]
         width, norm = config.fpn_channels, config.norm
-        self.lateral = nn.ModuleList(conv_norm(in_channels[stride], width, 1, norm=norm) for stride in strides)
-        self.output = nn.ModuleList(conv_norm(width, width, 3, norm=norm) for _ in strides)
-        self.extra = _extra_levels(in_channels, config, lambda i, o: conv_norm(i, o, 3, 2, norm=norm))
+        self.lateral = nn.ModuleList(conv_block(in_channels[stride], width, 1, None, norm=norm) for stride in strides)
+        self.output = nn.ModuleList(conv_block(width, width, 3, None, norm=norm) for _ in strides)
+        self.extra = _extra_levels(in_channels, config, None)
 
     def forward(self, features: Mapping[int, Tensor], first: int = 0) -> list[Tensor]:
         """See `MergedFPN.forward`."""
@@ -155,13 +141,11 @@ class OutputFPN(nn.Module):
         return levels + _apply_extra(self.extra, features)
 
 
-def _extra_levels(
-    in_channels: Mapping[int, int], config: ModelConfig, make: Callable[[int, int], nn.Module]
-) -> nn.ModuleList:
+def _extra_levels(in_channels: Mapping[int, int], config: ModelConfig, slope: float | None) -> nn.ModuleList:
     """Stride-2 convolutions for the levels that are coarser than the backbone; the first takes its last feature."""
     count = sum(level.stride not in in_channels for level in config.levels)
     widths = [in_channels[max(in_channels)], *([config.fpn_channels] * count)]
-    return nn.ModuleList(make(before, after) for before, after in pairwise(widths))
+    return nn.ModuleList(conv_block(before, after, 3, slope, 2, norm=config.norm) for before, after in pairwise(widths))
 
 
 def _apply_extra(extra: nn.ModuleList, features: Mapping[int, Tensor]) -> list[Tensor]:
@@ -184,11 +168,11 @@ class ContextModule(nn.Module):
         super().__init__()
         half, quarter, slope = channels // 2, channels // 4, config.activation_slope
         norm, deformable = config.norm, config.deformable_context
-        self.conv3x3 = conv_norm(channels, half, 3, norm=norm, deformable=deformable)
-        self.conv5x5_1 = conv_norm_act(channels, quarter, 3, slope, norm=norm, deformable=deformable)
-        self.conv5x5_2 = conv_norm(quarter, quarter, 3, norm=norm, deformable=deformable)
-        self.conv7x7_2 = conv_norm_act(quarter, quarter, 3, slope, norm=norm, deformable=deformable)
-        self.conv7x7_3 = conv_norm(quarter, quarter, 3, norm=norm, deformable=deformable)
+        self.conv3x3 = conv_block(channels, half, 3, None, norm=norm, deformable=deformable)
+        self.conv5x5_1 = conv_block(channels, quarter, 3, slope, norm=norm, deformable=deformable)
+        self.conv5x5_2 = conv_block(quarter, quarter, 3, None, norm=norm, deformable=deformable)
+        self.conv7x7_2 = conv_block(quarter, quarter, 3, slope, norm=norm, deformable=deformable)
+        self.conv7x7_3 = conv_block(quarter, quarter, 3, None, norm=norm, deformable=deformable)
 
     def forward(self, feature: Tensor) -> Tensor:
         """Map (B, channels, H, W) to the same shape."""

@@ -48,18 +48,7 @@ def prior_boxes(
     return _cached_prior_boxes(image_size_hw, levels, device, ratio, offset)
 
 
-@lru_cache(maxsize=4)
-def _cached_prior_boxes(
-    image_size_hw: tuple[int, int],
-    levels: tuple[LevelConfig, ...],
-    device: torch.device | None,
-    ratio: float,
-    offset: float,
-) -> Tensor:
-    with torch.inference_mode(False):  # a tensor made in inference mode cannot take part in training
-        return _prior_boxes(image_size_hw, levels, device, ratio, offset)
-
-
+@torch.inference_mode(False)  # a tensor made in inference mode cannot take part in training
 def _prior_boxes(
     image_size_hw: tuple[int, int],
     levels: Sequence[LevelConfig],
@@ -83,3 +72,6 @@ def _prior_boxes(
         ]
         priors.append(torch.stack(values, dim=-1).reshape(-1, 4))
     return torch.cat(priors).float()
+
+
+_cached_prior_boxes = lru_cache(maxsize=4)(_prior_boxes)

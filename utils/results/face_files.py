@@ -1,4 +1,4 @@
-"""Thumbnails, crops and anonymised images: files of an image or face other than drawings and masks."""
+"""The image files of a run: drawings, anonymised images, thumbnails, masks and crops."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import numpy as np
 
 from config import InferenceOptions
 from utils.alignment import aligned_crop, plain_crop
+from utils.drawing import draw_detections
 from utils.results.anonymise import add_audio, anonymise
-from utils.results.image_files import OutputImages, write_crops, write_file
-from utils.results.masks import HeadMask
+from utils.results.image_files import OutputImages, write_file
+from utils.results.masks import HeadMask, crop
 from utils.structures import Detections
 
 _THUMBNAIL_SIDE = 400
@@ -53,16 +54,17 @@ class FaceFiles:
         self.options = options
         self.frames_per_second = frames_per_second
         self.video = video
+        self._drawings = OutputImages(folder, "result_images", frames_per_second, names, video)
         self._anonymised = OutputImages(folder, "anonymized", frames_per_second, names, video)
 
-    def publishable(self, image: np.ndarray, detections: Detections, heads: Sequence[HeadMask] | None) -> np.ndarray:
-        """The image itself, or with `anonymize` a copy without recognisable faces."""
-        if self.options.anonymize is None:
-            return image
-        return anonymise(image, detections.boxes.numpy(), self.options.anonymize, heads)
-
     def write(
-        self, position: int, name: str, crop_stem: str, image: np.ndarray, shown: np.ndarray, detections: Detections
+        self,
+        position: int,
+        name: str,
+        crop_stem: str,
+        image: np.ndarray,
+        detections: Detections,
+        heads: Sequence[HeadMask] | None,
     ) -> WrittenFiles:
         """Write the files of one image.
 
@@ -71,25 +73,39 @@ class FaceFiles:
             name: name of the image.
             crop_stem: beginning of the names of its crops.
             image: (H, W, 3) uint8 BGR.
-            shown: what `publishable` returned for it.
             detections: faces of the image.
+            heads: head mask of each face, or None without `--mask`.
         """
         written = WrittenFiles()
+        for index in range(len(detections)):
+            crops = self._crops(image, detections, index)
+            if self.options.save_mask and heads is not None:
+                crops = _mask_crops(image, heads[index]) | crops
+            files = {
+                kind: write_file(self.folder, f"{kind}/{crop_stem}_{index}.png", pixels)
+                for kind, pixels in crops.items()
+                if pixels.size  # the crop of a face outside the image is empty
+            }
+            written.faces.append(files)
+            written.files += files.values()
+        shown = image
+        if self.options.anonymize is not None:
+            shown = anonymise(image, detections.boxes.numpy(), self.options.anonymize, heads)
         if self.options.page and self._has_thumbnail(position):
-            written.entry["thumbnail"] = write_file(
-                self.folder, f"thumbnails/{position:06d}.jpg", self._thumbnail(shown)
-            )
+            thumbnail = self._thumbnail(shown)
+            written.entry["thumbnail"] = write_file(self.folder, f"thumbnails/{position:06d}.jpg", thumbnail)
             written.files.append(written.entry["thumbnail"])
         if self.options.anonymize is not None:
             written.entry["anonymized"], is_new = self._anonymised.write(name, shown)
             written.files += [written.entry["anonymized"]] if is_new else []
-        for index in range(len(detections)):
-            written.faces.append(self._write_crops(f"{crop_stem}_{index}.png", image, detections, index))
-            written.files += written.faces[-1].values()
+        if self.options.save_img:
+            drawing, is_new = self._drawings.write(name, draw_detections(shown, detections))
+            written.files += [drawing] if is_new else []
         return written
 
     def close(self) -> str | None:
-        """Complete the anonymised video, if there is one; returns a note for the user if it has no sound."""
+        """Complete the videos, if there are any; returns a note for the user if the anonymised one has no sound."""
+        self._drawings.close()
         video = self._anonymised.close()
         if video is None:
             return None
@@ -113,10 +129,16 @@ class FaceFiles:
             image = cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
         return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
 
-    def _write_crops(self, file_name: str, image: np.ndarray, detections: Detections, index: int) -> dict[str, str]:
+    def _crops(self, image: np.ndarray, detections: Detections, index: int) -> dict[str, np.ndarray]:
         crops = {}
         if "plain" in self.options.save_crops:
             crops["crops"] = plain_crop(image, detections.boxes[index].numpy(), self.options.crop_margin)
         if "aligned" in self.options.save_crops and detections.landmarks is not None:
             crops["aligned"] = aligned_crop(image, detections.landmarks[index].numpy(), self.options.crop_size)
-        return write_crops(self.folder, file_name, crops)
+        return crops
+
+
+def _mask_crops(image: np.ndarray, head: HeadMask) -> dict[str, np.ndarray]:
+    pixels = crop(image, head.head_box)
+    face = crop(pixels, head.face_box)
+    return {"masks": head.face_mask, "faces": face, "heads": pixels, "head_masks": head.head_mask}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, Set
+from collections.abc import Set
 from pathlib import Path, PurePosixPath
 
 import cv2
@@ -25,17 +25,6 @@ def write_file(folder: Path, relative: str, pixels: np.ndarray) -> str:
     relative = shortened(relative)
     write_image(folder / relative, pixels)
     return relative
-
-
-def write_crops(folder: Path, file_name: str, crops: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Write the crops of one face, each into the folder of its kind; see `write_file`.
-
-    Empty crops, of faces outside the image, are skipped.
-
-    Returns:
-        The paths of the files by kind.
-    """
-    return {kind: write_file(folder, f"{kind}/{file_name}", pixels) for kind, pixels in crops.items() if pixels.size}
 
 
 class OutputImages:

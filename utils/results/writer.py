@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from config import InferenceOptions
-from utils.drawing import draw_detections
 from utils.errors import ConfigError, UserError
 from utils.results.face_files import FaceFiles
 from utils.results.files import ResultFiles, Summary, remove_output
-from utils.results.image_files import OutputImages, write_crops
-from utils.results.masks import HeadMask, crop
+from utils.results.masks import HeadMask
 from utils.results.own_files import OwnFiles
 from utils.results.records import Record, RecordStore
 from utils.results.reports import write_exports, write_inference_page
@@ -105,7 +103,6 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
                 f"{folder}: OpenCV writes no video where the path is not valid UTF-8; choose another folder"
             )
         lower_names = frozenset(name.lower() for name in names) if needs_names else frozenset[str]()
-        self._drawings = OutputImages(folder, "result_images", frames_per_second, lower_names, video)
         self._face_files = FaceFiles(folder, options, frames_per_second, video, lower_names)
         # Number of images of each name, with and without suffix: `a.jpg` and `a.png` share `a`.
         has_crops = options.save_mask or options.save_crops
@@ -188,13 +185,13 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
             UserError: a file cannot be written; what was written before is complete.
         """
         with disk_errors(self.folder):
-            record = self._write_image_files(self._place(position), name, image, detections, heads)
-            entry = record.entry or {}
-            for face, track in zip(entry["faces"], tracks or ()):  # noqa: B905, without tracks nothing is added
-                face["track"] = track
+            place = self._place(position)
+            written = self._face_files.write(place, name, self._crop_stem(name), image, detections, heads)
+            faces = self._describe_faces(detections, heads, written.faces, tracks)
+            entry = {"name": name, "width": image.shape[1], "height": image.shape[0], "faces": faces, **written.entry}
             if seconds is not None:
                 entry["seconds"] = round(seconds, 3)
-            self._add_record(replace(record, note=note))
+            self._add_record(Record(place, name, entry, _table_rows(detections), written.files, note=note))
 
     def skip(self, name: str, reason: str, position: int | None = None) -> None:
         """Record why an image could not be read; see `add`."""
@@ -229,7 +226,6 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
 
     def _close_shard(self) -> None:
         with disk_errors(self.folder):
-            self._drawings.close()
             note = self._face_files.close()
             self.notes += [note] if note else []
             self._records.close()
@@ -270,45 +266,26 @@ class ResultWriter(AbstractContextManager["ResultWriter"]):
         self._records.add(record)
         self.summary.add(record)
 
-    def _write_image_files(
-        self, position: int, name: str, image: np.ndarray, detections: Detections, heads: Sequence[HeadMask] | None
-    ) -> Record:
-        """Write drawings and crops of an image, and return its record."""
-        boxes, scores = detections.boxes.tolist(), detections.scores.tolist()
-        faces, rows, files = [], [], []
-        for index, (box, score) in enumerate(zip(boxes, scores, strict=True)):
-            face: dict[str, Any] = {"box": _rounded(box), "score": round(score, 6), "landmarks": None}
-            if detections.landmarks is not None:
-                face["landmarks"] = [_rounded(point) for point in detections.landmarks[index].tolist()]
+    def _describe_faces(
+        self,
+        detections: Detections,
+        heads: Sequence[HeadMask] | None,
+        files: Sequence[Mapping[str, str]],
+        tracks: Sequence[int] | None,
+    ) -> list[dict[str, Any]]:
+        """The faces of one image for `results.json`, with the files of each."""
+        faces: list[dict[str, Any]] = detections.to_dict()["faces"]
+        for index, face in enumerate(faces):
+            face["box"], face["score"] = _rounded(face["box"]), round(face["score"], 6)
+            if face["landmarks"] is not None:
+                face["landmarks"] = [_rounded(point) for point in face["landmarks"]]
             if heads is not None:
                 face |= {"head_box": heads[index].head_box, "face_box_in_head": heads[index].face_box}
-                if self._options.save_mask:
-                    face["files"] = self._write_crops(f"{self._crop_stem(name)}_{index}.png", image, heads[index])
-                    files += face["files"].values()
-            faces.append(face)
-            rows.append(f"{' '.join(str(int(value)) for value in box)} {score:f}")
-        shown = self._face_files.publishable(image, detections, heads)
-        written = self._face_files.write(position, name, self._crop_stem(name), image, shown, detections)
-        for face, crops in zip(faces, written.faces, strict=True):
-            if crops:
-                face["files"] = face.get("files", {}) | crops
-        files += written.files
-        if self._options.save_img:
-            drawing, is_new = self._drawings.write(name, draw_detections(shown, detections))
-            files += [drawing] if is_new else []
-        entry = {"name": name, "width": image.shape[1], "height": image.shape[0], "faces": faces, **written.entry}
-        return Record(position, name, entry, rows, files)
-
-    def _write_crops(self, file_name: str, image: np.ndarray, head: HeadMask) -> dict[str, str]:
-        """Write face mask, face, head and head mask as PNG."""
-        head_pixels = crop(image, head.head_box)
-        crops = {
-            "masks": head.face_mask,
-            "faces": crop(head_pixels, head.face_box),
-            "heads": head_pixels,
-            "head_masks": head.head_mask,
-        }
-        return write_crops(self.folder, file_name, crops)
+            if files[index] or self._options.save_mask:
+                face["files"] = files[index]
+            if tracks is not None:
+                face["track"] = tracks[index]
+        return faces
 
     def _crop_stem(self, name: str) -> str:
         return name if self._name_counts[_stem(name).lower()] > 1 else _stem(name)
@@ -321,6 +298,11 @@ def _image_folders(options: InferenceOptions) -> list[str]:
     folders += ["masks", "faces", "heads", "head_masks"] if options.save_mask else []
     folders += [{"plain": "crops"}.get(kind, kind) for kind in options.save_crops]
     return [*folders, "anonymized"] if options.anonymize is not None else folders
+
+
+def _table_rows(detections: Detections) -> list[str]:
+    faces = zip(detections.boxes.tolist(), detections.scores.tolist(), strict=True)
+    return [f"{' '.join(str(int(value)) for value in box)} {score:f}" for box, score in faces]
 
 
 def _stem(name: str) -> str:

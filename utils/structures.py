@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -41,8 +41,7 @@ class StageOutput:
 
     def float(self) -> StageOutput:
         """A copy in 32 bits."""
-        values: dict[str, Any] = {name: None if value is None else value.float() for name, value in vars(self).items()}
-        return StageOutput(**values)
+        return _map_tensors(self, lambda tensor: tensor.float())
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,7 @@ class Detections:
 
     def select(self, chosen: Tensor) -> Detections:
         """The detections chosen by a mask or by indices."""
-        landmarks = None if self.landmarks is None else self.landmarks[chosen]
-        return Detections(self.boxes[chosen], self.scores[chosen], landmarks)
+        return _map_tensors(self, lambda tensor: tensor[chosen])
 
     def split(self, counts: Sequence[int]) -> list[Detections]:
         """Consecutive parts of the given lengths."""
@@ -99,13 +97,11 @@ class Detections:
         return [Detections(*part) for part in parts]
 
     def cpu(self) -> Detections:
-        landmarks = None if self.landmarks is None else self.landmarks.cpu()
-        return Detections(self.boxes.cpu(), self.scores.cpu(), landmarks)
+        return _map_tensors(self, lambda tensor: tensor.cpu())
 
     def clone(self) -> Detections:
         """A copy; outside of inference mode it may be written to and differentiated."""
-        landmarks = None if self.landmarks is None else self.landmarks.clone()
-        return Detections(self.boxes.clone(), self.scores.clone(), landmarks)
+        return _map_tensors(self, lambda tensor: tensor.clone())
 
     def clipped(self, size_hw: tuple[int, int]) -> Detections:
         """Clip boxes and landmarks to an image of this height and width."""
@@ -217,12 +213,7 @@ class Faces:
 
 def join_faces(parts: Sequence[Faces]) -> Faces:
     """The faces of all parts, one part after the other."""
-    return Faces(
-        boxes=np.concatenate([part.boxes for part in parts]),
-        landmarks=np.concatenate([part.landmarks for part in parts]),
-        has_landmarks=np.concatenate([part.has_landmarks for part in parts]),
-        ignored=np.concatenate([part.ignored for part in parts]),
-    )
+    return Faces(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
 
 @dataclass(frozen=True)
@@ -275,17 +266,20 @@ class FaceTargets:
         return len(self.boxes)
 
     def to(self, device: torch.device) -> FaceTargets:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> FaceTargets:
         """A copy in page-locked memory, as the data loader asks for."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> FaceTargets:
-        return FaceTargets(
-            change(self.boxes),
-            change(self.landmarks),
-            change(self.has_landmarks),
-            change(self.ignored),
-            self.counts,
-        )
+
+Holder = TypeVar("Holder", StageOutput, Detections, FaceTargets)
+
+
+def _map_tensors(holder: Holder, change: Callable[[Tensor], Tensor]) -> Holder:
+    """A copy in which `change` has been applied to every tensor."""
+    import torch
+
+    tensors = {name: value for name, value in vars(holder).items() if isinstance(value, torch.Tensor)}
+    changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
+    return replace(holder, **changed)

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = load_checkpoint(path, flags.apply(ModelOverrides()))
     if not checkpoint.model_config.has_onnx_graph:
         raise ConfigError(f"{path}: has deformable convolutions, which ONNX lacks; such a model cannot be exported")
-    model, config = fuse_batch_norm(load_model(checkpoint)), flags.apply(checkpoint.inference)
+    model, config = fuse_batch_norm(load_model(checkpoint)), flags.apply(checkpoint.configuration.inference)
     output = user_path(options.output)
     if output.is_dir():
         raise ConfigError(f"--output={output}: is a folder; give the name of a file in it, such as {output}/faces.onnx")

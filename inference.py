@@ -75,7 +75,7 @@ def resolve(flags: Flags, context: DistributedContext, stack: ExitStack) -> Infe
     # If the folder of the results is also the input, the images that earlier runs wrote there are skipped.
     exclude = {folder, *(folder / name for name in (*OUTPUT_FOLDERS, EXPORT_FOLDER))}
     source = open_source(options.inference_dir, DATA, exclude, options.max_frames)
-    detector = FaceDetector(load_model(checkpoint).to(device), flags.apply(checkpoint.inference), compute)
+    detector = FaceDetector(load_model(checkpoint).to(device), flags.apply(checkpoint.configuration.inference), compute)
     segmenter_model = user_path(options.segmenter_model) if options.segmenter_model else None
     inference_run = InferenceRun(
         name=(name or checkpoint.experiment_name(EXPERIMENTS)).replace("/", "_"),

@@ -99,11 +99,12 @@ def detect_and_report(
     context = stack.enter_context(distributed_context(torch.device("cpu")))
     path = locate_checkpoint(EXPERIMENTS, experiment or DEFAULT_EXPERIMENT, weight)
     checkpoint = load_checkpoint(path, flags.apply(ModelOverrides()))
-    model = load_model(checkpoint).to(device)
-    detector = FaceDetector(model, flags.apply(checkpoint.evaluation), flags.apply(EVALUATION_COMPUTE))
+    saved = checkpoint.configuration
+    model, thresholds = load_model(checkpoint).to(device), flags.apply(saved.evaluation)
+    detector = FaceDetector(model, thresholds, flags.apply(EVALUATION_COMPUTE))
     name = experiment or checkpoint.experiment_name(EXPERIMENTS)
     results = run_on_main(lambda: results_folder(options, experiment, name, checkpoint.path, faces, stack))
-    evaluation = EvaluationRun(name, checkpoint, detector, flags.apply(checkpoint.protocol), results, options.resume)
+    evaluation = EvaluationRun(name, checkpoint, detector, flags.apply(saved.protocol), results, options.resume)
     predicted, detected = predict(evaluation, faces, context)
     if context.is_main:
         if detected.skipped and not detected.images and len(detected.skipped) == len(faces.truths):

@@ -125,8 +125,7 @@ def saved_config(experiment: Experiment) -> ExperimentConfig | None:
     if experiment.config_file.is_file():
         return load_config(experiment.config_file)
     for path in sorted(experiment.folder.glob("ckpt/*ckpt-last.pth")):
-        last = load_checkpoint(path)
-        return last.experiment or ExperimentConfig(model=last.model_config)
+        return load_checkpoint(path).configuration
     return None
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import ExperimentConfig, ModelConfig, ModelOverrides, PostprocessConfig, ProtocolConfig
+from config import ExperimentConfig, ModelConfig, ModelOverrides
 from models.architecture import apply_overrides
 from models.foreign_checkpoint import (
     CheckpointError,
@@ -68,19 +68,9 @@ class Checkpoint:
         return folder.name if folder.parent == experiments else self.path.stem
 
     @property
-    def inference(self) -> PostprocessConfig:
-        """Thresholds for inference that were saved with the weights, or the usual ones."""
-        return (self.experiment or ExperimentConfig()).inference
-
-    @property
-    def evaluation(self) -> PostprocessConfig:
-        """Thresholds for evaluation that were saved with the weights, or the usual ones."""
-        return (self.experiment or ExperimentConfig()).evaluation
-
-    @property
-    def protocol(self) -> ProtocolConfig:
-        """Test protocol that was saved with the weights, or the usual one."""
-        return (self.experiment or ExperimentConfig()).protocol
+    def configuration(self) -> ExperimentConfig:
+        """The configuration that was saved with the weights, or the usual one of this architecture."""
+        return self.experiment or ExperimentConfig(model=self.model_config)
 
 
 # ------------------------------------------------------------------------------------------------- locating

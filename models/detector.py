@@ -111,7 +111,7 @@ class FaceDetector:
             ConfigError: the backend is unavailable.
         """
         checkpoint = load_checkpoint(Path(path))
-        config = dataclasses.replace(checkpoint.inference, **thresholds)
+        config = dataclasses.replace(checkpoint.configuration.inference, **thresholds)
         if max_pixels is not None:
             compute = dataclasses.replace(compute, max_pixels=max_pixels)
         return cls(load_model(checkpoint).to(device), config, compute)

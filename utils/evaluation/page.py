@@ -12,16 +12,11 @@ from utils.datasets.formats.annotations import upright_size
 from utils.datasets.labels import DatasetError
 from utils.evaluation.report import CONFIDENT_SCORE, Measurement, recall_by_height
 from utils.evaluation.wider_eval import GroundTruth, Matches, score_range
-from utils.results.page import FaceKind, PageHead, Table, file_url, settings_rows, write_page
+from utils.results.page import PageHead, Table, file_url, settings_rows, write_page
 
 # Predictions of a lower score are not shown: WIDER FACE is evaluated down to 0.02, with a hundred boxes per image.
 _LOWEST_SCORE = 0.1
-_KINDS = (
-    FaceKind("hit", "hits"),
-    FaceKind("false", "false alarms"),
-    FaceKind("missed", "missed faces"),
-    FaceKind("ignored", "not counted"),
-)
+_KINDS = {"hit": "hits", "false": "false alarms", "missed": "missed faces", "ignored": "not counted"}
 
 
 def write_evaluation_page(folder: Path, measured: Measurement, predictions: Mapping[str, np.ndarray]) -> Path | None:

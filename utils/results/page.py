@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class FaceKind:
-    """A kind of faces that the user can hide; `key` is the `kind` of its faces and its class in page.css."""
-
-    key: str
-    label: str
-
-
-@dataclass(frozen=True)
 class PageHead:
     """Everything on a page besides the images.
 
@@ -57,7 +49,8 @@ class PageHead:
         metrics: names and values in large type.
         figures: URLs of images, relative to the page.
         tables: tables beside the figures.
-        kinds: kinds of faces; empty if all faces are of one kind.
+        kinds: labels of the kinds of faces that the user can hide, by the `kind` of the faces, which is also their
+            class in page.css; empty if all faces are of one kind.
     """
 
     title: str
@@ -68,13 +61,7 @@ class PageHead:
     metrics: Sequence[tuple[str, object]] = ()
     figures: Sequence[str] = ()
     tables: Sequence[Table] = ()
-    kinds: Sequence[FaceKind] = ()
-
-
-@dataclass(frozen=True)
-class _Part:
-    file: str
-    label: str
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_page(folder: Path, head: PageHead, entries: Iterable[Mapping[str, Any]], count: int) -> Path:
@@ -96,19 +83,18 @@ def write_page(folder: Path, head: PageHead, entries: Iterable[Mapping[str, Any]
         UserError: see `check_page_is_ours`.
     """
     own = OwnFiles(folder)
-    parts = [
-        _Part(PAGE_NAME if not number else f"index_{number + 1}.html", f"from {number * _IMAGES_PER_FILE + 1}")
-        for number in range(max(1, math.ceil(count / _IMAGES_PER_FILE)))
-    ]
+    numbers = range(max(1, math.ceil(count / _IMAGES_PER_FILE)))
+    # The label of every file by its name.
+    parts = {f"index_{n + 1}.html" if n else PAGE_NAME: f"from {n * _IMAGES_PER_FILE + 1}" for n in numbers}
     template = _environment().get_template("page.html.j2")
     remaining = iter(entries)
-    for part in parts:
-        stream = template.stream(
-            head=head, entries=islice(remaining, _IMAGES_PER_FILE), parts=parts, file=part.file, generator=_GENERATOR
-        )
-        if own.is_as_written(folder / part.file) is None and _is_ours(folder / part.file):
-            own.adopt([folder / part.file])
-        with own.replaced(folder / part.file) as (temporary,), temporary.open("w", encoding="utf-8") as file:
+    for name in parts:
+        path = folder / name
+        images = islice(remaining, _IMAGES_PER_FILE)
+        stream = template.stream(head=head, entries=images, parts=parts, file=name, generator=_GENERATOR)
+        if own.is_as_written(path) is None and _is_ours(path):
+            own.adopt([path])
+        with own.replaced(path) as (temporary,), temporary.open("w", encoding="utf-8") as file:
             file.writelines(stream)
     for path in _former_parts(folder, len(parts)):
         path.unlink()

@@ -15,7 +15,7 @@ import pytest
 
 from tests.browser import Browser
 from utils.errors import UserError
-from utils.results.page import FaceKind, PageHead, check_page_is_ours, relative_url, settings_rows, write_page
+from utils.results.page import PageHead, check_page_is_ours, relative_url, settings_rows, write_page
 
 HEAD = PageHead("Faces in photos", "2 images", lowest_score=0.5, threshold=0.5, settings=[("detector", "x")])
 HOSTILE_NAME = '<img src=x onerror="alert(1)">.jpg'
@@ -216,7 +216,7 @@ def test_name_that_is_markup_is_text(browser: Browser, folder: Path) -> None:
 
 
 def test_kinds_of_faces_can_be_hidden(browser: Browser, folder: Path) -> None:
-    kinds = [FaceKind("hit", "hits"), FaceKind("missed", "missed")]
+    kinds = {"hit": "hits", "missed": "missed"}
     faces = [{"box": BOX, "score": 0.9, "kind": "hit"}, {"box": BOX, "kind": "missed"}]
     browser.open(write_page(folder, PageHead("t", "s", 0, 0.5, kinds=kinds), [entry("a.jpg", faces=faces)], 1))
     assert boxes(browser) == 2

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.datasets.labels import DatasetError, FaceRow, LabelledImage, as_flag, check_units, labelled_image
-from utils.runtime.files import atomic_write, is_utf8, read_lines
+from utils.runtime.files import is_utf8, read_lines, write_text
 from utils.runtime.images import IMAGE_SUFFIXES
 from utils.structures import LANDMARKS_PER_FACE
 
@@ -57,9 +57,7 @@ def write_labels(path: Path, images: Sequence[LabelledImage], root: Path) -> Non
         DatasetError: the format cannot represent the name of an image.
         OSError: the file cannot be written.
     """
-    text = "".join(_format_image(image, root) for image in images)
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, "".join(_format_image(image, root) for image in images))
 
 
 # -------------------------------------------------------------------------------------------------- reading

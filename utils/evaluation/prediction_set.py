@@ -11,7 +11,7 @@ from typing import Any
 from config import PostprocessConfig, ProtocolConfig
 from utils.errors import ConfigError, UserError
 from utils.evaluation.predictions import prediction_file
-from utils.runtime.files import atomic_write, disk_errors, make_folder
+from utils.runtime.files import disk_errors, make_folder, write_text
 from utils.runtime.manifest import read_object, require_same_settings
 
 PREDICTION_FOLDER = "predictions"  # below the folder of the results
@@ -80,14 +80,13 @@ class PredictionSet:
                 raise UserError(f"{former[0]}: was not written by test.py and is kept; choose another --output_dir")
             for file in former:
                 file.unlink()
-            with atomic_write(run_file) as temporary:
-                values = {
-                    "experiment": self.experiment,
-                    "checkpoint": self.checkpoint,
-                    "protocol": self.protocol,
-                    "settings": self.settings,
-                }
-                temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            values = {
+                "experiment": self.experiment,
+                "checkpoint": self.checkpoint,
+                "protocol": self.protocol,
+                "settings": self.settings,
+            }
+            write_text(run_file, json.dumps(values, indent=2) + "\n")
             return []
 
     def _check_same(self, saved: Mapping[str, Any] | None) -> None:

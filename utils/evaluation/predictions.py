@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
-from utils.runtime.files import atomic_write, one_line, shortened
+from utils.runtime.files import one_line, shortened, write_text
 
 _COLUMNS = 5
 
@@ -40,10 +40,8 @@ def write_predictions(folder: Path, name: str, rows: np.ndarray, *, integer_boxe
         rows = np.concatenate([start, end - start, rows[:, 4:]], axis=1)
     line = "%d %d %d %d %.9g\n" if integer_boxes else "%.3f %.3f %.3f %.3f %.9g\n"
     path = prediction_file(folder, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = f"{one_line(path.stem)}\n{len(rows)}\n" + line * len(rows) % tuple(rows.flatten().tolist())
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+    write_text(path, text, errors="surrogateescape")
 
 
 def read_predictions(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.runtime.files import atomic_write
+from utils.runtime.files import atomic_write, write_text
 from utils.runtime.manifest import file_digest, read_object
 
 _FOLDER = "folder"  # in place of a digest
@@ -124,9 +124,7 @@ class OwnFiles:
         return path.relative_to(self.folder).as_posix()
 
     def _save(self, written: Mapping[str, Sequence[str]]) -> None:
-        self._list.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(self._list) as temporary:
-            temporary.write_text(json.dumps(written, indent=0, sort_keys=True) + "\n", encoding="ascii")
+        write_text(self._list, json.dumps(written, indent=0, sort_keys=True) + "\n")
 
 
 def _digest(path: Path) -> str:

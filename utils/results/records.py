@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.runtime.files import atomic_write, try_lock
+from utils.runtime.files import atomic_write, try_lock, write_text
 from utils.runtime.manifest import read_object
 
 
@@ -142,7 +142,6 @@ class RecordStore:
     def begin(self, run: Mapping[str, Any]) -> None:
         """Remove the records and start a new run."""
         self.remove()
-        self.folder.mkdir(parents=True)
         self._write_run(run)
 
     def remove(self) -> None:
@@ -155,8 +154,7 @@ class RecordStore:
         self._write_run({**self.run, "former_files": [], "complete": True})
 
     def _write_run(self, run: Mapping[str, Any]) -> None:
-        with atomic_write(self.folder / "run.json") as temporary:
-            temporary.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        write_text(self.folder / "run.json", json.dumps(run, indent=2) + "\n")
 
     def open_shard(self, rank: int) -> RecordWriter:
         """Open the file of one process for appending."""

@@ -10,7 +10,7 @@ from typing import Any
 from config import ExperimentConfig
 from utils.errors import ConfigError
 from utils.options import from_dict, to_dict
-from utils.runtime.files import atomic_write, numbered
+from utils.runtime.files import numbered, write_text
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ def load_recipe(name: str, folder: Path) -> Recipe:
 
 def save_config(config: ExperimentConfig, path: Path) -> None:
     """Write the configuration of an experiment as JSON, atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def load_config(path: Path) -> ExperimentConfig:

@@ -166,6 +166,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a file in UTF-8 atomically; its folder is created.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors=errors)
+
+
 def remove_temporary_files(folder: Path) -> None:
     """Remove what `atomic_write` of killed processes left below a folder. No other process may be writing there."""
     for parent, _, names in os.walk(folder):

@@ -16,7 +16,7 @@ import numpy as np
 
 from utils.datasets.formats.annotations import FACE, AnnotatedImage, face_label, shortest
 from utils.datasets.labels import DatasetError, FaceRow, LabelledImage, labelled_image
-from utils.runtime.files import atomic_write
+from utils.runtime.files import atomic_write, write_text
 from utils.structures import LANDMARKS_PER_FACE
 
 _LANDMARKS = "landmarks"
@@ -46,9 +46,7 @@ def write_cvat(path: Path, images: Iterable[AnnotatedImage], folder: Path | None
 
     Control characters in the names of images, which XML lacks, are escaped as in Python.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path / "labels.json") as temporary:
-        temporary.write_text(json.dumps(_LABELS, indent=2) + "\n", encoding="utf-8")
+    write_text(path / "labels.json", json.dumps(_LABELS, indent=2) + "\n")
     with (
         atomic_write(path / "annotations.xml") as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,

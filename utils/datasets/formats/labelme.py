@@ -16,7 +16,7 @@ from utils.datasets.formats.annotations import (
     shortest,
 )
 from utils.datasets.labels import DatasetError, FaceRow, LabelledImage, labelled_image
-from utils.runtime.files import atomic_write
+from utils.runtime.files import write_text
 
 _VERSION = "5.5.0"  # version of labelme that defines this format
 
@@ -25,7 +25,6 @@ def write_labelme(path: Path, images: Iterable[AnnotatedImage], folder: Path | N
     """Write a folder of JSON files; they refer to the images in `folder`."""
     for image in images:
         file = path / PurePosixPath(image.name).with_suffix(".json")
-        file.parent.mkdir(parents=True, exist_ok=True)
         source = PurePosixPath(image.name).name
         if folder is not None:
             source = Path(os.path.relpath(folder.resolve() / image.name, file.parent.resolve())).as_posix()
@@ -38,8 +37,7 @@ def write_labelme(path: Path, images: Iterable[AnnotatedImage], folder: Path | N
             "imageHeight": image.height,
             "imageWidth": image.width,
         }
-        with atomic_write(file) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="ascii")
+        write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 def _shapes(image: AnnotatedImage) -> Iterator[dict[str, Any]]:

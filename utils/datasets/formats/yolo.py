@@ -13,7 +13,7 @@ import numpy as np
 
 from utils.datasets.formats.annotations import AnnotatedImage, upright_size
 from utils.datasets.labels import DatasetError, FaceRow, LabelledImage, labelled_image
-from utils.runtime.files import atomic_write, one_line
+from utils.runtime.files import atomic_write, one_line, write_text
 from utils.runtime.images import IMAGE_SUFFIXES
 from utils.structures import LANDMARKS_PER_FACE, MIRRORED_LANDMARKS
 
@@ -37,16 +37,10 @@ def write_yolo(path: Path, images: Iterable[AnnotatedImage], folder: Path | None
     """
     names = []
     for image in images:
-        file = path / "labels" / PurePosixPath(image.name).with_suffix(".txt")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as temporary:
-            temporary.write_text("".join(_lines(image)), encoding="ascii")
+        write_text(path / "labels" / PurePosixPath(image.name).with_suffix(".txt"), "".join(_lines(image)))
         names.append(f"./images/{one_line(image.name)}\n")
-    path.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path / "train.txt") as temporary:
-        temporary.write_text("".join(names), encoding="utf-8", errors="surrogateescape")
-    with atomic_write(path / "data.yaml") as temporary:
-        temporary.write_text(_DATA, encoding="utf-8")
+    write_text(path / "train.txt", "".join(names), errors="surrogateescape")
+    write_text(path / "data.yaml", _DATA)
     link = path / "images"
     if folder is not None and (link.is_symlink() or not link.exists()):
         with atomic_write(link) as temporary:

@@ -112,12 +112,9 @@ def predict_files(
     with BackgroundWorker() as worker:
         for image, detections in detect_files(detector, files):
             if image.problem is None:
-                worker.submit(_write_predictions, folder, image.name, detections, integer_boxes)
+                rows = prediction_rows(detections)
+                worker.submit(write_predictions, folder, image.name, rows, integer_boxes=integer_boxes)
             yield image, detections
-
-
-def _write_predictions(folder: Path, name: str, detections: Detections, integer_boxes: bool) -> None:
-    write_predictions(folder, name, prediction_rows(detections), integer_boxes=integer_boxes)
 
 
 def prediction_rows(detections: Detections) -> np.ndarray:

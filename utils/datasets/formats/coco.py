@@ -8,13 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from utils.datasets.formats.annotations import (
-    FACE,
-    LANDMARK_NAMES,
-    AnnotatedImage,
-    face_label,
-    shortest,
-)
+from utils.datasets.formats.annotations import FACE, LANDMARK_NAMES, AnnotatedImage, face_label, shortest
 from utils.datasets.labels import DatasetError, FaceRow, LabelledImage, labelled_image
 from utils.runtime.files import atomic_write
 from utils.structures import LANDMARKS_PER_FACE

@@ -8,13 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from utils.datasets.formats.annotations import (
-    FACE,
-    LANDMARK_NAMES,
-    AnnotatedImage,
-    face_label,
-    shortest,
-)
+from utils.datasets.formats.annotations import FACE, LANDMARK_NAMES, AnnotatedImage, face_label, shortest
 from utils.datasets.labels import DatasetError, FaceRow, LabelledImage, labelled_image
 from utils.runtime.files import write_text
 

@@ -152,7 +152,7 @@ def run_inference(
     Raises:
         UserError: results cannot be written, or no image could be read.
     """
-    say = print if context.is_main else _print_nothing
+    say = print if context.is_main else lambda *words, **options: None
     if run.checkpoint.note:
         say(f"note: {run.checkpoint.note}")
     say(run.describe())
@@ -232,7 +232,3 @@ def _shard_images(
     positions = shard_positions(len(source.names), writer.start.done, block, writer.context)
     repeated = set(np.intersect1d(positions, writer.start.done).tolist())
     return source.read(positions), repeated, len(positions) - len(repeated)
-
-
-def _print_nothing(*words: object, **options: object) -> None:
-    """Replace `print` in processes other than the main one."""

@@ -100,7 +100,9 @@ def _batched(
     for image in images:
         if batch:
             has_room = len(batch) < size and (len(batch) + 1) * _pixels(detector, image) <= limit
-            if not (has_room and _may_share_pass(detector, batch[0], image)):
+            is_same_block = image.position // BATCH_SIZE == batch[0].position // BATCH_SIZE
+            size_seen = _size_seen(detector, image)
+            if not (has_room and is_same_block and size_seen and size_seen == _size_seen(detector, batch[0])):
                 yield batch
                 batch = []
         batch.append(image)
@@ -110,15 +112,6 @@ def _batched(
             batch = []
     if batch:
         yield batch
-
-
-def _may_share_pass(detector: BatchDetector, first: InputImage, other: InputImage) -> bool:
-    size = _size_seen(detector, first)
-    return size is not None and size == _size_seen(detector, other) and _block(first) == _block(other)
-
-
-def _block(image: InputImage) -> int:
-    return image.position // BATCH_SIZE
 
 
 def _size_seen(detector: BatchDetector, image: InputImage) -> tuple[int, int] | None:

@@ -100,7 +100,9 @@ class ResNet(nn.Module):
         self.layer3, self.layer4 = resnet.layer3, resnet.layer4
         if config.deformable_backbone:
             for block in (*self.layer3, *self.layer4):
-                _make_deformable(block)
+                assert isinstance(block, Bottleneck), "deformable convolutions need a ResNet with bottlenecks"
+                conv = block.conv2
+                block.conv2 = cast(nn.Conv2d, DeformableConv(conv.in_channels, conv.out_channels, 3, conv.stride[0]))
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
         """Map (B, 3, H, W) images to features by stride."""
@@ -110,13 +112,6 @@ class ResNet(nn.Module):
             feature = layer(feature)
             features[stride] = feature
         return features
-
-
-def _make_deformable(block: nn.Module) -> None:
-    """Replace the 3x3 convolution of a bottleneck block."""
-    assert isinstance(block, Bottleneck), "deformable convolutions need a ResNet with bottlenecks"
-    conv = block.conv2
-    block.conv2 = cast(nn.Conv2d, DeformableConv(conv.in_channels, conv.out_channels, 3, conv.stride[0]))
 
 
 def build_backbone(config: ModelConfig) -> MobileNetV1 | ResNet:

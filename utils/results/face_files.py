@@ -91,7 +91,8 @@ class FaceFiles:
         shown = image
         if self.options.anonymize is not None:
             shown = anonymise(image, detections.boxes.numpy(), self.options.anonymize, heads)
-        if self.options.page and self._has_thumbnail(position):
+        # Of a video, one frame a second is shown.
+        if self.options.page and position % max(1, round(self.frames_per_second or 1)) == 0:
             thumbnail = self._thumbnail(shown)
             written.entry["thumbnail"] = write_file(self.folder, f"thumbnails/{position:06d}.jpg", thumbnail)
             written.files.append(written.entry["thumbnail"])
@@ -113,9 +114,6 @@ class FaceFiles:
         if self.video is not None:
             problem = add_audio(video, self.video)
         return f"{video}: {problem}" if problem else None
-
-    def _has_thumbnail(self, position: int) -> bool:
-        return self.frames_per_second is None or position % max(1, round(self.frames_per_second)) == 0
 
     def _thumbnail(self, image: np.ndarray) -> np.ndarray:
         side = _THUMBNAIL_SIDE if self.frames_per_second is None else _FRAME_SIDE

@@ -59,9 +59,9 @@ GROUPS = (
     ModelOverrides(),
 )
 # The flags that have an effect with --pred_dir, where no detector runs.
-_WITH_PREDICTIONS = {
-    *("pred_dir", "gt_dir", "dataset", "save_errors", "page", "bootstrap", "experiment_name", "gpu_num", "output_dir")
-}
+_WITH_PREDICTIONS = set(
+    "pred_dir gt_dir dataset subset save_errors page bootstrap experiment_name gpu_num output_dir".split()
+)
 _UNNAMED_RESULTS = Path("test_results")  # so that nothing is written into an experiment that was not named
 
 
@@ -122,7 +122,8 @@ def open_faces(options: EvaluationOptions, dataset_is_given: bool) -> Evaluation
     is_absent = is_optional and not is_folder(DATA / options.dataset)
     dataset = None if is_absent else find_dataset(options.dataset, DATA)
     gt_dir = user_path(options.gt_dir) if options.gt_dir else None
-    return open_evaluation_set(dataset, gt_dir, need_images=needs_images)
+    faces = open_evaluation_set(dataset, gt_dir, need_images=needs_images)
+    return faces.sample(options.subset) if options.subset else faces
 
 
 def read_all(predicted: PredictionSet, faces: EvaluationSet) -> dict[str, np.ndarray]:

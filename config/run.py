@@ -107,6 +107,11 @@ class EvaluationOptions(Options):
         "folder for the results (default: results/ of the experiment where --experiment_name is given, else a folder "
         "of its own in test_results/)",
     )
+    subset: int = option(
+        0,
+        "evaluate N images only, those whose file names have the smallest SHA-1; the AP is an estimate. 0 is all",
+        minimum=0,
+    )
     resume: bool = option(False, "keep the predictions of an interrupted run and process the remaining images")
     bootstrap: int = option(0, "resample the images N times (100 or more) for a standard error of the AP", minimum=0)
     page: bool = option(True, "write index.html, a page of all images with hits, misses and false alarms")

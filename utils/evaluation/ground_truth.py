@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from utils.evaluation.wider_eval import Evaluation, GroundTruth, bootstrap, eval
 from utils.structures import Detections, Faces
 
 ALL_FACES = "all"
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,24 @@ class EvaluationSet:
     def faces_counted(self) -> int:
         """Number of the faces in the largest subset."""
         return sum(int(truth.subsets[self.largest_subset].sum()) for truth in self.truths)
+
+    def sample(self, count: int) -> EvaluationSet:
+        """The images whose file names, without folders, have the smallest SHA-1; the same ones on every machine."""
+
+        def digest(index: int) -> str:
+            return hashlib.sha1(os.fsencode(f"{self.names[index].split('/')[-1]}.jpg")).hexdigest()
+
+        chosen = sorted(sorted(range(len(self.truths)), key=digest)[:count])
+
+        def part_of_all(values: Sequence[Value] | None) -> list[Value] | None:
+            return None if values is None else [values[index] for index in chosen]
+
+        return replace(
+            self,
+            truths=[self.truths[index] for index in chosen],
+            images=part_of_all(self.images),
+            labelled=part_of_all(self.labelled),
+        )
 
     def evaluate(self, predictions: dict[str, np.ndarray]) -> Evaluation:
         """See `wider_eval.evaluate`."""

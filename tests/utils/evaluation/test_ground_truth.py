@@ -77,3 +77,18 @@ def test_first_dataset_with_a_val_folder_is_used_for_validation(tmp_path: Path) 
     found = open_validation_set([undivided, tmp_path / "b"])
     assert found is not None
     assert found.names == ["2"]
+
+
+def test_sample_of_the_official_images_is_the_one_of_the_readme(shared: Path) -> None:
+    """The 400 images of the README are the first 401 without one that is a sample image of this repository."""
+    whole = open_evaluation_set(None, shared / "data/widerface/gt_full", need_images=False)
+    sample = whole.sample(401)
+    development = open_evaluation_set(shared / "data/widerface", None, need_images=True)
+    assert set(sample.names) - set(development.names) == {"0--Parade/0_Parade_marchingband_1_311"}
+    assert len(sample.names) == 401
+    assert sample.names == [name for name in whole.names if name in set(sample.names)]
+    assert development.sample(3).images == [
+        path
+        for path, name in zip(development.images or (), development.names, strict=True)
+        if name in development.sample(3).names
+    ]

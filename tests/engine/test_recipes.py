@@ -53,7 +53,7 @@ def tiny(name: str, epochs: int) -> ExperimentConfig:
         optimizer="adamw",
         learning_rate=2e-3,
         weight_decay=0.0,
-        warmup_epochs=0.05,
+        warmup_epochs=0.1,
         milestones=(),
         clip_gradient=10.0,
     )
@@ -126,10 +126,10 @@ def one_face_per_level(priors: Tensor, model_config: ModelConfig, size_hw: tuple
 def test_two_images_can_be_overfitted(
     name: str, two_images: list[LabelledImage], tmp_path: Path, device: torch.device
 ) -> None:
-    config = tiny(name, epochs=1)
+    config = tiny(name, epochs=2)
     model = untrained(config).to(device)
-    steps = 80 if config.model.backbone == "mobilenet0.25" else 40  # smaller models need more steps
-    Trainer(model, config, Experiment(tmp_path), TrainingData(two_images * steps), RunLog(None)).fit()
+    steps_per_epoch = 40 if config.model.backbone == "mobilenet0.25" else 20  # smaller models need more steps
+    Trainer(model, config, Experiment(tmp_path), TrainingData(two_images * steps_per_epoch), RunLog(None)).fit()
     # TinaFace raises its score to a power.
     threshold = 0.5**config.model.score_power
     detector = FaceDetector(model, PostprocessConfig(confidence_threshold=threshold))

@@ -90,7 +90,7 @@ def resolve(flags: Flags) -> TrainingRun:
     if start.pretrained_detector and start.pretrained_backbone not in (None, "none"):
         raise ConfigError("--pretrained_detector brings its backbone: drop --pretrained_backbone")
     checkpoint = load_checkpoint(user_path(start.pretrained_detector)) if start.pretrained_detector else None
-    recipe = load_recipe(start.recipe, RECIPES).experiment if start.recipe else None
+    recipe = open_recipe(start.recipe) if start.recipe else None
     named = Experiment(EXPERIMENTS / name).for_training if name else None
     overrides = flags.apply(ModelOverrides())
     base: ModelConfig | None
@@ -118,6 +118,13 @@ def resolve(flags: Flags) -> TrainingRun:
         check_architecture(experiment, model_config)
     kept = f"{usual.folder} holds a detector, which is kept: training in {experiment.folder}"
     return TrainingRun(experiment, config, start, checkpoint, [] if experiment == usual else [kept])
+
+
+def open_recipe(name: str) -> ExperimentConfig:
+    """The configuration of a published recipe, or that of an existing experiment, such as a shipped one."""
+    config_file = Experiment(EXPERIMENTS / Path(name).name).config_file
+    is_experiment = not (RECIPES / f"{name}.json").is_file() and config_file.is_file()
+    return load_config(config_file) if is_experiment else load_recipe(name, RECIPES).experiment
 
 
 def saved_config(experiment: Experiment) -> ExperimentConfig | None:

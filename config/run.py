@@ -74,7 +74,9 @@ class StartOptions(Options):
 
     resume: bool = option(True, "continue from the experiment's ckpt-last where there is one; False starts again")
     recipe: str | None = option(
-        None, "a published training recipe: the name of a file of recipes/; other flags change it"
+        None,
+        "a published training recipe: the name of a file of recipes/, or of an experiment, whose settings are then "
+        "those of its config.json; other flags change it",
     )
     pretrained_backbone: str | None = option(
         None,

@@ -329,6 +329,22 @@ def test_show_batch_writes_a_contact_sheet_without_training(dataset: Path, exper
     assert not (experiment.folder / "ckpt").exists()
 
 
+def test_experiment_is_a_recipe(dataset: Path, experiment: Experiment) -> None:
+    shipped = load_config(ROOT / "experiments/mobilenet0.25_anc2_casT_fpn3/config.json")
+    name = f"--experiment_name={experiment.folder.name}"
+    flags = ["--gpu_num=-1", f"--dataset={dataset}", "--dataset_weights=1", "--im_size=64", "--num_workers=0"]
+    recipe = "--recipe=mobilenet0.25_anc2_casT_fpn3"
+    absent = run_script(script, name, recipe, *flags)
+    assert absent.returncode == 1
+    assert f"error: {shipped.train.teacher}: " in absent.stderr
+    weights = ROOT / "experiments/mobilenet0.25_anc2_casT_fpn3/ckpt/mobilenet0.25_ckpt-best.pth"
+    result = run_script(script, name, recipe, *flags, f"--teacher={weights}", f"--pretrained_detector={weights}")
+    assert result.returncode == 0, result.stderr
+    config = load_config(experiment.config_file)
+    assert (config.model, config.loss) == (shipped.model, shipped.loss)
+    assert (config.train.learning_rate, config.train.epochs) == (shipped.train.learning_rate, shipped.train.epochs)
+
+
 def test_finished_run_is_not_continued(dataset: Path, experiment: Experiment) -> None:
     assert train(dataset, experiment, "--epochs=1").returncode == 0
     again = train(dataset, experiment, "--epochs=1")

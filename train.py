@@ -122,7 +122,7 @@ def resolve(flags: Flags) -> TrainingRun:
 
 def open_recipe(name: str) -> ExperimentConfig:
     """The configuration of a published recipe, or that of an existing experiment, such as a shipped one."""
-    config_file = Experiment(EXPERIMENTS / Path(name).name).config_file
+    config_file = Experiment(EXPERIMENTS / name).config_file
     is_experiment = not (RECIPES / f"{name}.json").is_file() and config_file.is_file()
     return load_config(config_file) if is_experiment else load_recipe(name, RECIPES).experiment
 

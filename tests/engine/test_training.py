@@ -52,13 +52,13 @@ def test_two_images_can_be_overfitted(
     model_config = usual_config(
         "mobilenet0.25", cascade=cascade != "one stage", refinement=refinement, model_version=version, fpn_channels=64
     )
-    train = TrainConfig(epochs=1, batch_size=2, optimizer="adamw", learning_rate=2e-3, warmup_epochs=0.05)
+    train = TrainConfig(epochs=2, batch_size=2, optimizer="adamw", learning_rate=2e-3, warmup_epochs=0.1)
     config = ExperimentConfig(
         model=model_config, loss=LossConfig(landmark_weight=0.2), data=WITHOUT_AUGMENTATION, train=train
     )
     torch.manual_seed(0)
     model = RetinaFace(model_config).to(device)
-    Trainer(model, config, Experiment(tmp_path), TrainingData(two_images * 80), RunLog(None)).fit()
+    Trainer(model, config, Experiment(tmp_path), TrainingData(two_images * 40), RunLog(None)).fit()
     detector = FaceDetector(model, PostprocessConfig(confidence_threshold=0.5, nms_threshold=0.3))
     for labelled in two_images:
         found = detector.detect(read_image(labelled.path)[::2, ::2])
@@ -89,7 +89,7 @@ def test_float16_training_with_gradient_scaling(two_images: list[LabelledImage],
     config = ExperimentConfig(
         model=usual_config("mobilenet0.25", cascade=False, model_version="retina", fpn_channels=16),
         data=WITHOUT_AUGMENTATION,
-        train=TrainConfig(epochs=1, batch_size=2, optimizer="adamw", learning_rate=2e-3, warmup_epochs=0.05),
+        train=TrainConfig(epochs=1, batch_size=2, optimizer="adamw", learning_rate=2e-3, warmup_epochs=0.1),
     )
     torch.manual_seed(0)
     log = RunLog(None)

@@ -66,10 +66,9 @@ class EvaluationSet:
     def sample(self, count: int) -> EvaluationSet:
         """The images whose file names, without folders, have the smallest SHA-1; the same ones on every machine."""
 
-        def digest(index: int) -> str:
-            return hashlib.sha1(os.fsencode(f"{self.names[index].split('/')[-1]}.jpg")).hexdigest()
-
-        chosen = sorted(sorted(range(len(self.truths)), key=digest)[:count])
+        files = [f"{name.split('/')[-1]}.jpg" for name in self.names]
+        digests = [hashlib.sha1(os.fsencode(file)).hexdigest() for file in files]
+        chosen = sorted(sorted(range(len(digests)), key=digests.__getitem__)[:count])
 
         def part_of_all(values: Sequence[Value] | None) -> list[Value] | None:
             return None if values is None else [values[index] for index in chosen]

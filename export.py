@@ -13,17 +13,9 @@ file.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
-
-import cv2
-import numpy as np
-import torch
-from torchvision.ops import box_iou
 
 from config import (
-    DATA,
     DEFAULT_EXPERIMENT,
     EXPERIMENTS,
     ComputeOptions,
@@ -34,28 +26,26 @@ from config import (
     RunOptions,
     WeightOptions,
 )
-from models.backend import OnnxBackend, TorchBackend, fuse_batch_norm
-from models.checkpoint import load_checkpoint, locate_checkpoint
-from models.detector import FaceDetector
-from models.initialise import load_model
-from models.onnx_graph import detector_graph, detector_output_names, missing_onnx_packages, output_names, raw_graph
-from models.retinaface import RetinaFace
 from utils.errors import ConfigError, UserError
 from utils.options import Flags, declarations, parse_flags
 from utils.runtime.cli import run
 from utils.runtime.files import atomic_write, disk_errors, user_path
-from utils.runtime.images import read_image
 
 GROUPS = (RunOptions(), WeightOptions(), ExportOptions(), ExperimentConfig().inference, ModelOverrides())
-_CHECKED_IMAGE = DATA / "sample_widerface/images/astronaut.jpg"
-_CHECKED_SHAPES = ((1, 160, 160, 3), (2, 97, 210, 3))
+# Largest differences from PyTorch, in pixels, and in logits and deltas: 1e-3 is 0.01 pixels in a box of 100.
 _PIXEL_TOLERANCE = 0.05
-_MIN_IOU = 0.9  # for reduced images, because the two resizing filters differ slightly
-_TOLERANCE = 1e-3  # for logits and deltas: 0.01 pixels in a box of 100 pixels
+_TOLERANCE = 1e-3
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse_flags(__doc__ or "", GROUPS, argv)
+    # PyTorch takes seconds to import, so the flags are checked first.
+    from models.backend import fuse_batch_norm
+    from models.checkpoint import load_checkpoint, locate_checkpoint
+    from models.initialise import load_model
+    from models.onnx_check import largest_detection_difference, largest_difference
+    from models.onnx_graph import detector_graph, raw_graph
+
     options = flags.apply(ExportOptions())
     _check(flags, options)
     name = flags.apply(RunOptions()).experiment_name or DEFAULT_EXPERIMENT
@@ -86,58 +76,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(flags: Flags, options: ExportOptions) -> None:
     """Reject thresholds without --with_nms, and report missing packages."""
+    from models.onnx_graph import missing_onnx_packages
+
     idle = sorted(set(declarations(PostprocessConfig)) & set(flags.given))
     if idle and not options.with_nms:
         raise ConfigError(f"--{idle[0]} has no effect without --with_nms; add it, or drop --{idle[0]}")
     if missing := missing_onnx_packages():
         raise ConfigError(f"ONNX needs {', '.join(missing)}; pip install them")
-
-
-@torch.inference_mode()
-def largest_difference(model: RetinaFace, graph: Path) -> float:
-    """Largest difference between the outputs of a model and of its graph, for noise of two sizes; relative above 1."""
-    in_torch, in_onnx = TorchBackend(model), OnnxBackend(graph, model.priors)
-    generator = torch.Generator().manual_seed(0)
-    largest = 0.0
-    for shape in _CHECKED_SHAPES:
-        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        expected, found = in_torch(images), in_onnx(images)
-        for name in output_names(model.model_config):
-            value = getattr(expected, name)
-            difference = (getattr(found, name) - value).abs() / value.abs().clamp(min=1)
-            largest = max(largest, float(difference.max()))
-    return largest
-
-
-def largest_detection_difference(
-    model: RetinaFace, graph: Path, config: PostprocessConfig, compute: ComputeOptions
-) -> float:
-    """Largest difference between the detections of `FaceDetector` and of a graph with suppression.
-
-    The result is infinite if they find different numbers of faces in the sample image, or if their boxes overlap too
-    little in the same image enlarged beyond `max_pixels`. If the sample image is missing, noise replaces it.
-    """
-    import onnxruntime  # an optional package
-
-    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-    noise = np.random.default_rng(0).integers(0, 256, (400, 512, 3), np.uint8)
-    image = read_image(_CHECKED_IMAGE)[:400] if _CHECKED_IMAGE.is_file() else noise
-    detector = FaceDetector(model, config, compute)
-    if compute.max_pixels:
-        factor = math.sqrt(2 * compute.max_pixels / image[..., 0].size)
-        large = cv2.resize(image, None, fx=factor, fy=factor)
-        found, boxes = detector.detect(large), torch.from_numpy(session.run(None, {"images": large[None]})[0])
-        if len(found) != len(boxes) or (len(boxes) and box_iou(found.boxes, boxes).max(dim=1).values.min() < _MIN_IOU):
-            return math.inf
-    found = detector.detect(image)
-    names, values = detector_output_names(model.model_config), session.run(None, {"images": image[None]})
-    largest = 0.0
-    for name, value in zip(names, values, strict=True):
-        expected = getattr(found, name).numpy()
-        if value.shape != expected.shape:
-            return math.inf
-        largest = max(largest, float(np.abs(value - expected).max(initial=0)))
-    return largest
 
 
 if __name__ == "__main__":

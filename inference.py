@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-
-import torch
+from typing import TYPE_CHECKING
 
 from config import (
     DATA,
@@ -18,18 +17,17 @@ from config import (
     RunOptions,
     WeightOptions,
 )
-from engine.inference import InferenceRun, run_inference
-from models.checkpoint import load_checkpoint, locate_checkpoint
-from models.detector import FaceDetector
-from models.initialise import load_model
 from utils.options import Flags, parse_flags
 from utils.results.masks import HeadMask, HeadSegmenter, InferenceResults
 from utils.results.reports import EXPORT_FOLDER
 from utils.runtime.cli import choose_device, run
-from utils.runtime.distributed import DistributedContext, distributed_context, run_on_all
 from utils.runtime.files import OUTPUT_FOLDERS, user_path
 from utils.runtime.sources import open_source
 from utils.structures import Detections
+
+if TYPE_CHECKING:
+    from engine.inference import InferenceRun
+    from utils.runtime.distributed import DistributedContext
 
 GROUPS = (
     RunOptions(),
@@ -60,6 +58,12 @@ def inference(argv: Sequence[str] | None = None) -> InferenceResults:
 
 def _infer(argv: Sequence[str] | None, keep: Callable[[Detections, Sequence[HeadMask]], None]) -> None:
     flags = parse_flags(__doc__ or "", GROUPS, argv)
+    # PyTorch takes seconds to import, so the flags are checked first.
+    import torch
+
+    from engine.inference import run_inference
+    from utils.runtime.distributed import distributed_context, run_on_all
+
     # The processes exchange messages, not tensors, for which the CPU suffices.
     with distributed_context(torch.device("cpu")) as context, ExitStack() as stack:
         run_inference(run_on_all(lambda: resolve(flags, context, stack)), context, keep)
@@ -67,6 +71,11 @@ def _infer(argv: Sequence[str] | None, keep: Callable[[Detections, Sequence[Head
 
 def resolve(flags: Flags, context: DistributedContext, stack: ExitStack) -> InferenceRun:
     """Open everything that a run needs; `stack` closes it."""
+    from engine.inference import InferenceRun
+    from models.checkpoint import load_checkpoint, locate_checkpoint
+    from models.detector import FaceDetector
+    from models.initialise import load_model
+
     options, compute = flags.apply(InferenceOptions()), flags.apply(ComputeOptions())
     device, name = choose_device(flags.apply(RunOptions()).gpu_num), flags.apply(RunOptions()).experiment_name
     path = locate_checkpoint(EXPERIMENTS, name or DEFAULT_EXPERIMENT, flags.apply(WeightOptions()).model_weight)

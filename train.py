@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from config import (
     DATA,
@@ -25,27 +24,24 @@ from config import (
     StartOptions,
     TrainConfig,
 )
-from engine.training import Trainer
-from engine.training_state import TrainingData
 from models.architecture import apply_overrides, check_name, combine_overrides, describe_architecture
-from models.checkpoint import Checkpoint, load_checkpoint
-from models.image_pyramid import build_model, pyramid_levels
-from models.initialise import initialise_backbone, initialise_for_focal_loss, initialise_from_detector
-from models.retinaface import RetinaFace
-from models.teacher import Teacher
-from utils.datasets.contact_sheet import write_contact_sheet
 from utils.datasets.folders import describe_faces_outside, find_datasets, read_split
 from utils.datasets.labels import DatasetError, LabelledImage, count_faces
-from utils.datasets.loader import ended_workers
-from utils.datasets.sampler import image_weights
 from utils.errors import ConfigError
 from utils.evaluation.ground_truth import open_validation_set
 from utils.options import Flags, parse_flags
 from utils.runtime.cli import choose_device, run
-from utils.runtime.distributed import DistributedContext, distributed_context, run_on_main
 from utils.runtime.experiment import Experiment, load_config, load_recipe, save_config
 from utils.runtime.files import disk_errors, locked, make_folder, user_path
-from utils.runtime.logger import RunLog
+
+# PyTorch takes seconds to import, so functions import what needs it, after the flags have been checked.
+if TYPE_CHECKING:
+    import torch
+
+    from engine.training_state import TrainingData
+    from models.checkpoint import Checkpoint
+    from models.retinaface import RetinaFace
+    from utils.runtime.distributed import DistributedContext
 
 # Processes that train wait for one another in every step and in every validation.
 _HANG_TIMEOUT = timedelta(minutes=30)
@@ -74,6 +70,8 @@ class TrainingRun:
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse_flags(__doc__ or "", GROUPS, argv)
+    from utils.runtime.distributed import distributed_context
+
     device = choose_device(flags.apply(RunOptions()).gpu_num)
     with distributed_context(device, _HANG_TIMEOUT) as context, ExitStack() as stack:
         train(resolve(flags), device, context, stack)
@@ -86,6 +84,8 @@ def resolve(flags: Flags) -> TrainingRun:
     that of the recipe, changed by the flags. A new experiment has the architecture that its name says, or else that of
     the checkpoint that it starts from, changed by the flags.
     """
+    from models.checkpoint import load_checkpoint
+
     start, name = flags.apply(StartOptions()), flags.apply(RunOptions()).experiment_name
     if start.pretrained_detector and start.pretrained_backbone not in (None, "none"):
         raise ConfigError("--pretrained_detector brings its backbone: drop --pretrained_backbone")
@@ -129,6 +129,8 @@ def open_recipe(name: str) -> ExperimentConfig:
 
 def saved_config(experiment: Experiment) -> ExperimentConfig | None:
     """The configuration in the folder of an experiment, or that of its state to continue from; None without either."""
+    from models.checkpoint import load_checkpoint
+
     if experiment.config_file.is_file():
         return load_config(experiment.config_file)
     for path in sorted(experiment.folder.glob("ckpt/*ckpt-last.pth")):
@@ -174,7 +176,19 @@ def describe_continuation(training: TrainingRun, resumed: Checkpoint) -> list[st
 
 def train(training: TrainingRun, device: torch.device, context: DistributedContext, stack: ExitStack) -> None:
     """Train; the folder of the experiment is locked until `stack` is closed."""
+    import torch
+
+    from engine.training import Trainer
+    from models.checkpoint import load_checkpoint
+    from models.image_pyramid import build_model
+    from models.teacher import open_teacher
+    from utils.datasets.contact_sheet import write_contact_sheet
+    from utils.datasets.loader import ended_workers
+    from utils.runtime.distributed import run_on_main
+    from utils.runtime.logger import RunLog
+
     config, experiment, start = training.config, training.experiment, training.start
+    teacher = config.train.teacher
     folders = find_datasets(config.data.dataset, DATA)
     data = open_data(config.data, folders)
     notes = list(training.notes)
@@ -202,7 +216,7 @@ def train(training: TrainingRun, device: torch.device, context: DistributedConte
         log,
         context=context,
         new_parameters=new_parameters,
-        teacher=open_teacher(config, device),
+        teacher=open_teacher(user_path(teacher), config.model, device) if teacher else None,
     )
     with disk_errors(experiment.folder), ended_workers(trainer.loader):
         if start.show_batch:
@@ -215,7 +229,7 @@ def train(training: TrainingRun, device: torch.device, context: DistributedConte
             if trainer.progress.epoch < config.train.epochs:
                 log.line(f"continuing after {trainer.progress.describe()}")
         elif training.checkpoint:
-            origin = f"{training.checkpoint.path.name} ({training.checkpoint.kind})"
+            origin = f"{training.checkpoint.path.name}{training.checkpoint.origin}"
             log.line(f"started from {origin}; {len(new_parameters)} tensors are randomly initialised")
         if context.is_main:
             save_config(config, experiment.config_file)
@@ -235,6 +249,14 @@ def train(training: TrainingRun, device: torch.device, context: DistributedConte
 
 
 def open_data(config: DataConfig, folders: Sequence[Path]) -> TrainingData:
+    """Read the labels of the datasets.
+
+    Raises:
+        DatasetError: no face can be learnt.
+    """
+    from engine.training_state import TrainingData
+    from utils.datasets.sampler import image_weights
+
     parts = read_split(folders, "train")
     weights = image_weights(config.dataset_weights, [len(part) for part in parts])
     images = list(chain.from_iterable(parts))
@@ -263,6 +285,8 @@ def describe_validation(data: TrainingData) -> str:
 
 def initialise(model: RetinaFace, training: TrainingRun) -> list[str]:
     """Load the initial weights; returns the names of parameters that a pretrained detector lacks."""
+    from models.initialise import initialise_backbone, initialise_for_focal_loss, initialise_from_detector
+
     if training.start.show_batch:  # no weights are used
         return []
     if training.checkpoint:
@@ -272,25 +296,6 @@ def initialise(model: RetinaFace, training: TrainingRun) -> list[str]:
     if training.config.loss.classification == "focal":
         initialise_for_focal_loss(model)
     return []
-
-
-def open_teacher(config: ExperimentConfig, device: torch.device) -> Teacher | None:
-    """Open the detector that `--teacher` names.
-
-    It keeps its own scales of the image if its priors are those of the model, and otherwise takes the model's scales.
-    """
-    if config.train.teacher is None:
-        return None
-    checkpoint = load_checkpoint(user_path(config.train.teacher))
-    model_config = checkpoint.model_config
-    if pyramid_levels(model_config) != pyramid_levels(config.model):
-        pyramid = dataclasses.replace(config.model.image_pyramid, upsampled_channels=())
-        model_config = dataclasses.replace(model_config, image_pyramid=pyramid)
-    if pyramid_levels(model_config) != pyramid_levels(config.model):
-        raise ConfigError(f"--teacher {checkpoint.path}: its anchors differ from the model's; choose another")
-    model = build_model(model_config)
-    initialise_from_detector(model, checkpoint)
-    return Teacher(model.to(device))
 
 
 if __name__ == "__main__":

@@ -68,6 +68,11 @@ class Checkpoint:
         return folder.name if folder.parent == experiments else self.path.stem
 
     @property
+    def origin(self) -> str:
+        """The kind of a checkpoint of others in parentheses, after a space, for the user; empty for our own."""
+        return "" if self.kind == "own" else f" ({self.kind})"
+
+    @property
     def configuration(self) -> ExperimentConfig:
         """The configuration that was saved with the weights, or the usual one of this architecture."""
         return self.experiment or ExperimentConfig(model=self.model_config)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from config import ModelConfig
 from layers.postprocess import fuse_scores
 from layers.prior_box import feature_sizes
+from models.checkpoint import load_checkpoint
+from models.image_pyramid import build_model, pyramid_levels
+from models.initialise import initialise_from_detector
 from models.retinaface import RetinaFace
 from utils.boxes import clamp_deltas, decode_boxes, decode_landmarks
-from utils.errors import UserError
+from utils.errors import ConfigError, UserError
 from utils.structures import MIRRORED_LANDMARKS, TeacherOutput
 
 
@@ -69,3 +76,25 @@ class Teacher:
             positions.append(torch.arange(start, start + count).view(shape).flip(1).flatten())
             start += count
         return torch.cat(positions)
+
+
+def open_teacher(path: Path, student_config: ModelConfig, device: torch.device) -> Teacher:
+    """Open the checkpoint of a teacher on a device.
+
+    It keeps its own scales of the image if its priors are those of the student, and otherwise takes the student's
+    scales.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded.
+        ConfigError: the priors differ.
+    """
+    checkpoint = load_checkpoint(path)
+    model_config = checkpoint.model_config
+    if pyramid_levels(model_config) != pyramid_levels(student_config):
+        pyramid = dataclasses.replace(student_config.image_pyramid, upsampled_channels=())
+        model_config = dataclasses.replace(model_config, image_pyramid=pyramid)
+    if pyramid_levels(model_config) != pyramid_levels(student_config):
+        raise ConfigError(f"--teacher {checkpoint.path}: its anchors differ from the model's; choose another")
+    model = build_model(model_config)
+    initialise_from_detector(model, checkpoint)
+    return Teacher(model.to(device))

@@ -24,7 +24,9 @@ from utils.runtime.cli import run
 
 # Starts processes that have imported the scripts already, which takes longer than most of their runs.
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["inference", "train", "test", "torch.utils.tensorboard", "torch._dynamo"])
+_SERVER.set_forkserver_preload(
+    ["inference", "train", "test", "engine.inference", "engine.training", "torch.utils.tensorboard"]
+)
 
 
 def run_script(script: ModuleType, *flags: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -43,10 +43,19 @@ def test_modules_import_only_their_own_and_lower_layers(file: str) -> None:
             assert ORDER.index(part) >= ORDER.index(own), f"{file} imports {module}"
 
 
-def test_importing_the_test_script_does_not_import_torch() -> None:
-    code = "import sys, test; print([m for m in ('torch', 'torchvision', 'matplotlib') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+@pytest.mark.parametrize("script", ["train", "test", "inference", "export"])
+def test_flags_are_checked_before_slow_packages_are_imported(script: str) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'torchvision', 'matplotlib', 'onnxruntime'): sys.modules[name] = None\n"
+        f"import {script}\n"
+        f"{script}.main(sys.argv[1:])"
+    )
+    for flags, status, shown in ((["--help"], 0, "--experiment_name"), (["--gpu_num=x"], 2, "invalid int value")):
+        command = [sys.executable, "-c", code, *flags]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == status, result.stderr
+        assert shown in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("name", BACKBONES)

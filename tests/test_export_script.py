@@ -12,9 +12,9 @@ import torch
 
 import export as script
 from config import ROOT, ModelConfig
-from export import largest_difference
 from models.backend import fuse_batch_norm
 from models.image_pyramid import build_model
+from models.onnx_check import largest_difference
 from tests.scripts import run_script
 from utils.options import from_dict, to_dict
 from utils.runtime.images import read_image

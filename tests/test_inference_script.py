@@ -190,7 +190,6 @@ def test_outputs_are_named_after_a_checkpoint_given_by_path(tmp_path: Path) -> N
         (["--inference_dir={empty}"], "holds no image"),
         (["--inference_save_folder=/proc/results"], "/proc/results"),
         (["--save_mask"], "--save_mask needs --mask"),
-        (["--confidence_threshold=1.5"], "--confidence_threshold"),
     ],
 )
 def test_user_errors_end_in_one_line(flags: list[str], message: str, tmp_path: Path) -> None:
@@ -198,5 +197,21 @@ def test_user_errors_end_in_one_line(flags: list[str], message: str, tmp_path: P
     empty.mkdir()
     result = infer(f"--inference_save_folder={tmp_path / 'out'}", *[flag.format(empty=empty) for flag in flags])
     assert result.returncode == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--confidence_threshold=1.5", "--confidence_threshold must lie in [0, 1], got 1.5"),
+        ("--confidence_threshold=x", "invalid float value: 'x'"),
+        ("--save_crops=plain,round", "--save_crops is one of plain, aligned, got 'round'"),
+        ("--unknown", "unrecognized arguments: --unknown"),
+    ],
+)
+def test_wrong_flags_exit_with_status_2(flag: str, message: str, tmp_path: Path) -> None:
+    result = infer(f"--inference_save_folder={tmp_path / 'out'}", flag)
+    assert result.returncode == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1

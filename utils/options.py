@@ -32,7 +32,11 @@ class Declaration:
     parse: Callable[[str], Any] | None
 
     def problem(self, value: Any) -> str | None:
-        """Why `value` is not permitted, or None if it is."""
+        """Why `value`, or an element of it, is not permitted, or None if it is. The value None is always permitted."""
+        problems = (self._problem_of(element) for element in _elements(value) if element is not None)
+        return next(filter(None, problems), None)
+
+    def _problem_of(self, value: Any) -> str | None:
         if self.choices is not None and value not in self.choices:
             return f"is one of {', '.join(map(str, self.choices))}, got {value!r}"
         if isinstance(value, str) and not value.strip():
@@ -94,10 +98,8 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, declaration in declarations(self).items():
-            for element in _elements(getattr(self, name)):
-                problem = None if element is None else declaration.problem(element)
-                if problem:
-                    raise ConfigError(f"--{name} {problem}")
+            if problem := declaration.problem(getattr(self, name)):
+                raise ConfigError(f"--{name} {problem}")
 
 
 def _elements(value: Any) -> Iterator[Any]:
@@ -167,9 +169,10 @@ def parse_flags(description: str, groups: Sequence[Any], argv: Sequence[str] | N
         groups: instances, whose values `--help` shows as defaults, or classes, whose defaults the experiment sets.
         argv: arguments of the command line; None means those of the process.
 
-    Exits with status 2 and one line for an unknown or malformed flag.
+    Exits with status 2 and one line for an unknown flag, or a malformed or forbidden value.
     """
     parser = Parser(description=description)
+    declared: dict[str, Declaration] = {}
     for group in groups:
         cls = group if isinstance(group, type) else type(group)
         section = parser.add_argument_group((group.__doc__ or "").split("\n")[0].rstrip("."))
@@ -177,8 +180,12 @@ def parse_flags(description: str, groups: Sequence[Any], argv: Sequence[str] | N
         for name, declaration in declarations(cls).items():
             default = "the experiment's" if group is cls else getattr(group, name)
             _add_flag(section, name, declaration, hints[name], default)
-    namespace = parser.parse_args(argv)
-    return Flags({name: value for name, value in vars(namespace).items() if value is not None})
+            declared[name] = declaration
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    for name, value in given.items():
+        if problem := declared[name].problem(value):
+            parser.error(f"--{name} {problem}")
+    return Flags(given)
 
 
 def _add_flag(section: Any, name: str, declaration: Declaration, hint: Any, default: Any) -> None:

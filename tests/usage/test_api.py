@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
-import export
 from benchmarks.speed import yunet_run
 from config import ROOT, ComputeOptions, PostprocessConfig
+from models import onnx_check
 from models.backend import OnnxBackend, fuse_batch_norm
 from models.detector import FaceDetector
 from models.onnx_graph import detector_graph, missing_onnx_packages
@@ -182,17 +182,17 @@ def test_exported_file_reduces_large_images(image: np.ndarray, factor: float) ->
 
 @needs_onnx
 def test_export_needs_no_sample_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "_CHECKED_IMAGE", tmp_path / "absent.jpg")
+    monkeypatch.setattr(onnx_check, "_CHECKED_IMAGE", tmp_path / "absent.jpg")
     detector = FaceDetector.from_experiment(EXPERIMENT)
     model, config = fuse_batch_norm(detector.model), PostprocessConfig(confidence_threshold=0.02)
     (tmp_path / "a.onnx").write_bytes(detector_graph(model, config, 100_000))
     compute = ComputeOptions("torch", max_pixels=100_000)
-    assert export.largest_detection_difference(model, tmp_path / "a.onnx", config, compute) < 0.05
+    assert onnx_check.largest_detection_difference(model, tmp_path / "a.onnx", config, compute) < 0.05
     # A file without the reduction is detected.
     (tmp_path / "b.onnx").write_bytes(detector_graph(model, config))
-    monkeypatch.setattr(export, "_CHECKED_IMAGE", ASTRONAUT)
+    monkeypatch.setattr(onnx_check, "_CHECKED_IMAGE", ASTRONAUT)
     compute = ComputeOptions("torch", max_pixels=2_000)
-    assert export.largest_detection_difference(model, tmp_path / "b.onnx", config, compute) > 1
+    assert onnx_check.largest_detection_difference(model, tmp_path / "b.onnx", config, compute) > 1
 
 
 def test_unreadable_yunet_model_is_refused_in_one_line(tmp_path: Path) -> None:

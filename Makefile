@@ -12,7 +12,7 @@ demo: $(VENV)/runtime-installed
 
 # A process on each core; each test file runs in one of them.
 test: $(VENV)/dev-installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist=loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist=loadfile --no-loadscope-reorder
 
 check: $(VENV)/dev-installed
 	$(RUN) -m ruff check .

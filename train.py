@@ -81,8 +81,8 @@ def resolve(flags: Flags) -> TrainingRun:
     """Resolve the folder of the experiment, its configuration, and the checkpoint that it starts from.
 
     The configuration is the one saved in the folder, or in its state to continue from, if training continues there, or
-    that of the recipe, changed by the flags. A new experiment has the architecture that its name says, or else that of
-    the checkpoint that it starts from, changed by the flags.
+    that of the recipe, changed by the flags. A new experiment has the architecture of the checkpoint that it starts
+    from, of the detector of the same name that is kept, or the one that its name says, changed by the flags.
     """
     from models.checkpoint import load_checkpoint
 
@@ -100,7 +100,9 @@ def resolve(flags: Flags) -> TrainingRun:
     elif recipe:
         saved, base = recipe, recipe.model
     else:
-        saved, base = ExperimentConfig(), checkpoint.model_config if checkpoint else None
+        held = saved_config(Experiment(EXPERIMENTS / name)) if name else None
+        saved = ExperimentConfig()
+        base = checkpoint.model_config if checkpoint else held.model if held else None
         overrides = combine_overrides(overrides, name or "")
     model_config = apply_overrides(overrides, base)
     if recipe:

@@ -172,8 +172,8 @@ def test_resumed_run_equals_an_uninterrupted_one(
     name: str, two_images: list[LabelledImage], tmp_path: Path, device: torch.device
 ) -> None:
     """Bitwise, from the files of the run, which also hold the thresholds and the protocol of the recipe."""
-    config = tiny(name, epochs=2)
-    data = TrainingData(two_images * 2)
+    config = tiny(name, epochs=2, side=32)
+    data = TrainingData(two_images)
     whole = untrained(config).to(device)
     Trainer(whole, config, Experiment(tmp_path / "whole"), data, RunLog(None)).fit()
 

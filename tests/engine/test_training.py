@@ -43,14 +43,14 @@ def two_images(tmp_path: Path) -> list[LabelledImage]:
     return images
 
 
-@pytest.mark.parametrize("version", ["retina", "tina"])
 @pytest.mark.parametrize("cascade", ["one stage", "sum", "rematch"])
 def test_two_images_can_be_overfitted(
-    cascade: str, version: str, two_images: list[LabelledImage], tmp_path: Path, device: torch.device
+    cascade: str, two_images: list[LabelledImage], tmp_path: Path, device: torch.device
 ) -> None:
+    """With an IoU branch; models without one are overfitted in the tests of the recipes."""
     refinement = "rematch" if cascade == "rematch" else "sum"
     model_config = usual_config(
-        "mobilenet0.25", cascade=cascade != "one stage", refinement=refinement, model_version=version, fpn_channels=64
+        "mobilenet0.25", cascade=cascade != "one stage", refinement=refinement, model_version="tina", fpn_channels=64
     )
     train = TrainConfig(epochs=2, batch_size=2, optimizer="adamw", learning_rate=2e-3, warmup_epochs=0.1)
     config = ExperimentConfig(

@@ -62,6 +62,15 @@ def test_published_detector_is_never_overwritten(experiments: Path, named: bool)
     assert resolved(*flags).experiment.folder.name == f"{PUBLISHED}_3"
 
 
+def test_name_of_a_published_detector_says_the_architecture(experiments: Path) -> None:
+    (experiments / PUBLISHED).rename(experiments / "published")
+    training = resolved("--experiment_name=published")
+    assert training.experiment.folder == experiments / "published_2"
+    assert training.config.model.name == PUBLISHED
+    assert resolved("--experiment_name=published", "--num_anchor=3").config.model.num_anchor == 3
+    assert resolved("--experiment_name=new").config.model.backbone == "resnet50"
+
+
 def test_name_of_an_own_run_is_kept(experiments: Path) -> None:
     begin(experiments, "mine")
     training = resolved("--experiment_name=mine")

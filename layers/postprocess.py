@@ -97,16 +97,19 @@ def filter_and_decode(
     min_difference = _min_logit_difference(config.confidence_threshold, class_exponent * model_config.score_power)
     chosen = torch.nonzero(logits[:, 1] - logits[:, 0] > min_difference).squeeze(1)
 
-    iou_logits = None if output.iou_logits is None else output.iou_logits.flatten()[chosen]
-    scores = fuse_scores(logits[chosen], iou_logits, model_config.score_exponent, model_config.score_power)
+    def select(predictions: Tensor) -> Tensor:
+        return predictions.flatten(0, 1).index_select(0, chosen)  # takes a third of the time of indexing
+
+    iou_logits = None if output.iou_logits is None else select(output.iou_logits)
+    scores = fuse_scores(select(output.class_logits), iou_logits, model_config.score_exponent, model_config.score_power)
     count = output.box_deltas.shape[1]
-    priors = output.priors[chosen % count] if output.priors.dim() == 2 else output.priors.flatten(0, 1)[chosen]
+    has_shared_priors = output.priors.dim() == 2
+    priors = output.priors.index_select(0, chosen % count) if has_shared_priors else select(output.priors)
     size_xy = image_size_xy(image_size_hw, scores)
-    boxes = decode_boxes(output.box_deltas.flatten(0, 1)[chosen], priors, model_config.variances) * size_xy.repeat(2)
+    boxes = decode_boxes(select(output.box_deltas), priors, model_config.variances) * size_xy.repeat(2)
     landmarks = None
     if output.landmark_deltas is not None:
-        deltas = output.landmark_deltas.flatten(0, 1)[chosen]
-        landmarks = decode_landmarks(deltas, priors, model_config.variances) * size_xy
+        landmarks = decode_landmarks(select(output.landmark_deltas), priors, model_config.variances) * size_xy
     is_finite = boxes.isfinite().all(dim=1)  # exp() overflows for the deltas of an untrained or damaged model
     is_above = (scores > config.confidence_threshold) & is_finite
     return Detections(boxes, scores, landmarks), chosen // count, is_above

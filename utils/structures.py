@@ -86,7 +86,9 @@ class Detections:
 
     def select(self, chosen: Tensor) -> Detections:
         """The detections chosen by a mask or by indices."""
-        return _map_tensors(self, lambda tensor: tensor[chosen])
+        indices = chosen.nonzero().squeeze(1) if chosen.element_size() == 1 else chosen
+        # Takes a third of the time of indexing.
+        return _map_tensors(self, lambda tensor: tensor.index_select(0, indices))
 
     def split(self, counts: Sequence[int]) -> list[Detections]:
         """Consecutive parts of the given lengths."""

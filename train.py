@@ -18,13 +18,14 @@ from config import (
     DataConfig,
     ExperimentConfig,
     LossConfig,
+    MatchingOverrides,
     ModelConfig,
     ModelOverrides,
     RunOptions,
     StartOptions,
     TrainConfig,
 )
-from models.architecture import apply_overrides, check_name, combine_overrides, describe_architecture
+from models.architecture import apply_matching, apply_overrides, check_name, combine_overrides, describe_architecture
 from utils.datasets.folders import describe_faces_outside, find_datasets, read_split
 from utils.datasets.labels import DatasetError, LabelledImage, count_faces
 from utils.errors import ConfigError
@@ -46,7 +47,15 @@ if TYPE_CHECKING:
 # Processes that train wait for one another in every step and in every validation.
 _HANG_TIMEOUT = timedelta(minutes=30)
 
-GROUPS = (RunOptions(), StartOptions(), ModelOverrides(), DataConfig(), LossConfig(), TrainConfig())
+GROUPS = (
+    RunOptions(),
+    StartOptions(),
+    ModelOverrides(),
+    MatchingOverrides(),
+    DataConfig(),
+    LossConfig(),
+    TrainConfig(),
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ def resolve(flags: Flags) -> TrainingRun:
         saved = ExperimentConfig()
         base = checkpoint.model_config if checkpoint else held.model if held else None
         overrides = combine_overrides(overrides, name or "")
-    model_config = apply_overrides(overrides, base)
+    model_config = apply_matching(flags.apply(MatchingOverrides()), apply_overrides(overrides, base))
     if recipe:
         check_name(name or "", model_config)
     config = dataclasses.replace(

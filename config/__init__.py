@@ -21,7 +21,7 @@ from config.model import (
     ModelConfig,
     StageConfig,
 )
-from config.overrides import ModelOverrides
+from config.overrides import MatchingOverrides, ModelOverrides
 from config.run import (
     DATA,
     DEFAULT_EXPERIMENT,

@@ -34,13 +34,6 @@ class ModelOverrides(Options):
     strides: tuple[int, ...] | None = option(
         None, "strides of the pyramid levels, e.g. 4,8,16,32; needs --anchor_sizes"
     )
-    match_iou: tuple[float, ...] | None = option(
-        None, "IoU from which a prior is positive, one number per stage, e.g. 0.7,0.5"
-    )
-    negative_iou: tuple[float, ...] | None = option(
-        None, "IoU below which a prior is negative, one number per stage (default: the value of --match_iou)"
-    )
-    force_match: bool | None = option(None, "also match the best prior of every face below --match_iou")
     variances: tuple[float, ...] | None = option(
         None, "divisors of the centre and the size deltas of boxes, e.g. 0.1,0.2"
     )
@@ -71,3 +64,16 @@ class ModelOverrides(Options):
         "boxes as anchors, and matches them at a higher IoU (RetinaFace)",
         choices=CHOICES["refinement"],
     )
+
+
+@dataclass(frozen=True)
+class MatchingOverrides(Options):
+    """Matching of faces with priors (default: that of the experiment, recipe or checkpoint)"""
+
+    match_iou: tuple[float, ...] | None = option(
+        None, "IoU from which a prior is positive, one number per stage, e.g. 0.7,0.5"
+    )
+    negative_iou: tuple[float, ...] | None = option(
+        None, "IoU below which a prior is negative, one number per stage (default: the value of --match_iou)"
+    )
+    force_match: bool | None = option(None, "also match the best prior of every face below --match_iou")

@@ -6,7 +6,15 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from config import USUAL_LEVELS, ImagePyramidConfig, LevelConfig, ModelConfig, ModelOverrides, StageConfig
+from config import (
+    USUAL_LEVELS,
+    ImagePyramidConfig,
+    LevelConfig,
+    MatchingOverrides,
+    ModelConfig,
+    ModelOverrides,
+    StageConfig,
+)
 from utils.errors import ConfigError
 
 # The weight of the native scale if --fine_levels is given without --context_share.
@@ -136,7 +144,6 @@ def apply_overrides(overrides: ModelOverrides, base: ModelConfig | None = None) 
     refinement = given.get("refinement", base.refinement if cascade else "sum")
     if (cascade, refinement) != (base.cascade, base.refinement):
         changes |= {"refinement": refinement, "stages": usual_stages(cascade, refinement)}
-    changes["stages"] = _override_matching(overrides, changes.get("stages", base.stages))
     if overrides.variances is not None:
         if len(overrides.variances) != 2:
             raise ConfigError(f"--variances takes two numbers, got {overrides.variances}")
@@ -144,6 +151,27 @@ def apply_overrides(overrides: ModelOverrides, base: ModelConfig | None = None) 
     changes["levels"] = _override_levels(overrides, base.levels)
     changes["image_pyramid"] = _override_image_pyramid(overrides, base.image_pyramid)
     return replace(base, **changes)
+
+
+def apply_matching(overrides: MatchingOverrides, base: ModelConfig) -> ModelConfig:
+    """The architecture with other matching thresholds, one for each stage; None leaves them as they are.
+
+    Raises:
+        ConfigError: there are more or fewer numbers than stages, or they contradict each other.
+    """
+    changes: list[dict[str, Any]] = [{} for _ in base.stages]
+    for name in ("match_iou", "negative_iou"):
+        values = getattr(overrides, name)
+        if values is None:
+            continue
+        if len(values) != len(changes):
+            raise ConfigError(f"--{name} has {len(values)} number(s) for {len(changes)} stage(s)")
+        for change, value in zip(changes, values, strict=True):
+            change[name] = value
+    if overrides.force_match is not None:
+        changes = [change | {"force_match": overrides.force_match} for change in changes]
+    stages = tuple(replace(stage, **change) for stage, change in zip(base.stages, changes, strict=True))
+    return replace(base, stages=stages)
 
 
 def _backbone_defaults(backbone: str) -> dict[str, Any]:
@@ -160,22 +188,6 @@ def _usual_levels(num_anchor: int) -> tuple[LevelConfig, ...]:
     if num_anchor not in USUAL_LEVELS:
         raise ConfigError(f"--num_anchor must be one of {sorted(USUAL_LEVELS)}, got {num_anchor}")
     return USUAL_LEVELS[num_anchor]
-
-
-def _override_matching(overrides: ModelOverrides, stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
-    """The stages with the matching thresholds of the overrides, one for each stage."""
-    changes: list[dict[str, Any]] = [{} for _ in stages]
-    for name in ("match_iou", "negative_iou"):
-        values = getattr(overrides, name)
-        if values is None:
-            continue
-        if len(values) != len(stages):
-            raise ConfigError(f"--{name} has {len(values)} number(s) for {len(stages)} stage(s)")
-        for change, value in zip(changes, values, strict=True):
-            change[name] = value
-    if overrides.force_match is not None:
-        changes = [change | {"force_match": overrides.force_match} for change in changes]
-    return tuple(replace(stage, **change) for stage, change in zip(stages, changes, strict=True))
 
 
 def _override_levels(overrides: ModelOverrides, levels: tuple[LevelConfig, ...]) -> tuple[LevelConfig, ...]:

@@ -108,12 +108,12 @@ def test_levels_that_no_memory_can_hold_are_refused(anchor_sizes: tuple[float, .
         ModelConfig(levels=(LevelConfig(8, anchor_sizes, channels), LevelConfig(16, (64,))))
 
 
-def test_help_shows_where_defaults_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse_flags("test", (TrainConfig(epochs=12), ModelOverrides), ["--help"])
+        parse_flags("test", (TrainConfig(epochs=12), ModelOverrides()), ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "passes over the training images (default: 12)" in text
-    assert "feature extractor (default: the experiment's)" in text
+    assert "Architecture (default: that of the experiment, recipe or checkpoint): --backbone" in text
 
 
 def test_architecture_flags_imply_the_defaults_of_the_backbone() -> None:

@@ -166,26 +166,30 @@ def parse_flags(description: str, groups: Sequence[Any], argv: Sequence[str] | N
 
     Args:
         description: text for `--help`.
-        groups: instances, whose values `--help` shows as defaults, or classes, whose defaults the experiment sets.
+        groups: instances of the options; `--help` shows their values as defaults.
         argv: arguments of the command line; None means those of the process.
 
     Exits with status 2 and one line for an unknown flag, or a malformed or forbidden value.
+
+    Raises:
+        ConfigError: flags contradict each other.
     """
     parser = Parser(description=description)
     declared: dict[str, Declaration] = {}
     for group in groups:
-        cls = group if isinstance(group, type) else type(group)
         section = parser.add_argument_group((group.__doc__ or "").split("\n")[0].rstrip("."))
-        hints = typing.get_type_hints(cls)
-        for name, declaration in declarations(cls).items():
-            default = "the experiment's" if group is cls else getattr(group, name)
-            _add_flag(section, name, declaration, hints[name], default)
+        hints = typing.get_type_hints(type(group))
+        for name, declaration in declarations(group).items():
+            _add_flag(section, name, declaration, hints[name], getattr(group, name))
             declared[name] = declaration
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     for name, value in given.items():
         if problem := declared[name].problem(value):
             parser.error(f"--{name} {problem}")
-    return Flags(given)
+    flags = Flags(given)
+    for group in groups:
+        flags.apply(group)  # checks flags that depend on one another
+    return flags
 
 
 def _add_flag(section: Any, name: str, declaration: Declaration, hint: Any, default: Any) -> None:

@@ -6,8 +6,15 @@ import dataclasses
 
 import pytest
 
-from config import USUAL_LEVELS, ModelOverrides, StageConfig
-from models.architecture import apply_overrides, check_name, combine_overrides, describe_architecture, usual_config
+from config import USUAL_LEVELS, MatchingOverrides, ModelOverrides, StageConfig
+from models.architecture import (
+    apply_matching,
+    apply_overrides,
+    check_name,
+    combine_overrides,
+    describe_architecture,
+    usual_config,
+)
 from utils.errors import ConfigError
 
 
@@ -95,35 +102,42 @@ def test_flag_without_effect_is_refused(overrides: ModelOverrides, message: str)
 
 
 def test_every_stage_has_its_own_matching_thresholds() -> None:
-    overrides = ModelOverrides(match_iou=(0.7, 0.5), negative_iou=(0.3, 0.4), force_match=False)
-    assert apply_overrides(overrides).stages == (
+    overrides = MatchingOverrides(match_iou=(0.7, 0.5), negative_iou=(0.3, 0.4), force_match=False)
+    assert apply_matching(overrides, usual_config()).stages == (
         StageConfig(0.7, negative_iou=0.3, force_match=False),
         StageConfig(0.5, negative_iou=0.4, force_match=False),
     )
-    single = apply_overrides(ModelOverrides(match_iou=(0.4,)), usual_config("mobilenet0.25", cascade=False))
+    single = apply_matching(MatchingOverrides(match_iou=(0.4,)), usual_config("mobilenet0.25", cascade=False))
     assert single.stages == (StageConfig(0.4),)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (ModelOverrides(match_iou=(0.7,)), r"--match_iou has 1 number\(s\) for 2 stage"),
-        (ModelOverrides(negative_iou=(0.3, 0.3, 0.3)), r"--negative_iou has 3 number\(s\) for 2 stage"),
-        (ModelOverrides(match_iou=(0.3, 0.5), negative_iou=(0.4, 0.4)), "negative_iou must be positive and at most"),
-        (ModelOverrides(match_iou=(0.7, 1.5)), "match_iou must lie between 0 and 1, got 1.5"),
-        (ModelOverrides(variances=(0.1,)), "--variances takes two numbers"),
-        (ModelOverrides(variances=(0.1, 0.0)), "variances must be positive"),
+        (MatchingOverrides(match_iou=(0.7,)), r"--match_iou has 1 number\(s\) for 2 stage"),
+        (MatchingOverrides(negative_iou=(0.3, 0.3, 0.3)), r"--negative_iou has 3 number\(s\) for 2 stage"),
+        (MatchingOverrides(match_iou=(0.3, 0.5), negative_iou=(0.4, 0.4)), "negative_iou must be positive and at most"),
+        (MatchingOverrides(match_iou=(0.7, 1.5)), "match_iou must lie between 0 and 1, got 1.5"),
     ],
 )
-def test_invalid_matching_thresholds_are_refused(overrides: ModelOverrides, message: str) -> None:
+def test_invalid_matching_thresholds_are_refused(overrides: MatchingOverrides, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        apply_overrides(overrides)
+        apply_matching(overrides, usual_config())
+
+
+@pytest.mark.parametrize(
+    ("variances", "message"),
+    [((0.1,), "--variances takes two numbers"), ((0.1, 0.0), "variances must be positive")],
+)
+def test_invalid_variances_are_refused(variances: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides(ModelOverrides(variances=variances))
 
 
 def test_both_thresholds_can_be_raised_or_lowered_together() -> None:
     """Each flag alone would contradict the saved value of the other."""
     base = usual_config("mobilenet0.25", stages=(StageConfig(0.35, negative_iou=0.3), StageConfig(0.5)))
-    raised = apply_overrides(ModelOverrides(match_iou=(0.7, 0.7), negative_iou=(0.6, 0.6)), base)
+    raised = apply_matching(MatchingOverrides(match_iou=(0.7, 0.7), negative_iou=(0.6, 0.6)), base)
     assert [(stage.match_iou, stage.negative_iou) for stage in raised.stages] == [(0.7, 0.6), (0.7, 0.6)]
-    lowered = apply_overrides(ModelOverrides(match_iou=(0.2, 0.2), negative_iou=(0.1, 0.1)), base)
+    lowered = apply_matching(MatchingOverrides(match_iou=(0.2, 0.2), negative_iou=(0.1, 0.1)), base)
     assert [(stage.match_iou, stage.negative_iou) for stage in lowered.stages] == [(0.2, 0.1), (0.2, 0.1)]

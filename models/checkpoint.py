@@ -272,8 +272,8 @@ def _upgrade_landmarks(state: State, model_config: ModelConfig) -> State:
 def _adapt_to_overrides(checkpoint: Checkpoint, overrides: ModelOverrides) -> Checkpoint:
     """Reject overrides that contradict the checkpoint; drop or add its parts as they request."""
     saved, asked = checkpoint.model_config, apply_overrides(overrides, checkpoint.model_config)
-    kept = ("backbone", "model_version", "num_anchor", "levels", "activation_slope", "fpn_channels", "two_resolutions")
-    for name in kept:
+    kept = ("backbone", "model_version", "num_anchor", "levels", "variances", "activation_slope", "fpn_channels")
+    for name in (*kept, "two_resolutions"):
         if getattr(asked, name) != getattr(saved, name):
             flag, of = ("anchor_sizes", describe_anchors) if name == "levels" else (name, str)
             wanted, present = of(getattr(asked, name)), of(getattr(saved, name))

@@ -210,6 +210,11 @@ def test_fine_levels_halve_custom_anchors(tmp_path: Path) -> None:
     assert fine.levels == (LevelConfig(4, (4.5, 9)), *model.levels)
 
 
+def test_other_variances_are_refused(own: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"trained with variances \(0\.1, 0\.2\), but --variances=\(0\.2, 0\.3\)"):
+        load_checkpoint(own, ModelOverrides(variances=(0.2, 0.3)))
+
+
 @pytest.mark.parametrize("asked", [0, 1, 3])
 def test_another_number_of_fine_levels_is_refused(asked: int, tmp_path: Path) -> None:
     model = dataclasses.replace(SMALL, image_pyramid=ImagePyramidConfig(2))

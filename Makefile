@@ -8,7 +8,7 @@ SAMPLE_DATA ?= sample_widerface/
 
 demo: $(VENV)/runtime-installed
 	$(RUN) inference.py --save_img
-	@echo "Open inference_results/index.html in a browser; the drawings are in inference_results/result_images"
+	@echo "the drawings are in inference_results/result_images"
 
 # A process on each core; each test file runs in one of them.
 test: $(VENV)/dev-installed

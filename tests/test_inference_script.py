@@ -206,6 +206,7 @@ def test_user_errors_end_in_one_line(flags: list[str], message: str, tmp_path: P
     [
         ("--confidence_threshold=1.5", "--confidence_threshold must lie in [0, 1], got 1.5"),
         ("--confidence_threshold=x", "invalid float value: 'x'"),
+        ("--export=coco,xml", "--export is one of coco, yolo, csv, cvat, labelme, got 'xml'"),
         ("--save_crops=plain,round", "--save_crops is one of plain, aligned, got 'round'"),
         ("--unknown", "unrecognized arguments: --unknown"),
     ],

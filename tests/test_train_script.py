@@ -435,7 +435,6 @@ def test_architecture_cannot_change_on_resume(dataset: Path, experiment: Experim
         ([f"--experiment_name={'x' * 300}"], "--experiment_name is too long"),
         (["--pretrained_backbone=nowhere.pth"], "--pretrained_backbone nowhere.pth: no such file"),
         (["--pretrained_detector=nowhere.pth"], "nowhere.pth: cannot be read"),
-        (["--epochs=0"], "--epochs must be positive"),
         (["--pretrained_detector=a", "--pretrained_backbone=b"], "drop --pretrained_backbone"),
         (["--amp"], "--amp needs a CUDA device"),
         (["--sync_bn"], "--sync_bn needs several processes with a CUDA device each"),
@@ -447,6 +446,13 @@ def test_user_errors_end_in_one_line(dataset: Path, experiment: Experiment, flag
     result = train(dataset, experiment, *flags)
     assert result.returncode == 1
     assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_wrong_value_exits_with_status_2(dataset: Path, experiment: Experiment) -> None:
+    result = train(dataset, experiment, "--epochs=0")
+    assert result.returncode == 2
+    assert "--epochs must be positive, got 0" in result.stderr
     assert result.stderr.count("\n") == 1
 
 

@@ -35,9 +35,30 @@ def crowd_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         Indices of the kept boxes, best first.
     """
     order = scores.argsort(descending=True, stable=True)
-    if not len(order):
-        return order
-    sorted_boxes = boxes[order].numpy()
+    suppressors = _suppressors(boxes[order], iou_threshold, find_best=False)
+    return order[suppressors == torch.arange(len(order))]
+
+
+def crowd_votes(boxes: Tensor, scores: Tensor, iou_threshold: float) -> tuple[Tensor, Tensor]:
+    """The result of `crowd_nms`, and the (N,) position among the kept boxes of the best one that suppresses each box.
+
+    The arguments are those of `crowd_nms`. A kept box has its own position.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    suppressors = _suppressors(boxes[order], iou_threshold, find_best=True)
+    is_kept = suppressors == torch.arange(len(order))
+    positions = is_kept.cumsum(0) - 1
+    return order[is_kept], torch.empty_like(order).index_copy_(0, order, positions[suppressors])
+
+
+def _suppressors(boxes: Tensor, iou_threshold: float, *, find_best: bool) -> Tensor:
+    """(N,) index of the box that suppresses each of (N, 4) boxes, sorted by score; its own index if it is kept.
+
+    Of several, it is the best one with `find_best`, and otherwise the one that is found first, which is faster.
+    """
+    if not len(boxes):
+        return torch.zeros(0, dtype=torch.long)
+    sorted_boxes = boxes.numpy()
     low, high = sorted_boxes[:, :2].astype(np.float64), sorted_boxes[:, 2:].astype(np.float64)
     sides = np.maximum(*(high - low).T).clip(max=_LARGEST_SIDE)
     # The grid is centred on the best box. Boxes beyond it are moved to its border, which cannot separate neighbours.
@@ -51,7 +72,7 @@ def crowd_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     largest_sides = np.append(cell_sides[:-1], max(cell_sides[-1], sides.max()))
     columns = (extent / cell_sides).astype(np.int64) + 1
     first_cells = np.append(0, np.cumsum(columns**2))
-    is_kept = np.zeros(len(sides), np.bool_)
+    suppressors = np.arange(len(sides))
     _compiled()(
         sorted_boxes,
         centres,
@@ -64,20 +85,21 @@ def crowd_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         np.full(first_cells[-1], -1, np.int64),
         np.empty(len(sides), np.int64),
         iou_threshold,
-        is_kept,
+        find_best,
+        suppressors,
     )
-    return order[torch.from_numpy(is_kept)]
+    return torch.from_numpy(suppressors)
 
 
 @functools.cache
 def _compiled() -> Callable[..., None]:
     import numba  # takes half a second, and few images have so many boxes
 
-    compiled: Callable[..., None] = numba.njit(_mark_kept, nogil=True, error_model="numpy")
+    compiled: Callable[..., None] = numba.njit(_find_suppressors, nogil=True, error_model="numpy")
     return compiled
 
 
-def _mark_kept(
+def _find_suppressors(
     boxes: np.ndarray,
     centres: np.ndarray,
     sides: np.ndarray,
@@ -89,9 +111,10 @@ def _mark_kept(
     newest: np.ndarray,
     older: np.ndarray,
     threshold: float,
-    is_kept: np.ndarray,
+    find_best: bool,
+    suppressors: np.ndarray,
 ) -> None:
-    """Set `is_kept` for the boxes, best first, that no better one suppresses; compiled by numba.
+    """Set the suppressor of each box, best first, that a better one suppresses; compiled by numba.
 
     Args:
         boxes, centres, sides, levels: of each of N boxes.
@@ -100,38 +123,42 @@ def _mark_kept(
         newest: the last kept box of each cell, -1 for none.
         older: (N,) the box that was kept in the cell before each kept one.
         threshold: threshold of the IoU, which is rounded as torchvision does.
-        is_kept: (N,) bool, False at first.
+        find_best: whether to find the best of several suppressors, or any.
+        suppressors: (N,) the index of each box itself at first.
     """
     reach = (1 - threshold) / (1 + threshold) * _MARGIN
     for box in range(len(boxes)):
         x1, y1, x2, y2 = boxes[box, 0], boxes[box, 1], boxes[box, 2], boxes[box, 3]
         area = (x2 - x1) * (y2 - y1)
         x, y, side = centres[box, 0], centres[box, 1], sides[box] * _MARGIN
-        found = False
+        suppressor = box
+        is_done = False
         for level in range(len(cell_sides)):
             cell_side, largest = cell_sides[level], largest_sides[level] * _MARGIN
             has_similar_sides = largest > side * threshold and (level == 0 or side > cell_side / 2 * threshold)
-            if not has_similar_sides or found:
+            if not has_similar_sides or is_done:
                 continue
             radius = reach * max(side, largest) + 0.01
             last = columns[level] - 1
             first_column, last_column = max(int((x - radius) / cell_side), 0), min(int((x + radius) / cell_side), last)
             row, last_row = max(int((y - radius) / cell_side), 0), min(int((y + radius) / cell_side), last)
-            while row <= last_row and not found:
+            while row <= last_row and not is_done:
                 column = first_column
-                while column <= last_column and not found:
+                while column <= last_column and not is_done:
                     other = newest[first_cells[level] + row * (last + 1) + column]
-                    while other >= 0 and not found:
+                    while other >= 0 and not is_done:
                         u1, v1, u2, v2 = boxes[other, 0], boxes[other, 1], boxes[other, 2], boxes[other, 3]
                         width, height = min(x2, u2) - max(x1, u1), min(y2, v2) - max(y1, v1)
-                        if width > 0 and height > 0:
+                        if width > 0 and height > 0 and other < suppressor:
                             common = width * height
-                            found = common / ((u2 - u1) * (v2 - v1) + area - common) > threshold
+                            if common / ((u2 - u1) * (v2 - v1) + area - common) > threshold:
+                                suppressor = other
+                                is_done = not find_best
                         other = older[other]
                     column += 1
                 row += 1
-        if not found:
-            is_kept[box] = True
+        suppressors[box] = suppressor
+        if suppressor == box:
             level = levels[box]
             row, column = int(y / cell_sides[level]), int(x / cell_sides[level])
             cell = first_cells[level] + row * columns[level] + column

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou, nms
 
-from utils.crowd_nms import crowd_nms
+from utils.crowd_nms import crowd_nms, crowd_votes
 
 _CROWD = 2000  # boxes from which `crowd_nms` is faster; fewer are not worth its compilation
-_VOTERS_AT_ONCE = 4096  # bounds the memory in crowds
+_VOTERS_AT_ONCE = 4096  # bounds the memory
 
 
 def pixel_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -27,11 +27,15 @@ def pixel_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         Indices of the kept boxes, best first.
     """
     inclusive = boxes + boxes.new_tensor([0, 0, 1, 1])
+    suppress = crowd_nms if _is_crowd(inclusive, iou_threshold) else nms
+    kept: Tensor = suppress(inclusive, scores, iou_threshold)
+    return kept
+
+
+def _is_crowd(boxes: Tensor, iou_threshold: float) -> bool:
     is_traced = isinstance(boxes.shape[0], Tensor)  # into a graph, which is also for other numbers of boxes
-    is_usual = inclusive.dtype == torch.float32 and not boxes.is_cuda and not is_traced
-    if is_usual and len(boxes) > _CROWD and 0.1 <= iou_threshold <= 1:
-        return crowd_nms(inclusive, scores, iou_threshold)
-    return nms(inclusive, scores, iou_threshold)
+    is_usual = boxes.dtype == torch.float32 and not boxes.is_cuda and not is_traced
+    return is_usual and len(boxes) > _CROWD and 0.1 <= iou_threshold <= 1
 
 
 def vote_boxes(boxes: Tensor, scores: Tensor, iou_threshold: float) -> tuple[Tensor, Tensor]:
@@ -48,17 +52,26 @@ def vote_boxes(boxes: Tensor, scores: Tensor, iou_threshold: float) -> tuple[Ten
     Returns:
         (K,) indices of the kept boxes, best first, and (K, 4) the boxes after voting.
     """
-    kept = pixel_nms(boxes, scores, iou_threshold)
-    if len(boxes) == 0:
-        return kept, boxes
     inclusive = boxes + boxes.new_tensor([0, 0, 1, 1])
-    winner = torch.empty(len(boxes), dtype=torch.long, device=boxes.device)
+    if _is_crowd(inclusive, iou_threshold):
+        kept, winners = crowd_votes(inclusive, scores, iou_threshold)
+    elif not len(boxes):
+        return scores.argsort(), boxes
+    else:
+        kept = pixel_nms(boxes, scores, iou_threshold)
+        winners = _winners(inclusive, kept, iou_threshold)
+    weights = boxes.new_zeros(len(kept)).index_add(0, winners, scores)
+    sums = boxes.new_zeros(len(kept), 4).index_add(0, winners, boxes * scores[:, None])
+    return kept, sums / weights[:, None]
+
+
+def _winners(boxes: Tensor, kept: Tensor, iou_threshold: float) -> Tensor:
+    """(N,) position among the (K,) kept boxes of the best one that suppresses each box; a kept box has its own."""
+    winners = torch.empty(len(boxes), dtype=torch.long, device=boxes.device)
     for part in torch.arange(len(boxes), device=boxes.device).split(_VOTERS_AT_ONCE):
-        overlaps = box_iou(inclusive[kept], inclusive[part])
+        overlaps = box_iou(boxes[kept], boxes[part])
         enough = overlaps > iou_threshold
         first = enough.to(torch.uint8).argmax(dim=0)  # the best of those that overlap enough
-        winner[part] = torch.where(enough.any(dim=0), first, overlaps.argmax(dim=0))  # rounding may leave none
-    winner[kept] = torch.arange(len(kept), device=boxes.device)  # also those without area
-    weights = boxes.new_zeros(len(kept)).index_add(0, winner, scores)
-    sums = boxes.new_zeros(len(kept), 4).index_add(0, winner, boxes * scores[:, None])
-    return kept, sums / weights[:, None]
+        winners[part] = torch.where(enough.any(dim=0), first, overlaps.argmax(dim=0))  # rounding may leave none
+    winners[kept] = torch.arange(len(kept), device=boxes.device)  # also those without area
+    return winners

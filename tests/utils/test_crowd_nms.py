@@ -1,4 +1,4 @@
-"""Tests that `crowd_nms` keeps the same boxes as `torchvision.ops.nms`."""
+"""Tests that `crowd_nms` keeps the same boxes as `torchvision.ops.nms`, and that voting finds their suppressors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torchvision.ops import nms
 
-from utils.crowd_nms import _compiled, crowd_nms
-from utils.nms import _CROWD, pixel_nms
+from utils.crowd_nms import _compiled, crowd_nms, crowd_votes
+from utils.nms import _CROWD, _winners, pixel_nms, vote_boxes
 
 
 def crowd(count: int, seed: int, spread: float = 400, side: float = 12, variety: float = 0.6) -> torch.Tensor:
@@ -68,10 +68,35 @@ def test_equals_torchvision_with_outliers(threshold: float) -> None:
     assert crowd_nms(boxes, scores, threshold).equal(nms(boxes, scores, threshold))
 
 
+@pytest.mark.parametrize("threshold", [0.1, 0.4, 0.8])
+@pytest.mark.parametrize("variety", [0.0, 0.6, 2.0])
+def test_votes_go_to_the_best_box_that_suppresses(threshold: float, variety: float) -> None:
+    boxes = crowd(4000, seed=16, variety=variety)
+    scores = torch.rand(4000, generator=torch.Generator().manual_seed(17))
+    kept, winners = crowd_votes(boxes, scores, threshold)
+    assert kept.equal(crowd_nms(boxes, scores, threshold))
+    assert winners.equal(_winners(boxes, kept, threshold))
+    assert winners.bincount(minlength=len(kept)).max() > 1
+
+
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_few_boxes(count: int) -> None:
     boxes, scores = crowd(count, seed=8), torch.rand(count)
     assert crowd_nms(boxes, scores, 0.3).equal(nms(boxes, scores, 0.3))
+    kept, winners = crowd_votes(boxes, scores, 0.3)
+    assert winners.equal(kept.argsort() if len(kept) == count else torch.zeros(count, dtype=torch.long))
+
+
+def test_voting_does_not_compare_all_boxes_of_a_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
+    boxes, scores = crowd(_CROWD + 1, seed=18), torch.rand(_CROWD + 1)
+    kept, voted = vote_boxes(boxes, scores, 0.4)
+    monkeypatch.setattr("utils.nms._CROWD", len(boxes))
+    expected = vote_boxes(boxes, scores, 0.4)
+    assert kept.equal(expected[0])
+    assert voted.equal(expected[1])
+    monkeypatch.undo()
+    monkeypatch.delattr("utils.nms.box_iou")
+    vote_boxes(boxes, scores, 0.4)
 
 
 def test_pixel_nms_uses_crowd_nms_for_crowds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ demo: $(VENV)/runtime-installed
 	$(RUN) inference.py --save_img
 	@echo "the drawings are in inference_results/result_images"
 
-# A process on each core; each test file runs in one of them.
+# A process on each core and one more; each test file runs in one of them.
 test: $(VENV)/dev-installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist=loadfile --no-loadscope-reorder
 

@@ -26,28 +26,33 @@ from config import (
     RunOptions,
     WeightOptions,
 )
-from utils.errors import ConfigError, UserError
-from utils.options import Flags, declarations, parse_flags
+from utils.errors import ConfigError, FlagError, UserError
+from utils.options import declarations, parse_flags
 from utils.runtime.cli import run
 from utils.runtime.files import atomic_write, disk_errors, user_path
 
 GROUPS = (RunOptions(), WeightOptions(), ExportOptions(), ExperimentConfig().inference, ModelOverrides())
-# Largest differences from PyTorch, in pixels, and in logits and deltas: 1e-3 is 0.01 pixels in a box of 100.
+# Largest permitted differences from PyTorch: of detections in pixels, and of logits and deltas. A delta that differs by
+# 1e-3 moves a box of 100 pixels by 0.01.
 _PIXEL_TOLERANCE = 0.05
 _TOLERANCE = 1e-3
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse_flags(__doc__ or "", GROUPS, argv)
+    options = flags.apply(ExportOptions())
+    idle = sorted(set(declarations(PostprocessConfig)) & set(flags.given))
+    if idle and not options.with_nms:
+        raise FlagError(f"--{idle[0]} has no effect without --with_nms; add it, or drop --{idle[0]}")
     # PyTorch takes seconds to import, so the flags are checked first.
     from models.backend import fuse_batch_norm
     from models.checkpoint import load_checkpoint, locate_checkpoint
     from models.initialise import load_model
     from models.onnx_check import largest_detection_difference, largest_difference
-    from models.onnx_graph import detector_graph, raw_graph
+    from models.onnx_graph import detector_graph, missing_onnx_packages, raw_graph
 
-    options = flags.apply(ExportOptions())
-    _check(flags, options)
+    if missing := missing_onnx_packages():
+        raise ConfigError(f"ONNX needs {', '.join(missing)}; pip install them")
     name = flags.apply(RunOptions()).experiment_name or DEFAULT_EXPERIMENT
     path = locate_checkpoint(EXPERIMENTS, name, flags.apply(WeightOptions()).model_weight)
     checkpoint = load_checkpoint(path, flags.apply(ModelOverrides()))
@@ -72,17 +77,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{output}: its outputs differ from PyTorch's by {difference:.2g}; do not use it")
     size = len(graph) / 1e6
     print(f"{output}: {path.name}, {size:.1f} MB; outputs equal PyTorch's up to {difference:.1g}")
-
-
-def _check(flags: Flags, options: ExportOptions) -> None:
-    """Reject thresholds without --with_nms, and report missing packages."""
-    from models.onnx_graph import missing_onnx_packages
-
-    idle = sorted(set(declarations(PostprocessConfig)) & set(flags.given))
-    if idle and not options.with_nms:
-        raise ConfigError(f"--{idle[0]} has no effect without --with_nms; add it, or drop --{idle[0]}")
-    if missing := missing_onnx_packages():
-        raise ConfigError(f"ONNX needs {', '.join(missing)}; pip install them")
 
 
 if __name__ == "__main__":

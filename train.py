@@ -91,7 +91,8 @@ def resolve(flags: Flags) -> TrainingRun:
 
     The configuration is the one saved in the folder, or in its state to continue from, if training continues there, or
     that of the recipe, changed by the flags. A new experiment has the architecture of the checkpoint that it starts
-    from, of the detector of the same name that is kept, or the one that its name says, changed by the flags.
+    from, or that of the detector of the same name, which is kept, or the one that its name says, or the default one,
+    changed by the flags.
     """
     from models.checkpoint import load_checkpoint
 
@@ -109,9 +110,10 @@ def resolve(flags: Flags) -> TrainingRun:
     elif recipe:
         saved, base = recipe, recipe.model
     else:
-        held = saved_config(Experiment(EXPERIMENTS / name)) if name else None
-        saved = ExperimentConfig()
-        base = checkpoint.model_config if checkpoint else held.model if held else None
+        published = Experiment(EXPERIMENTS / name) if name else None
+        is_kept = published is not None and published != named
+        held = saved_config(published) if published and is_kept and not checkpoint else None
+        saved, base = ExperimentConfig(), checkpoint.model_config if checkpoint else held.model if held else None
         overrides = combine_overrides(overrides, name or "")
     model_config = apply_matching(flags.apply(MatchingOverrides()), apply_overrides(overrides, base))
     if recipe:
@@ -240,7 +242,7 @@ def train(training: TrainingRun, device: torch.device, context: DistributedConte
             if trainer.progress.epoch < config.train.epochs:
                 log.line(f"continuing after {trainer.progress.describe()}")
         elif training.checkpoint:
-            origin = f"{training.checkpoint.path.name}{training.checkpoint.origin}"
+            origin = f"{training.checkpoint.path.name}{training.checkpoint.suffix}"
             log.line(f"started from {origin}; {len(new_parameters)} tensors are randomly initialised")
         if context.is_main:
             save_config(config, experiment.config_file)

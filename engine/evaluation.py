@@ -78,7 +78,7 @@ def predict(
     files = missing[context.rank :: context.world_size]
     if context.is_main:
         where = f"{run.detector.model.device}, {run.detector.backend.name}"
-        print(f"{run.name}{run.checkpoint.origin} on {where}: {len(missing)} images, {protocol}", flush=True)
+        print(f"{run.name}{run.checkpoint.suffix} on {where}: {len(missing)} images, {protocol}", flush=True)
 
     start, problems = time.perf_counter(), {}
     found: dict[str, Detections] = {}

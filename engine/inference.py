@@ -96,7 +96,7 @@ class InferenceRun:
 
     def describe(self) -> str:
         """The images, the detector and the device, in one line."""
-        detector = f"{self.name}{self.checkpoint.origin} on {self.detector.model.device}, {self.detector.backend.name}"
+        detector = f"{self.name}{self.checkpoint.suffix} on {self.detector.model.device}, {self.detector.backend.name}"
         return f"{self.source.description}: {self.source.total or 'unknown'} images; {detector}"
 
     def settings(self) -> dict[str, Any]:

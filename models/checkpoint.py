@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,8 @@ class Checkpoint:
         return folder.name if folder.parent == experiments else self.path.stem
 
     @property
-    def origin(self) -> str:
-        """The kind of a checkpoint of others in parentheses, after a space, for the user; empty for our own."""
+    def suffix(self) -> str:
+        """What follows the name of the detector in messages: " (biubug6)" or " (original)", nothing for our own."""
         return "" if self.kind == "own" else f" ({self.kind})"
 
     @property
@@ -120,9 +120,9 @@ def load_checkpoint(path: Path, overrides: ModelOverrides | None = None) -> Chec
     Args:
         path: the file.
         overrides: architecture that the user requested. It must agree with the file, and sets what the tensors do not
-            determine (activation slope and anchor sizes of a foreign file). `--cascade False` takes the first stage of
-            a two-stage checkpoint, `--landmark_loss False` leaves the landmarks out, and `--fine_levels` and
-            `--coarse_share` add other scales of the image.
+            determine (activation slope, anchor sizes and variances of a foreign file). `--cascade False` takes the
+            first stage of a two-stage checkpoint, `--landmark_loss False` leaves the landmarks out, and `--fine_levels`
+            and `--coarse_share` add other scales of the image.
 
     Raises:
         CheckpointError: the file is missing, unreadable, of an unknown kind, or contradicts the arguments.
@@ -272,10 +272,19 @@ def _upgrade_landmarks(state: State, model_config: ModelConfig) -> State:
 def _adapt_to_overrides(checkpoint: Checkpoint, overrides: ModelOverrides) -> Checkpoint:
     """Reject overrides that contradict the checkpoint; drop or add its parts as they request."""
     saved, asked = checkpoint.model_config, apply_overrides(overrides, checkpoint.model_config)
-    kept = ("backbone", "model_version", "num_anchor", "levels", "variances", "activation_slope", "fpn_channels")
-    for name in (*kept, "two_resolutions"):
+    kept: dict[str, Callable[[Any], str]] = {
+        "backbone": str,
+        "model_version": str,
+        "num_anchor": str,
+        "levels": describe_anchors,
+        "variances": lambda values: ",".join(f"{value:g}" for value in values),
+        "activation_slope": str,
+        "fpn_channels": str,
+        "two_resolutions": str,
+    }
+    for name, of in kept.items():
         if getattr(asked, name) != getattr(saved, name):
-            flag, of = ("anchor_sizes", describe_anchors) if name == "levels" else (name, str)
+            flag = "anchor_sizes" if name == "levels" else name
             wanted, present = of(getattr(asked, name)), of(getattr(saved, name))
             raise CheckpointError(
                 f"{checkpoint.path}: trained with {flag} {present}, but --{flag}={wanted}; "

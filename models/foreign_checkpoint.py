@@ -138,9 +138,14 @@ def read_foreign(path: Path, state: State, overrides: ModelOverrides) -> tuple[s
 
 
 def _infer_missing(path: Path, model_config: ModelConfig, overrides: ModelOverrides) -> tuple[ModelConfig, str | None]:
-    """Set activation slope and anchor sizes by the overrides, by the hash of a published file, or to the defaults."""
+    """Set what tensors do not determine by the overrides, by the hash of a published file, or to the defaults."""
     asked = apply_overrides(
-        ModelOverrides(activation_slope=overrides.activation_slope, anchor_sizes=overrides.anchor_sizes), model_config
+        ModelOverrides(
+            activation_slope=overrides.activation_slope,
+            anchor_sizes=overrides.anchor_sizes,
+            variances=overrides.variances,
+        ),
+        model_config,
     )
     published = _PUBLISHED_FILES.get(hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest())
     if published:

@@ -43,16 +43,25 @@ def test_modules_import_only_their_own_and_lower_layers(file: str) -> None:
             assert ORDER.index(part) >= ORDER.index(own), f"{file} imports {module}"
 
 
-@pytest.mark.parametrize("script", ["train", "test", "inference", "export"])
-def test_flags_are_checked_before_slow_packages_are_imported(script: str) -> None:
+@pytest.mark.parametrize(
+    ("script", "flag", "message"),
+    [
+        ("train", "--epochs=0", "--epochs must be positive, got 0"),
+        ("test", "--save_errors=-1", "--save_errors must not be negative, got -1"),
+        ("inference", "--save_mask", "--save_mask needs --mask"),
+        ("export", "--nms_threshold=0.4", "--nms_threshold has no effect without --with_nms"),
+    ],
+)
+def test_flags_are_checked_before_slow_packages_are_imported(script: str, flag: str, message: str) -> None:
     code = (
         "import sys\n"
         "for name in ('torch', 'torchvision', 'matplotlib', 'onnxruntime'): sys.modules[name] = None\n"
         f"import {script}\n"
-        f"{script}.main(sys.argv[1:])"
+        "from utils.runtime.cli import run\n"
+        f"run({script}.main)"
     )
-    for flags, status, shown in ((["--help"], 0, "--experiment_name"), (["--gpu_num=x"], 2, "invalid int value")):
-        command = [sys.executable, "-c", code, *flags]
+    for flags, status, shown in (("--help", 0, "--experiment_name"), (flag, 2, message), ("--gpu_num=x", 2, "'x'")):
+        command = [sys.executable, "-c", code, flags]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert result.returncode == status, result.stderr
         assert shown in result.stdout + result.stderr

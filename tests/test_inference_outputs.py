@@ -173,15 +173,18 @@ def test_video_is_anonymised(video: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (out / "thumbnails").iterdir()) == ["000000.jpg", "000005.jpg"]
 
 
+@pytest.mark.parametrize("flags", [["--save_crops=plain"], ["--mask", "--save_mask"]])
+def test_recognisable_faces_beside_anonymised_ones_are_refused(flags: list[str], tmp_path: Path) -> None:
+    result = infer(f"--inference_save_folder={tmp_path / 'out'}", "--anonymize=blur", *flags)
+    assert result.returncode == 2
+    name = flags[-1].split("=")[0]
+    assert result.stderr == f"error: {name} writes recognisable faces; drop it, or drop --anonymize\n"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--track"], "--track follows faces over the frames of a video"),
-        (
-            ["--save_crops=plain", "--anonymize=blur"],
-            "--save_crops writes recognisable faces; drop it, or drop --anonymize",
-        ),
-        (["--mask", "--save_mask", "--anonymize=blur"], "--save_mask writes recognisable faces"),
         (["--inference_dir={same}", "--export=csv,yolo"], "several images are named a.*"),
         (["--inference_save_folder={same}"], "is not a page of results"),
     ],

@@ -183,13 +183,11 @@ def test_outputs_are_named_after_a_checkpoint_given_by_path(tmp_path: Path) -> N
         (["--model_weight=nowhere.pth"], "no checkpoint named nowhere.pth"),
         (["--num_anchor=3"], "--num_anchor=3"),
         (["--inference_dir=nowhere"], "nowhere"),
-        ([f"--experiment_name={LONG}"], "--experiment_name is too long"),
         ([f"--model_weight={LONG}"], "cannot be used (File name too long)"),
         ([f"--inference_save_folder={LONG}"], "cannot be used (File name too long)"),
         (["--mask", f"--segmenter_model={LONG}"], "cannot be used (File name too long)"),
         (["--inference_dir={empty}"], "holds no image"),
         (["--inference_save_folder=/proc/results"], "/proc/results"),
-        (["--save_mask"], "--save_mask needs --mask"),
     ],
 )
 def test_user_errors_end_in_one_line(flags: list[str], message: str, tmp_path: Path) -> None:
@@ -209,6 +207,8 @@ def test_user_errors_end_in_one_line(flags: list[str], message: str, tmp_path: P
         ("--export=coco,xml", "--export is one of coco, yolo, csv, cvat, labelme, got 'xml'"),
         ("--save_crops=plain,round", "--save_crops is one of plain, aligned, got 'round'"),
         ("--unknown", "unrecognized arguments: --unknown"),
+        (f"--experiment_name={LONG}", "--experiment_name is too long"),
+        ("--save_mask", "--save_mask needs --mask"),
     ],
 )
 def test_wrong_flags_exit_with_status_2(flag: str, message: str, tmp_path: Path) -> None:

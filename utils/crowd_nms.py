@@ -114,7 +114,9 @@ def _find_suppressors(
     find_best: bool,
     suppressors: np.ndarray,
 ) -> None:
-    """Set the suppressor of each box, best first, that a better one suppresses; compiled by numba.
+    """Set the suppressor of every box that a better kept box suppresses. Boxes are sorted by score, best first.
+
+    Compiled by numba.
 
     Args:
         boxes, centres, sides, levels: of each of N boxes.

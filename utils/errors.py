@@ -9,6 +9,10 @@ class ConfigError(UserError):
     """An option or a saved configuration is unknown, malformed or contradictory."""
 
 
+class FlagError(ConfigError):
+    """A flag of the command line is unknown, malformed, not permitted, or contradicts another; scripts exit with 2."""
+
+
 def lfs_pointer(data: bytes) -> str | None:
     """Reason why a file is unreadable of which Git LFS has left only the pointer; None if it is another file."""
     return (

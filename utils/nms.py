@@ -52,11 +52,11 @@ def vote_boxes(boxes: Tensor, scores: Tensor, iou_threshold: float) -> tuple[Ten
     Returns:
         (K,) indices of the kept boxes, best first, and (K, 4) the boxes after voting.
     """
+    if not len(boxes):
+        return scores.argsort(), boxes
     inclusive = boxes + boxes.new_tensor([0, 0, 1, 1])
     if _is_crowd(inclusive, iou_threshold):
         kept, winners = crowd_votes(inclusive, scores, iou_threshold)
-    elif not len(boxes):
-        return scores.argsort(), boxes
     else:
         kept = pixel_nms(boxes, scores, iou_threshold)
         winners = _winners(inclusive, kept, iou_threshold)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
-from utils.errors import ConfigError
+from utils.errors import ConfigError, FlagError
 
 Config = TypeVar("Config")
 _MAX_NUMBER = 2**53  # up to which a float represents every integer
@@ -32,11 +32,7 @@ class Declaration:
     parse: Callable[[str], Any] | None
 
     def problem(self, value: Any) -> str | None:
-        """Why `value`, or an element of it, is not permitted, or None if it is. The value None is always permitted."""
-        problems = (self._problem_of(element) for element in _elements(value) if element is not None)
-        return next(filter(None, problems), None)
-
-    def _problem_of(self, value: Any) -> str | None:
+        """Why `value` is not permitted, or None if it is."""
         if self.choices is not None and value not in self.choices:
             return f"is one of {', '.join(map(str, self.choices))}, got {value!r}"
         if isinstance(value, str) and not value.strip():
@@ -98,8 +94,10 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, declaration in declarations(self).items():
-            if problem := declaration.problem(getattr(self, name)):
-                raise ConfigError(f"--{name} {problem}")
+            for element in _elements(getattr(self, name)):
+                problem = None if element is None else declaration.problem(element)
+                if problem:
+                    raise ConfigError(f"--{name} {problem}")
 
 
 def _elements(value: Any) -> Iterator[Any]:
@@ -152,13 +150,13 @@ class Flags:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports errors in one line and accepts no abbreviated flags."""
+    """Raises a `FlagError` instead of ending the process, and accepts no abbreviated flags."""
 
     def __init__(self, **keywords: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        raise FlagError(f"{message} (see {self.prog} --help)")
 
 
 def parse_flags(description: str, groups: Sequence[Any], argv: Sequence[str] | None = None) -> Flags:
@@ -169,26 +167,22 @@ def parse_flags(description: str, groups: Sequence[Any], argv: Sequence[str] | N
         groups: instances of the options; `--help` shows their values as defaults.
         argv: arguments of the command line; None means those of the process.
 
-    Exits with status 2 and one line for an unknown flag, or a malformed or forbidden value.
-
     Raises:
-        ConfigError: flags contradict each other.
+        FlagError: a flag is unknown, its value is malformed or not permitted, or flags contradict each other.
     """
     parser = Parser(description=description)
-    declared: dict[str, Declaration] = {}
     for group in groups:
         section = parser.add_argument_group((group.__doc__ or "").split("\n")[0].rstrip("."))
         hints = typing.get_type_hints(type(group))
         for name, declaration in declarations(group).items():
             _add_flag(section, name, declaration, hints[name], getattr(group, name))
-            declared[name] = declaration
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    for name, value in given.items():
-        if problem := declared[name].problem(value):
-            parser.error(f"--{name} {problem}")
-    flags = Flags(given)
-    for group in groups:
-        flags.apply(group)  # checks flags that depend on one another
+    namespace = parser.parse_args(argv)
+    flags = Flags({name: value for name, value in vars(namespace).items() if value is not None})
+    try:
+        for group in groups:
+            flags.apply(group)
+    except ConfigError as error:
+        raise FlagError(str(error)) from None
     return flags
 
 

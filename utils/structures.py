@@ -85,10 +85,20 @@ class Detections:
         return len(self.scores)
 
     def select(self, chosen: Tensor) -> Detections:
-        """The detections chosen by a mask or by indices."""
-        indices = chosen.nonzero().squeeze(1) if chosen.element_size() == 1 else chosen
-        # Takes a third of the time of indexing.
-        return _map_tensors(self, lambda tensor: tensor.index_select(0, indices))
+        """The detections chosen by a (N,) bool mask, or by indices from 0.
+
+        Raises:
+            ValueError: the mask has another length.
+            IndexError: there is no detection of an index.
+        """
+        import torch
+
+        if chosen.dtype == torch.bool:
+            if len(chosen) != len(self):
+                raise ValueError(f"expected a mask of length {len(self)}, got {len(chosen)}")
+            chosen = chosen.nonzero().squeeze(1)
+        # index_select takes a third of the time of indexing.
+        return _map_tensors(self, lambda tensor: tensor.index_select(0, chosen))
 
     def split(self, counts: Sequence[int]) -> list[Detections]:
         """Consecutive parts of the given lengths."""

@@ -104,6 +104,9 @@ def test_other_family_takes_slope_and_anchors_from_flags(shared: Path, tmp_path:
     )
     slopes = {m.negative_slope for m in load_model(chosen).modules() if isinstance(m, torch.nn.LeakyReLU)}
     assert slopes == {0.0}
+    assert load_checkpoint(path, ModelOverrides(variances=(0.2, 0.3))).model_config.variances == (0.2, 0.3)
+    with pytest.raises(CheckpointError, match=r"trained with variances 0\.1,0\.2, but --variances=0\.2,0\.3"):
+        load_checkpoint(weights, ModelOverrides(variances=(0.2, 0.3)))
 
 
 def test_imagenet_backbone_is_loaded_completely(shared: Path) -> None:
@@ -211,7 +214,7 @@ def test_fine_levels_halve_custom_anchors(tmp_path: Path) -> None:
 
 
 def test_other_variances_are_refused(own: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"trained with variances \(0\.1, 0\.2\), but --variances=\(0\.2, 0\.3\)"):
+    with pytest.raises(CheckpointError, match=r"trained with variances 0\.1,0\.2, but --variances=0\.2,0\.3"):
         load_checkpoint(own, ModelOverrides(variances=(0.2, 0.3)))
 
 

@@ -71,6 +71,15 @@ def test_name_of_a_published_detector_says_the_architecture(experiments: Path) -
     assert resolved("--experiment_name=new").config.model.backbone == "resnet50"
 
 
+def test_training_that_starts_again_has_the_architecture_of_the_flags(experiments: Path) -> None:
+    begin(experiments, "mine")
+    with pytest.raises(ConfigError, match="mine: was trained with another architecture"):
+        resolved("--experiment_name=mine", "--resume=False")
+    shutil.rmtree(experiments / "mine/ckpt")
+    (experiments / "mine/config.json").unlink()
+    assert resolved("--experiment_name=mine", "--resume=False").config.model.backbone == "resnet50"
+
+
 def test_name_of_an_own_run_is_kept(experiments: Path) -> None:
     begin(experiments, "mine")
     training = resolved("--experiment_name=mine")

@@ -123,3 +123,14 @@ def test_targets_move_to_a_device(device: torch.device) -> None:
     targets = FaceTargets.from_faces(LABELLED, (100, 100)).to(device)
     assert targets.boxes.device.type == targets.has_landmarks.device.type == device.type
     assert targets.counts == (2,)
+
+
+def test_detections_are_selected_by_mask_or_indices() -> None:
+    detections = Detections(torch.arange(12.0).view(3, 4), torch.tensor([0.9, 0.5, 0.1]), None)
+    assert detections.select(torch.tensor([True, False, True])).scores.tolist() == pytest.approx([0.9, 0.1])
+    assert detections.select(torch.tensor([2, 0])).boxes[:, 0].tolist() == [8, 0]
+    assert len(detections.select(torch.zeros(3, dtype=torch.bool))) == 0
+    with pytest.raises(ValueError, match="expected a mask of length 3, got 2"):
+        detections.select(torch.tensor([True, True]))
+    with pytest.raises(IndexError):
+        detections.select(torch.tensor([3]))

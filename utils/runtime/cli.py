@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
-from utils.errors import ConfigError, UserError
+from utils.errors import ConfigError, FlagError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,10 @@ def _open_closed_streams() -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's `main`. A `UserError` ends it with one line and status 1, and Ctrl-C with status 130."""
+    """Call a script's `main`.
+
+    A `FlagError` ends it with one line and status 2, another `UserError` with status 1, and Ctrl-C with status 130.
+    """
     _open_closed_streams()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # which do not name the file
     for stream in (sys.stdout, sys.stderr):
@@ -88,7 +91,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, FlagError) else 1)
     except BrokenPipeError:  # the reader of the output has exited, as in `inference.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

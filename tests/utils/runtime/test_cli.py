@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from config import ROOT
-from utils.errors import ConfigError, UserError
+from utils.errors import ConfigError, FlagError, UserError
 from utils.runtime.cli import choose_device, run
 from utils.runtime.distributed import distributed_context
 
@@ -78,13 +78,17 @@ def test_without_cuda_the_cpu_is_used_with_a_warning(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_user_error_ends_in_one_line() -> None:
+@pytest.mark.parametrize(
+    ("error", "status"), [(UserError("a.jpg: gone"), 1), (ConfigError("a.jpg: gone"), 1), (FlagError("a.jpg: gone"), 2)]
+)
+def test_user_error_ends_in_one_line(error: UserError, status: int, capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> None:
-        raise UserError("a.jpg: gone")
+        raise error
 
     with pytest.raises(SystemExit) as end:
         run(main)
-    assert end.value.code == "error: a.jpg: gone"  # Python prints a text to standard error and exits with 1
+    assert end.value.code == status
+    assert capsys.readouterr().err == "error: a.jpg: gone\n"
 
 
 def test_interruption_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:

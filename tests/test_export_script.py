@@ -69,7 +69,6 @@ def test_file_exported_with_nms_detects_faces(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--top_k=5",), "--top_k has no effect without --with_nms; add it"),
         (("--output=/no/such/folder/faces.onnx",), "there is no folder /no/such/folder"),
         (("--experiment_name=nowhere",), "no such experiment"),
         ((f"--output={'x' * 300}",), "cannot be used (File name too long)"),
@@ -85,3 +84,9 @@ def test_errors_are_one_line(flags: tuple[str, ...], message: str) -> None:
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert result.stdout == ""
+
+
+def test_flag_without_effect_exits_with_status_2() -> None:
+    result = export("--top_k=5")
+    assert result.returncode == 2
+    assert result.stderr == "error: --top_k has no effect without --with_nms; add it, or drop --top_k\n"

@@ -110,10 +110,8 @@ def resolve(flags: Flags) -> TrainingRun:
     elif recipe:
         saved, base = recipe, recipe.model
     else:
-        published = Experiment(EXPERIMENTS / name) if name else None
-        is_kept = published is not None and published != named
-        held = saved_config(published) if published and is_kept and not checkpoint else None
-        saved, base = ExperimentConfig(), checkpoint.model_config if checkpoint else held.model if held else None
+        saved = ExperimentConfig()
+        base = checkpoint.model_config if checkpoint else published_architecture(name) if name else None
         overrides = combine_overrides(overrides, name or "")
     model_config = apply_matching(flags.apply(MatchingOverrides()), apply_overrides(overrides, base))
     if recipe:
@@ -131,6 +129,13 @@ def resolve(flags: Flags) -> TrainingRun:
         check_architecture(experiment, model_config)
     kept = f"{usual.folder} holds a detector, which is kept: training in {experiment.folder}"
     return TrainingRun(experiment, config, start, checkpoint, [] if experiment == usual else [kept])
+
+
+def published_architecture(name: str) -> ModelConfig | None:
+    """The architecture of the detector of this name that training keeps, if there is one with a configuration."""
+    published = Experiment(EXPERIMENTS / name)
+    config = saved_config(published) if published.for_training != published else None
+    return config.model if config else None
 
 
 def open_recipe(name: str) -> ExperimentConfig:

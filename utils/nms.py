@@ -58,7 +58,7 @@ def vote_boxes(boxes: Tensor, scores: Tensor, iou_threshold: float) -> tuple[Ten
     if _is_crowd(inclusive, iou_threshold):
         kept, winners = crowd_votes(inclusive, scores, iou_threshold)
     else:
-        kept = pixel_nms(boxes, scores, iou_threshold)
+        kept = nms(inclusive, scores, iou_threshold)
         winners = _winners(inclusive, kept, iou_threshold)
     weights = boxes.new_zeros(len(kept)).index_add(0, winners, scores)
     sums = boxes.new_zeros(len(kept), 4).index_add(0, winners, boxes * scores[:, None])
